@@ -9,11 +9,11 @@ r"""The binary reward of Eq. A2, computed where hostile text can do no harm.
         # [Verdict(reward=1.0, reason='ok', ms=3.1), Verdict(reward=0.0, reason='wrong', ms=2.2)]
 
 Why processes, and not a call, a thread or a signal: a response is text that a model wrote, and Math-Verify
-hands it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, take all
-memory or crash the interpreter. Math-Verify's own timeouts are SIGALRM: main thread only, cancelling anyone
-else's alarm, and not delivered while C code runs (with gmpy2 `(10^9)!` hangs past them). The one limit that
-always holds is SIGKILL; so workers that can be killed and replaced parse the text, and nothing but JSON comes
-back (unpickling a reply would let a compromised worker run code here).
+hands it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, eat all
+memory or crash the interpreter. Math-Verify's own timeouts are SIGALRM: main thread only, cancelling any
+other alarm, and not delivered while C code runs (with gmpy2 `(10^9)!` hangs past them). The one limit that
+always holds is SIGKILL, so the text is parsed by workers that can be killed and replaced. Only JSON comes
+back: unpickling a reply would let a compromised worker run code here.
 """
 import ctypes
 import json
@@ -67,10 +67,11 @@ class Grader:
     deadline_s  a response unfinished after this is killed together with its worker: "timeout", reward 0.0
     memory_mb   address space of one worker; what needs more ends as parse_fail or killed
 
-    n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s. This needs a replacement to
-    be there when a worker is killed, so a spare is launched (0.5 s of CPU) for each response that has used half
-    of its deadline: up to 2 * workers processes exist, `workers` of them grade. Linux. Not thread-safe. Workers
-    die with the process (strictly: with the thread) that started them.
+    n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s, provided a replacement
+    can start (0.6 s of CPU) within half a deadline: for each response that has used half of its deadline a
+    spare is launched, which is ready when that worker is killed. So up to 2 * workers processes exist, and
+    `workers` of them grade. Linux. Not thread-safe. Workers die with the process (strictly, the thread)
+    that started them.
     """
 
     def __init__(self, workers=None, deadline_s=10.0, memory_mb=2048):
@@ -78,7 +79,7 @@ class Grader:
         self.deadline_s, self.memory_mb = deadline_s, memory_mb
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False
         self._selector = selectors.DefaultSelector()
-        self._refill()          # launches, does not wait: they import sympy while the caller loads its model
+        self._refill()          # launches, without waiting: they import sympy while the model loads
 
     def __enter__(self):
         return self
@@ -100,14 +101,14 @@ class Grader:
     def grade(self, responses, answers):
         """list[str], list[str] -> list[Verdict], in order. No content makes it raise.
 
-        ValueError: lengths differ. TypeError: not all str. RuntimeError: workers cannot start, or the grader is
-        closed. After any exception but the last, Ctrl-C included, `grade` can be called again.
+        ValueError: lengths differ. TypeError: not all str. RuntimeError: workers cannot start, or it
+        is closed. After any exception but the last, Ctrl-C included, `grade` can be called again.
         """
         if len(responses) != len(answers):
-            raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers; give one for each")
+            raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers; one for each")
         for i, pair in enumerate(zip(responses, answers)):
             if not all(isinstance(text, str) for text in pair):
-                raise TypeError(f"grade: item {i}: expected str, str; found {[type(t).__name__ for t in pair]}")
+                raise TypeError(f"grade: item {i}: expected str, str; found {[type(t) for t in pair]}")
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
         texts = [answer_text(response)[-MAX_CHARS:] for response in responses]
@@ -119,7 +120,7 @@ class Grader:
             worker.item, self._failures, left = None, 0, left - 1
 
         self._failures = 0
-        for worker in [w for w in self._pool if w.proc.poll() is not None]:     # died while idle: costs no item
+        for worker in [w for w in self._pool if w.proc.poll() is not None]:     # died idle: costs no item
             self._discard(worker)
         try:
             while left:
@@ -130,7 +131,7 @@ class Grader:
                         self._hand_out(worker, todo, texts, answers, settle)
                 for key, _ in self._selector.select(self._time_to_next_event()):
                     self._take_reply(key.data, settle)
-                for worker in list(self._pool):     # after the replies: an answer that waited for us is not late
+                for worker in list(self._pool):     # after the replies: one that waited for us is not late
                     if worker.item is not None and worker.age() >= self.deadline_s:
                         settle(worker, "timeout")
                         self._discard(worker)
@@ -138,16 +139,16 @@ class Grader:
                         self._discard(worker, failed=True)
                 if self._failures >= MAX_FAILURES:
                     raise RuntimeError(
-                        f"grade: {self._failures} workers in a row died before they graded anything (errors on stderr). "
+                        f"grade: {self._failures} workers in a row died before they worked (see stderr). "
                         f"Check `{sys.executable} -c 'import math_verify'` and memory_mb={self.memory_mb}")
             self._refill()      # replacements start now, in the time until the next call
-        finally:                # left by an exception: a late reply must not answer an item of the next call
+        finally:                # after an exception: a late reply must not answer an item of the next call
             for worker in [w for w in self._pool if w.item is not None]:
                 self._discard(worker)
         return verdicts
 
-    # A worker is starting (not ready), idle (ready, no item) or busy, and a suspect if busy for over half of the
-    # deadline. One rule replaces the dead and provides the spares: at least `workers + suspects` processes.
+    # A worker is starting (not ready), idle (ready, no item) or busy, a suspect once busy for half of the
+    # deadline. One rule replaces the dead and provides the spares: at least workers + suspects processes.
     def _refill(self):
         self._dying = [proc for proc in self._dying if proc.poll() is None]     # reaps the dead
         suspects = [w for w in self._pool if w.item is not None and w.age() >= self.deadline_s / 2]
@@ -168,7 +169,7 @@ class Grader:
     def _hand_out(self, worker, todo, texts, answers, settle):
         worker.item, worker.since = todo.popleft(), time.monotonic()
         try:
-            worker.send({"id": worker.item, "response": texts[worker.item], "answer": answers[worker.item]})
+            worker.send({"id": (i := worker.item), "response": texts[i], "answer": answers[i]})
         except TimeoutError:            # alive, but it does not read
             settle(worker, "killed")
             self._discard(worker)
@@ -192,8 +193,8 @@ class Grader:
 
     def _time_to_next_event(self):
         ages, half = [w.age() for w in self._pool if w.item is not None], self.deadline_s / 2
-        waits = [STARTUP_S - w.age() for w in self._pool if not w.ready]
-        return max(0.0, min(waits + [(half if age < half else 2 * half) - age for age in ages], default=0.0))
+        waits = [(half if age < half else 2 * half) - age for age in ages]
+        return max(0.0, min(waits + [STARTUP_S - w.age() for w in self._pool if not w.ready], default=0.0))
 
 
 class _Worker:
@@ -205,11 +206,12 @@ class _Worker:
         self.sock, theirs = socket.socketpair()
         with theirs:
             self.proc = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "--worker", *map(str, (theirs.fileno(), memory_mb, seconds))],
+                [sys.executable, os.path.abspath(__file__), "--worker",
+                 str(theirs.fileno()), str(memory_mb), str(seconds)],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.sock.settimeout(SEND_S)
-        self.ready, self.item, self.since = False, None, time.monotonic()   # since: its start, then its item's
+        self.ready, self.item, self.since = False, None, time.monotonic()   # since: of it, then its item
 
     def age(self):
         return time.monotonic() - self.since
@@ -218,9 +220,9 @@ class _Worker:
         self.sock.sendall(json.dumps(item).encode() + b"\n")    # ASCII: lone surrogates and NULs survive
 
     def receive(self):
-        """The next message, or None if the worker died or broke the protocol. Replies are trusted in nothing."""
+        """The next message, or None if the worker died or broke the protocol: no reply is trusted."""
         try:
-            message = json.loads(self.sock.recv(4096))          # about 50 bytes: a message arrives in one piece
+            message = json.loads(self.sock.recv(4096))          # 50 bytes: a message arrives in one piece
             if not self.ready:
                 return message if message == {"ready": True} else None
             valid = self.item is not None and message["id"] == self.item and message["reason"] in REASONS
@@ -236,14 +238,14 @@ class _Worker:
             pass                                                # it has just died
 
 
-# ---- In the worker ---------------------------------------------------------------------------------------
+# ---- In the worker ------------------------------------------------------------------------------------
 
 def _judge(response, answer, seconds):
-    """One of REASONS; `seconds` (int) limits each of parsing the answer, parsing the response, comparing."""
+    """One of REASONS; `seconds` (int) limits each of: parse the answer, parse the response, compare."""
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
     try:
-        # The reference as inline math, which suits numbers and LaTeX (and would end at a newline); else as it is.
+        # The reference as inline math: suits numbers and LaTeX, but would end at a newline. Else as it is.
         gold = (parse(f"${' '.join(answer.split())}$", parsing_timeout=seconds)
                 or parse(answer, parsing_timeout=seconds))
         if not gold:
@@ -257,7 +259,7 @@ def _judge(response, answer, seconds):
         return "timeout" if time.monotonic() - start >= seconds else "wrong"    # verify hides its timeouts
     except TimeoutException:            # derives from BaseException
         return "timeout"
-    except Exception:                   # whatever sympy raises on nonsense; also MemoryError, RecursionError
+    except Exception:                   # what sympy raises on nonsense; MemoryError, RecursionError
         return "parse_fail"
 
 
@@ -283,25 +285,25 @@ def _address_space():
 def _worker_main(fd, memory_mb, seconds):
     """Answers the items that arrive on socket `fd`, until the parent closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent, which then kills us
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: we die with it, even in a hang
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: die with it, mid-hang too
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
-        del sys.path[0]                                     # our data.py must not shadow a package's module
+        del sys.path[0]                                     # our data.py must not shadow a package's
     memory, hard = memory_mb << 20, resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable(logging.CRITICAL)
     if _judge(r"$\boxed{\frac{1}{2}}$", "0.5", 60) != "ok":     # warms up; no run is lost to silent zeros
-        raise SystemExit("reward.py: Math-Verify does not find 1/2 equal to 0.5: wrong version, or memory_mb too low")
+        raise SystemExit("reward.py: Math-Verify denies 1/2 = 0.5: wrong version, or memory_mb too low")
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))       # after the imports, which may write .pyc files
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))       # root is not bound by it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)            # errors of the start were shown; no more is wanted
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)            # start-up errors were shown; no more is wanted
     with socket.socket(fileno=fd) as sock:
         sock.sendall(b'{"ready": true}\n')
         for line in sock.makefile("rb"):
             item = json.loads(line)
             reason = _judge(item["response"], item["answer"], seconds)
-            # Parser caches grow for days, and at the limit every answer would fail: then ask to be replaced.
+            # Parser caches grow for days, and at the limit every answer would fail: ask to be replaced.
             reply = {"id": item["id"], "reason": reason, "retire": _address_space() > memory // 2}
             sock.sendall(json.dumps(reply).encode() + b"\n")
 

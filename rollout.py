@@ -21,7 +21,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch  # noqa: E402  (after the environment above)
+import torch._dynamo  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
+
+if not torch.cuda.is_available():
+    # vLLM compiles one small log-prob helper even in eager mode: on CPU that costs 4 s and needs a C++ compiler.
+    torch._dynamo.config.disable = True
 
 
 class StaleWeightsError(RuntimeError):

@@ -1,4 +1,4 @@
-"""reward.py: right and wrong answers in their usual dresses, and the promise that no response can hurt the run.
+"""reward.py: answers in their usual dresses, and the promise that no response can hurt the run.
 
     pytest tests/test_reward.py               # about a minute on 2 cores; -m "not slow" for the quick ones
 """
@@ -62,12 +62,14 @@ def signal_the_worker_of_item_0(grader, signum, delay_s=0.3):
     threading.Thread(target=run, daemon=True).start()
 
 
-# ---- The reward of Eq. A2 ----------------------------------------------------------------------------------
+# ---- The reward of Eq. A2 ----------------------------------------------------------------------
 
-RIGHT = [(r"The answer is $\boxed{1/2}$.", "0.5"), (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{\dfrac{14}{3}}", "14/3"),
-         ("The answer is 42.", "42"), (r"so $x = \boxed{x+1}$", "1+x"), (r"\[\boxed{2\sqrt{3}}\]", r"\sqrt{12}"),
-         (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{1,000}", "1000"), (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}",
-         "\\begin{pmatrix}\n1 \\\\ 2\n\\end{pmatrix}"), (r"\boxed{\pi}", r"\pi"), (r"\boxed{-3}", "$-3$")]
+RIGHT = [
+    (r"The answer: $\boxed{1/2}$.", "0.5"), (r"\boxed{0.5}", r"\frac{1}{2}"), ("The answer is 42.", "42"),
+    (r"\boxed{\dfrac{14}{3}}", "14/3"), (r"\[\boxed{2\sqrt{3}}\]", r"\sqrt{12}"), (r"\boxed{\pi}", r"\pi"),
+    (r"so $x = \boxed{x+1}$", "1+x"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{1,000}", "1000"),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", "\\begin{pmatrix}\n1 \\\\ 2\n\\end{pmatrix}"),
+    (r"\boxed{-3}", "$-3$")]
 
 
 @pytest.mark.parametrize("response, answer", RIGHT)
@@ -77,9 +79,10 @@ def test_a_right_answer_in_another_dress_earns_one(grader, response, answer):
 
 
 @pytest.mark.parametrize("response, answer, reason", [
-    (r"\boxed{1/3}", "0.5", "wrong"), (r"The answer is 41.", "42", "wrong"), (r"\boxed{x+2}", "1+x", "wrong"),
+    (r"\boxed{1/3}", "0.5", "wrong"), ("It is 41.", "42", "wrong"), (r"\boxed{x+2}", "1+x", "wrong"),
     ("I do not know", "42", "no_box"), ("", "42", "no_box"), (r"it is \boxed{\frac{x", "x", "unclosed"),
-    (r"it is \boxed{\{x", "x", "unclosed"), (r"it is \boxed{}", "2", "parse_fail"), (r"\boxed{2}", "", "parse_fail")])
+    (r"it is \boxed{\{x", "x", "unclosed"),
+    (r"it is \boxed{}", "2", "parse_fail"), (r"\boxed{2}", "", "parse_fail")])
 def test_a_response_that_earns_nothing_is_told_why(grader, response, answer, reason):
     verdict, = grader.grade([response], [answer])
     assert (verdict.reward, verdict.reason) == (0.0, reason)
@@ -87,8 +90,9 @@ def test_a_response_that_earns_nothing_is_told_why(grader, response, answer, rea
 
 def test_only_the_text_after_the_last_think_tag_is_graded(grader):
     right, wrong = r"$\boxed{42}$", r"$\boxed{41}$"
-    responses = [f"<think>{right}</think>{wrong}", f"<think>{wrong}</think>{right}", f"{right}</think>{right}</think>{wrong}",
-                 f"<think>{right}</think>", f"<think>{right}", right]
+    responses = [f"<think>{right}</think>{wrong}", f"<think>{wrong}</think>{right}",
+                 f"{right}</think>{right}</think>{wrong}", f"<think>{right}</think>",
+                 f"<think>{right}", right]
     assert rewards(grader.grade(responses, ["42"] * 6)) == [0.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     assert answer_text("a</think>b</think>c") == "c" and answer_text("<think>a") == "<think>a"
 
@@ -102,12 +106,13 @@ def test_only_the_end_of_a_very_long_response_is_graded(grader):
 def test_verdicts_come_in_the_order_of_the_responses(grader):
     rng = random.Random(0)
     hits = [rng.random() < 0.5 for _ in range(400)]
-    responses = [f"Thus $\\boxed{{{i if hit else i + 1}}}$" + " " * rng.randrange(3000) for i, hit in enumerate(hits)]
+    responses = [f"Thus $\\boxed{{{i if hit else i + 1}}}$" + " " * rng.randrange(3000)
+                 for i, hit in enumerate(hits)]
     assert rewards(grader.grade(responses, [str(i) for i in range(400)])) == [float(hit) for hit in hits]
 
 
 def test_a_fractional_deadline_does_not_turn_every_reward_to_zero():
-    with Grader(workers=1, deadline_s=2.5) as grader:       # a float timeout inside makes Math-Verify return []
+    with Grader(workers=1, deadline_s=2.5) as grader:       # a float inside makes Math-Verify return []
         assert rewards(grader.grade([r for r, _ in RIGHT], [a for _, a in RIGHT])) == [1.0] * len(RIGHT)
 
 
@@ -134,29 +139,34 @@ def test_the_reward_agrees_with_recorded_verdicts_of_math_verify():
     assert sum(v.reward == float(case["math_verify"]) for v, case in zip(verdicts, cases)) >= 95
 
 
-# ---- Hostile responses -------------------------------------------------------------------------------------
+# ---- Hostile responses -------------------------------------------------------------------------
 
 def hostile_responses(marker):
-    """Responses whose answer is never 5, most of them made to hang, exhaust, crash or execute something."""
+    """Responses whose answer is never 5, most of them made to hang, exhaust, crash or execute."""
     code = f"__import__('os').system('touch {marker}')"
     n = 50_000
-    boxed = ["9**9**9**9", "9^{9^{9^{9}}}", "(10^9)!", "99999999!", "2^{10^9}", "2^{-10^{10}}", "1e999999999", "9!!!!!!",
-             r"\binom{10^9}{5\cdot 10^8}", r"\sum_{n=1}^{10^9} \frac{1}{n}", r"3^{10^{12}} \bmod 7", "9" * n,
+    boxed = ["9**9**9**9", "9^{9^{9^{9}}}", "(10^9)!", "99999999!", "9!!!!!!", "2^{10^9}", "2^{-10^{10}}",
+             "1e999999999", r"\binom{10^9}{5\cdot 10^8}", r"\sum_{n=1}^{10^9} \frac{1}{n}", "9" * n,
+             r"3^{10^{12}} \bmod 7",
              "(" * n + "1" + ")" * n, "{" * n + "1" + "}" * n, r"\frac{1}{" * 11_000 + "1" + "}" * 11_000,
-             "(" * 300 + "1" + ")" * 300, r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{1000000}", "x+" * 10_000 + "x",
-             code, rf"\text{{{code}}}", f"eval({code!r})", f"lambda: {code}", f"sympify({code!r})", "\0", "\0" * 1000,
-             "\ud800", "\udfff\ud800" * 1000, "\u202e\u0665\u0301" * 1000, "5\nimport os\n", "\r\n", '"}\n{"ready": true}']
-    plain = ["", "\0", "\ud800\udfff", "\n" * 1000, code, f"The answer is {code}", f"${code}$", f"1+{code}",
-             "9^9^9^9^9 ", "(9**9**9**9) ", "1e999999999", "the answer is \\boxed{" * 2000, "\\boxed{{{{6", "answer: " * 6000,
-             "1 000 " * 8000, "1+" * 25_000, "$" * n, "\u0301" * n, "<think>" * 1000 + r"\boxed{6}", r"\boxed" * 8000,
+             "(" * 300 + "1" + ")" * 300, r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{1000000}",
+             "x+" * 10_000 + "x", code, rf"\text{{{code}}}", f"eval({code!r})", f"lambda: {code}",
+             f"sympify({code!r})", "\0", "\0" * 1000, "\ud800", "\udfff\ud800" * 1000, "5\nimport os\n",
+             "\r\n", "\u202e\u0665\u0301" * 1000, '"}\n{"ready": true}']
+    plain = ["", "\0", "\ud800\udfff", "\n" * 1000, code, f"Answer: {code}", f"${code}$", f"1+{code}",
+             "9^9^9^9^9 ", "(9**9**9**9) ", "1e999999999", "the answer is \\boxed{" * 2000, "\\boxed{{{{6",
+             "answer: " * 6000, "1 000 " * 8000, "1+" * 25_000, "$" * n, "\u0301" * n,
+             "<think>" * 1000 + r"\boxed{6}", r"\boxed" * 8000,
              '{"id": 0, "reason": "ok"}\n' * 50, "\\" * n]
-    return ([rf"so it is $\boxed{{{text}}}$" for text in boxed] + plain + [rf"\boxed{{{text}}}" for text in boxed])[:64]
+    responses = [rf"so it is $\boxed{{{text}}}$" for text in boxed] + plain
+    return (responses + [rf"\boxed{{{text}}}" for text in boxed])[:64]
 
 
 @pytest.mark.slow
 def test_64_hostile_responses_change_no_other_reward_and_keep_the_time_bound(tmp_path):
     marker, deadline_s, workers = tmp_path / "executed", 2.0, 2
-    responses = [(text, 0.0) for text in hostile_responses(marker)] + [(r"thus $\boxed{\frac{10}{2}}$", 1.0)] * 20
+    responses = [(text, 0.0) for text in hostile_responses(marker)]
+    responses += [(r"thus $\boxed{\frac{10}{2}}$", 1.0)] * 20
     assert len(responses) == 84
     random.Random(1).shuffle(responses)
     with Grader(workers=workers, deadline_s=deadline_s) as grader:
@@ -171,11 +181,10 @@ def test_64_hostile_responses_change_no_other_reward_and_keep_the_time_bound(tmp
 
 
 def test_the_time_bound_holds_when_every_response_must_be_killed():
-    with Grader(workers=2, deadline_s=1.0) as grader:           # Math-Verify's own timeout, 1 s, comes too late
+    with Grader(workers=2, deadline_s=1.0) as grader:           # Math-Verify's own 1 s comes too late
         grader.grade(["1"], ["1"])                              # both workers are up
         start = time.monotonic()
         verdicts = grader.grade([SLOW] * 8, ["5"] * 8)
-        print(time.monotonic() - start)
         assert time.monotonic() - start < 1.0 * 8 / 2 + 2       # without spares, 0.7 s more for every kill
         assert reasons(verdicts) == ["timeout"] * 8
         assert len(grader._pool) <= 4                           # at most one spare a worker
@@ -183,7 +192,7 @@ def test_the_time_bound_holds_when_every_response_must_be_killed():
 
 def test_a_worker_in_which_no_alarm_can_fire_is_killed_at_the_deadline():
     with Grader(workers=2, deadline_s=2.0) as grader:
-        signal_the_worker_of_item_0(grader, signal.SIGSTOP)     # stopped: SIGALRM stays pending, as in a C loop
+        signal_the_worker_of_item_0(grader, signal.SIGSTOP)     # SIGALRM stays pending, as in a C loop
         start = time.monotonic()
         verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 20, ["5"] * 21)
         assert 1.9 < time.monotonic() - start < 3.0
@@ -199,7 +208,7 @@ def test_a_worker_killed_while_grading_loses_its_own_item_only():
 
 
 def test_workers_killed_while_idle_lose_nothing():
-    with Grader(workers=2) as grader:
+    with Grader(workers=4) as grader:
         for _ in range(2):                                      # right after their launch, and after work
             for worker in grader._pool:
                 os.kill(worker.proc.pid, signal.SIGKILL)
@@ -218,8 +227,8 @@ def test_an_interrupted_grade_leaves_no_stale_verdict_behind():
 
 def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
     grader.grade(["1"], ["1"])
-    for line in (b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n", b"ok\n", b"[0]\n",
-                 b'{"id": 0}\n', b"\xff\xfe\n", b"7\n"):
+    for line in (b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n",
+                 b"ok\n", b"[0]\n", b'{"id": 0}\n', b"\xff\xfe\n", b"7\n"):
         with monkeypatch.context() as patch:        # what a worker under a response's control could send
             patch.setattr(reward._Worker, "send", lambda worker, item: None)
             theirs, real = socketpair_with(line)
@@ -245,13 +254,13 @@ def test_workers_that_cannot_start_raise_instead_of_respawning_for_ever(capfd):
     with Grader(workers=2, memory_mb=16) as grader:             # too little to import sympy
         with pytest.raises(RuntimeError, match="import math_verify"):
             grader.grade([r"\boxed{5}"], ["5"])
-        assert capfd.readouterr().err                           # the workers' own complaint is not swallowed
+        assert capfd.readouterr().err                           # the workers' complaint is not swallowed
         grader.memory_mb = 2048
         assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
 
 
 def test_a_worker_that_has_grown_is_replaced_and_no_item_is_lost():
-    with Grader(workers=1, memory_mb=110) as grader:            # a new worker's 64 MB are over half of that
+    with Grader(workers=1, memory_mb=110) as grader:            # a new worker's 64 MB are over half
         pids = set()
         for _ in range(3):
             assert reasons(grader.grade([r"\boxed{5}"], ["5"])) == ["ok"]

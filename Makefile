@@ -1,0 +1,29 @@
+# Everything on a CPU machine. `make demo` and `make test` install into .venv first, once.
+VENV   ?= .venv
+PYTHON ?= python3
+# One thread a process: two ranks with a thread pool each fight over the cores.
+export OMP_NUM_THREADS = 1
+
+.PHONY: demo test test-fast env clean
+
+demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
+	rm -rf out/tiny
+	$(VENV)/bin/torchrun --standalone --nproc_per_node=2 srft.py --preset tiny
+
+test: env                          ## all tests
+	$(VENV)/bin/python -m pytest -q tests
+
+test-fast: env                     ## the core, under two minutes
+	$(VENV)/bin/python -m pytest -q -m "not slow" tests
+
+env: $(VENV)/.installed            ## the virtual environment
+
+# torchvision and its kin come as dependencies, are not used, and break transformers where their build is not torch's.
+$(VENV)/.installed: requirements-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
+	$(VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache

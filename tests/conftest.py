@@ -1,0 +1,62 @@
+"""Shared by all tests: starting the program in processes of its own, one or several ranks."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# The program must not need a hub, a GPU, or more than one thread a process.
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(args, ranks=1, per_node=None, **popen):
+    """Start `python args` on `ranks` ranks as torchrun would (per_node < ranks pretends several nodes)."""
+    per_node, port, processes = per_node or ranks, free_port(), []
+    for rank in range(ranks):
+        env = ENV | {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(subprocess.Popen([sys.executable, *map(str, args)], env={k: str(v) for k, v in env.items()}, cwd=ROOT,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen))
+    return processes
+
+
+def run(args, ranks=1, per_node=None, timeout=240, ok=True):
+    """Run to the end; returns rank 0's output. Fails the test on a non-zero exit (unless ok=False) or a hang."""
+    processes = start(args, ranks, per_node)
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    if ok:
+        assert not any(p.returncode for p in processes), "\n".join(o[-3000:] for o in outputs)
+    return outputs[0]
+
+
+# A whole run in seconds: 4 prompts x 4 rollouts of the tiny task.
+SMALL = ["srft.py", "--preset", "tiny", "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", "2", "--eval_data", "",
+         "--engine_sequences", "32", "--grader_workers", "1"]
+
+
+def metrics(out):
+    """The rows of a run's metrics.jsonl without what a clock or an allocator decides."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """One uninterrupted run of 6 steps on 1 rank; returns its folder."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run([*SMALL, "--out", out, "--steps", "6"])
+    return out

@@ -1,0 +1,123 @@
+"""What the distributed tests run on every rank: `python tests/ranks.py TASK ARGUMENTS`, started by conftest.run."""
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import model as M
+import rollout
+import srft
+from data import tiny_examples, tiny_tokenizer, tokenize
+
+TINY = srft.TINY
+
+
+def made_up_sequences():
+    """6 groups of 4 rollouts and a demonstration, of uneven lengths, with everything the loss asks for."""
+    rng, sequences = np.random.default_rng(0), []
+    for group in range(6):
+        for k in range(5):
+            n = int(rng.integers(1, 40))
+            sequences.append(M.Sequence(rng.integers(0, 21, rng.integers(4, 12)), rng.integers(0, 21, n), is_demo=k == 4,
+                                        group=group, reward=float(rng.random() < 0.4), advantage=float(rng.normal()),
+                                        engine_logp=None if k == 4 else -3 * rng.random(n)))
+    return sequences
+
+
+def gradients(out, budget, *overrides):
+    """Gradients and metrics of one update with this token budget, written by rank 0 to `out`."""
+    rank, world, device, mesh = M.init_distributed()
+    cfg = srft.parse_args(["--preset", "tiny", *overrides])
+    policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False)
+    got = {}
+
+    class Keep:                                        # stands where the optimizer does: keeps the gradients
+        def step(self):
+            for name, p in policy.named_parameters():
+                got[name] = p.grad.full_tensor().clone()
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    run = SimpleNamespace(policy=policy, reference=None, device=device, optimizer=Keep())
+    sequences = made_up_sequences()
+    cfg.grad_clip = 1e9
+    packs = M.pack(sequences, int(budget), world)[rank::world]
+    before = srft.forward_before_update(run, cfg, packs)
+    stats = srft.update_policy(run, cfg, packs, before, *srft.counts(sequences, cfg.loss_norm))
+    if rank == 0:
+        torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs)}, out)
+    dist.destroy_process_group()
+
+
+def engine(out):
+    """log p of engine and trainer: in step, after a change of the trainer alone, and after the next sync."""
+    rank, world, device, mesh = M.init_distributed()
+    config, tokenizer = M.load_config(TINY), tiny_tokenizer()
+    policy = M.load_policy(TINY, config, mesh, device)
+    prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
+    with tempfile.TemporaryDirectory() as shell:
+        config.save_pretrained(shell)
+        tokenizer.save_pretrained(shell)
+        vllm = rollout.RolloutEngine(shell, "float32", 128, 32)
+    found = {}
+
+    def compare(version):
+        rollouts = vllm.generate([p.ids for p in prompts], 4, 1.0, 64, seed=1, version=version)
+        sequences = [M.Sequence(p.ids, r.tokens, engine_logp=r.logprobs) for p, group in zip(prompts, rollouts) for r in group]
+        with torch.no_grad():
+            logp, _ = policy(M.collate(sequences, device))
+        policy.reshard()
+        worst = max(np.abs(row[:len(s.response)].numpy() - s.engine_logp).max() for row, s in zip(logp, sequences))
+        worst = torch.tensor(float(worst))
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        return worst.item()
+
+    try:
+        vllm.generate([prompts[0].ids], 1, 1.0, 4, seed=0)
+    except rollout.StaleWeightsError:
+        found["refuses before the first sync"] = True
+    vllm.sync_weights(M.full_parameters(policy, torch.float32), 0)
+    found["after the first sync"] = compare(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.1)
+    found["after a change of the trainer alone"] = compare(0)
+    try:
+        compare(1)
+    except rollout.StaleWeightsError:
+        found["refuses a version it does not hold"] = True
+    vllm.sync_weights(M.full_parameters(policy, torch.float32), 1)
+    found["after the next sync"] = compare(1)
+    if rank == 0:
+        torch.save(found, out)
+    vllm.close()
+
+
+def recorded(tape, *flags):
+    """A whole run: the first time, with the real engine, it writes all rollouts to `tape`; later runs read them there."""
+    tape, cfg = Path(tape), srft.parse_args(list(flags))
+    known = pickle.loads(tape.read_bytes()) if tape.exists() else None
+    recording = {}
+
+    class Tape(rollout.RolloutEngine):
+        def generate(self, prompts, *args, version=None, **kwargs):
+            if known is not None:
+                return [known[version, tuple(p)] for p in prompts]
+            rollouts = super().generate(prompts, *args, version=version, **kwargs)
+            recording.update({(version, tuple(p)): r for p, r in zip(prompts, rollouts)})
+            return rollouts
+
+    srft.RolloutEngine = Tape
+    srft.train(cfg)
+    if known is None:
+        tape.write_bytes(pickle.dumps(recording))
+
+
+if __name__ == "__main__":
+    {"gradients": gradients, "engine": engine, "recorded": recorded}[sys.argv[1]](*sys.argv[2:])
