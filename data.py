@@ -9,6 +9,7 @@ A demonstration is what the paper calls an element of D_demo: a problem x with a
 (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugging Face tokenizer.
 """
 import json
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -68,18 +69,16 @@ class Example:
 
 
 def _text(row, *names, required=True):
-    """The first of the columns `names` that the row has, as text. Numbers are accepted (answers often are)."""
-    for name in names:
-        value = row.get(name)
-        if isinstance(value, bool) or value is None:
-            continue
-        if isinstance(value, (int, float)):
-            return repr(value)
+    """The first of the columns `names` that the row has, as text. Finite numbers are accepted (answers often are)."""
+    found = {name: row[name] for name in names if row.get(name) is not None}
+    for value in found.values():
         if isinstance(value, str) and value.strip():
             return value
-    if required:
-        found = {name: row.get(name) for name in names if name in row}
-        raise ValueError(f"expected text in column {' or '.join(map(repr, names))}, found {found or 'no such column'}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return repr(value)
+    if required or any(value != "" for value in found.values()):
+        raise ValueError(f"expected text in column {' or '.join(map(repr, names))}, "
+                         f"found {str(found)[:80] if found else 'no such column'}")
 
 
 def _message(row, column, role=None):
@@ -93,8 +92,8 @@ def _message(row, column, role=None):
     return texts[-1]
 
 
-def parse_row(row, default_id):
-    """A row of either schema -> Example. Raises ValueError with what was expected.
+def parse_row(row):
+    """A row of either schema -> Example, its id empty if the row has none. Raises ValueError with what was expected.
 
     Openr1-Math-46k-8192: `prompt` [{role, content}], `target` [{role, content}], `reward_model` {ground_truth}.
     Plain: `problem` or `question`, `answer`, and optionally `solution` (the demonstration) and `id`.
@@ -106,17 +105,18 @@ def parse_row(row, default_id):
         if not isinstance(truth, dict):
             raise ValueError(f"expected 'reward_model' to hold ground_truth, found {str(truth)[:80]!r}")
         info = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
-        return Example(id=str(info.get("index", default_id)), problem=_message(row, "prompt", "user"),
+        return Example(id=_text(info, "index", required=False) or "", problem=_message(row, "prompt", "user"),
                        answer=_text(truth, "ground_truth"),
                        demo=_message(row, "target") if row.get("target") is not None else None)
-    return Example(id=str(row.get("id", default_id)), problem=_text(row, "problem", "question"),
+    return Example(id=_text(row, "id", required=False) or "", problem=_text(row, "problem", "question"),
                    answer=_text(row, "answer"), demo=_text(row, "solution", required=False))
 
 
 def _rows(file):
     """(row number counted from 1, row or the ValueError that reading it raised) of one file."""
     if file.suffix == ".parquet":
-        import pyarrow.parquet as pq              # the paper's data set comes as parquet; only needed for it
+        import pyarrow                            # the paper's data set comes as parquet; only needed for it
+        import pyarrow.parquet as pq
         try:
             number = 0
             with pq.ParquetFile(file) as table:
@@ -124,7 +124,7 @@ def _rows(file):
                     for row in batch.to_pylist():
                         number += 1
                         yield number, row
-        except OSError as error:                  # pyarrow's ArrowInvalid is a ValueError, a cut file an OSError
+        except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{file}: not a readable parquet file ({error}); download it again") from error
         return
     # Bytes, not text: a stray byte then spoils its own row only, and the row number stays right.
@@ -134,7 +134,7 @@ def _rows(file):
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:           # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+            except (ValueError, RecursionError) as error:      # bad JSON and bad UTF-8 are ValueErrors
                 yield number, ValueError(f"expected one JSON object on the line: {error}")
 
 
@@ -153,13 +153,17 @@ def load_examples(path, skip_bad_rows=False, log=print):
     files = sorted(f for f in path.rglob("*") if f.suffix in (".parquet", ".jsonl")) if path.is_dir() else [path]
     if not files or files[0].suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"{path}: expected .parquet or .jsonl, found {path.suffix or 'no such file inside'}")
-    examples, bad = [], 0
+    examples, seen, bad = [], set(), 0
     for file in files:
         for number, row in _rows(file):
             try:
                 if isinstance(row, ValueError):
                     raise row
-                examples.append(parse_row(row, default_id=f"{file.stem}/{number}"))
+                example = parse_row(row)
+                if not example.id or example.id in seen:          # some public copies carry index -1 in every row
+                    example.id = f"{file.relative_to(path) if path.is_dir() else file.name}/{number}"
+                seen.add(example.id)
+                examples.append(example)
             except ValueError as error:
                 bad += 1
                 if not skip_bad_rows:
@@ -204,7 +208,10 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
             response = example.demo
             if text.endswith("<think>\n"):
                 response = response.removeprefix("<think>\n")
-            demo = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            demo = tokenizer(response, add_special_tokens=False)["input_ids"]
+            while demo and demo[-1] == tokenizer.eos_token_id:
+                demo.pop()                                 # the text may spell EOS out; it must come exactly once
+            demo.append(tokenizer.eos_token_id)
         if not 0 < len(ids) <= max_prompt_tokens:
             long_prompt += 1
         elif demo and len(demo) > max_response_tokens:

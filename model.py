@@ -281,7 +281,8 @@ def load_config(path, rope_theta=0.0, window=0):
         config.max_position_embeddings = window
     if rope_theta:
         config.rope_parameters["rope_theta"] = float(rope_theta)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+    layers = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
         raise ValueError(f"{path}: sliding-window attention is not supported; use a full-attention model "
                          "(Qwen2, Llama and their kin)")
     config.use_cache = False
@@ -308,6 +309,7 @@ def build_policy(config, mesh, device, checkpointing=True):
         # 1 rank x 8, 2 x 4 and any split in between then agree.
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)     # a plain sum, which gloo knows too
     policy.to_empty(device=device)
     lm.tie_weights()
     for module in policy.modules():                    # to_empty also emptied RoPE's frequencies, which no file holds
@@ -325,7 +327,7 @@ def load_policy(path, config, mesh, device, checkpointing=True):
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}   # a tied head appears once
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    except Exception as e:
+    except (Exception, dcp.api.CheckpointException) as e:       # the latter derives from BaseException
         raise ValueError(f"{path}: the weights do not fit this config ({type(e).__name__}: {str(e)[-300:]})") from e
     return policy
 
@@ -355,7 +357,7 @@ def check_packing(policy, device, vocab_size):
     alone = [policy(collate([s], device))[0][0] for s in sequences]
     policy.lm.set_attn_implementation("packed")
     policy.reshard()           # a forward without backward leaves the root gathered: named_parameters() would be copies
-    error = max((packed[i, :len(a)] - a).abs().mean().item() for i, a in enumerate(alone))
+    error = torch.stack([(packed[i, :len(a)] - a).abs().mean() for i, a in enumerate(alone)]).max().item()
     limit = 1e-3 if device.type == "cpu" else 0.05                            # fp32; bf16
     if not error < limit:
         raise RuntimeError(f"packed and separate forwards differ by {error:.4f} nats on average (limit {limit}): with "
@@ -397,8 +399,17 @@ def peak_memory_gb(device):
 # Checkpoints: out/NAME/checkpoints/step-N/, complete if and only if its manifest lists every file with its size.
 
 def _rng_state():
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": np.random.get_state()}
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_rng_state(state):
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def save_checkpoint(folder, policy, optimizer, state, keep):
@@ -428,7 +439,8 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
             os.fsync(f.fileno())
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(folder.glob("step-*"), key=_step)[:-keep]:
+        older = sorted((p for p in folder.glob("step-*") if 0 <= _step(p) < state["step"]), key=_step)
+        for old in older[:max(0, len(older) - (keep - 1))]:
             shutil.rmtree(old)
     dist.barrier()
 
@@ -442,10 +454,10 @@ def inspect_checkpoint(path):
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a complete checkpoint of this program (manifest.json: {e})") from None
-    for name, size in files.items():
+    for name, size in files:
         found = (path / name).stat().st_size if (path / name).exists() else "no such file"
         if found != size:
             raise ValueError(f"{path / name}: truncated checkpoint, expected {size} bytes, found {found}")
@@ -479,19 +491,11 @@ def load_checkpoint(path, manifest, policy, optimizer):
     state = {"model": weights, "optimizer": moments}
     try:
         dcp.load(state, checkpoint_id=str(path))
-    except Exception as e:
+        if manifest["world"] == dist.get_world_size():
+            _set_rng_state(torch.load(Path(path) / f"rng-{dist.get_rank()}.pt", weights_only=True))
+    except (Exception, dcp.api.CheckpointException) as e:
         raise ValueError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[-300:]})") from e
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    if manifest["world"] == dist.get_world_size():
-        # weights_only: a checkpoint is data, and must not be able to run code
-        with torch.serialization.safe_globals([np.ndarray, np.dtype, np.dtypes.UInt32DType,
-                                               np._core.multiarray._reconstruct]):
-            rng = torch.load(Path(path) / f"rng-{dist.get_rank()}.pt", weights_only=True)
-        torch.set_rng_state(rng["torch"])
-        random.setstate(rng["python"])
-        np.random.set_state(rng["numpy"])
-        if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng["cuda"])
     return manifest["state"]
 
 

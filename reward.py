@@ -44,7 +44,7 @@ class Verdict:
     ok          equal to the reference answer; the only reason with reward 1.0
     wrong       something was extracted, and it is not equal
     no_box      nothing could be extracted, and there is no \boxed{...}
-    unclosed    nothing could be extracted, and the last \boxed{ is never closed
+    unclosed    nothing could be extracted, and the last \boxed{ is never closed; or a missing </think>
     parse_fail  a closed box that is no mathematics, or a reference answer that cannot be parsed
     timeout     stopped by Math-Verify's timeout, or killed at the deadline
     killed      the worker died on it (memory, crash) or answered nonsense
@@ -66,6 +66,7 @@ class Grader:
     workers     processes that grade at the same time; default: CPUs / LOCAL_WORLD_SIZE (set by torchrun)
     deadline_s  a response unfinished after this is killed together with its worker: "timeout", reward 0.0
     memory_mb   address space of one worker; what needs more ends as parse_fail or killed
+    require_think_end   a response without "</think>" is "unclosed", reward 0.0 (LUFFY; not in A2)
 
     n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s, provided a replacement
     can start (0.6 s of CPU) within half a deadline: for each response that has used half of its deadline a
@@ -74,9 +75,9 @@ class Grader:
     that started them.
     """
 
-    def __init__(self, workers=None, deadline_s=10.0, memory_mb=2048):
+    def __init__(self, workers=None, deadline_s=10.0, memory_mb=2048, require_think_end=False):
         self.workers = workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.deadline_s, self.memory_mb = deadline_s, memory_mb
+        self.deadline_s, self.memory_mb, self.require_think_end = deadline_s, memory_mb, require_think_end
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False
         self._selector = selectors.DefaultSelector()
         self._refill()          # launches, without waiting: they import sympy while the model loads
@@ -112,7 +113,10 @@ class Grader:
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
         texts = [answer_text(response)[-MAX_CHARS:] for response in responses]
-        verdicts, todo, left = [None] * len(texts), deque(range(len(texts))), len(texts)
+        verdicts = [Verdict(0.0, "unclosed", 0.0) if self.require_think_end and "</think>" not in response else None
+                    for response in responses]
+        todo = deque(i for i, verdict in enumerate(verdicts) if verdict is None)
+        left = len(todo)
 
         def settle(worker, reason):
             nonlocal left

@@ -170,8 +170,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_ro
     the bonus and penalty switches); "w_sft" and "w_rl" are means over the sequences they apply to (0 if none).
     """
     mask = mask.to(logp.dtype)
-    logp = logp.masked_fill(mask == 0, 0.0)                     # whatever stands on padding, even nan, takes no part
-    entropy = entropy.masked_fill(mask == 0, 0.0)
+    clean = lambda x: None if x is None else x.masked_fill(mask == 0, 0.0)     # even nan on padding takes no part
+    logp, entropy, logp_old, tis, logp_ref = map(clean, (logp, entropy, logp_old, tis, logp_ref))
     demo, correct = is_demo.bool(), ~is_demo.bool() & (reward > 0)
     wrong = ~demo & ~correct
     length = mask.sum(1).clamp(min=1)
@@ -206,7 +206,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_ro
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * total(mean(entropy), ~demo, n_rollout)
     if cfg.kl_coef:                             # k3: unbiased and never negative; exp(d) - d - 1 with d = log ref/pi
-        d = logp_ref.masked_fill(mask == 0, 0.0) - logp
+        d = logp_ref - logp
         loss = loss + cfg.kl_coef * total(mean(d.exp() - d - 1), ~demo, n_rollout)
     weight = lambda w, which: total((w * mask).sum(1) / length, which, int(which.sum()))
     names = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg", "w_sft", "w_rl")
@@ -391,7 +391,7 @@ def setup(cfg):
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(describe(cfg, world), indent=2))
     engine.sync_weights(M.full_parameters(policy, dtype), step)
-    grader = Grader(cfg.grader_workers or None, cfg.grader_deadline)
+    grader = Grader(cfg.grader_workers or None, cfg.grader_deadline, require_think_end=cfg.require_think_end)
     return Run(rank, world, device, tokenizer, policy, reference, optimizer, engine, grader, prompts, heldout, order,
                RunLog(out, rank == 0, step), step)
 
@@ -567,6 +567,8 @@ def check_config(cfg, world, config):
         (cfg.n_rollouts < 1 + (cfg.demo_in_group == "replaces"), "--n_rollouts must leave at least one rollout a prompt"),
         (not 1 <= cfg.updates_per_rollout <= cfg.prompts_per_step,
          "--updates_per_rollout must lie between 1 and --prompts_per_step"),
+        (cfg.entropy_coef and cfg.entropy_level == "batch",
+         "--entropy_coef needs --entropy_level sequence or token: the step's mean has no gradient"),
         (cfg.temperature <= 0, "--temperature must be positive: rollouts are samples (Eq. 11)"),
         (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
          "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),

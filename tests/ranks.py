@@ -29,8 +29,8 @@ def made_up_sequences():
     return sequences
 
 
-def gradients(out, budget, *overrides):
-    """Gradients and metrics of one update with this token budget, written by rank 0 to `out`."""
+def gradients(out, budget, count, *overrides):
+    """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
     rank, world, device, mesh = M.init_distributed()
     cfg = srft.parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False)
@@ -45,7 +45,7 @@ def gradients(out, budget, *overrides):
             pass
 
     run = SimpleNamespace(policy=policy, reference=None, device=device, optimizer=Keep())
-    sequences = made_up_sequences()
+    sequences = made_up_sequences()[:int(count)]
     cfg.grad_clip = 1e9
     packs = M.pack(sequences, int(budget), world)[rank::world]
     before = srft.forward_before_update(run, cfg, packs)

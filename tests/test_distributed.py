@@ -5,34 +5,33 @@ from conftest import SMALL, metrics, run
 from transformers import AutoModelForCausalLM
 
 
-def gradients(tmp_path, name, budget, ranks=1, per_node=None, *flags):
-    run(["tests/ranks.py", "gradients", tmp_path / name, budget, *flags], ranks, per_node)
-    return torch.load(tmp_path / name)
+def gradients(tmp_path, budget, ranks=1, per_node=None, count=30, flags=()):
+    run(["tests/ranks.py", "gradients", tmp_path / "out", budget, count, *flags], ranks, per_node)
+    return torch.load(tmp_path / "out")
+
+
+def assert_same(split, whole, name):
+    for key, value in whole["gradients"].items():
+        torch.testing.assert_close(split["gradients"][key], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name} {key} {m}")
+    for key, value in whole["stats"].items():
+        assert split["stats"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--loss_norm", "token", "--entropy_level", "batch")])
 def test_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, flags):
-    whole = gradients(tmp_path, "whole", 4096, 1, None, *flags)
+    whole = gradients(tmp_path, 4096, flags=flags)
     assert whole["micro_batches"] == 1
-    splits = [("small micro-batches", 64, 1, None), ("two ranks", 4096, 2, None), ("two ranks, small", 100, 2, None)]
+    splits = [("small micro-batches", 64, 1, None), ("two ranks, small", 100, 2, None)]
     if not flags:
-        splits.append(("two nodes of two, sharded within and replicated across", 100, 4, 2))
+        splits += [("two ranks", 4096, 2, None), ("two nodes of two, sharded within, replicated across", 100, 4, 2)]
     for name, budget, ranks, per_node in splits:
-        split = gradients(tmp_path, "split", budget, ranks, per_node, *flags)
-        for key, value in whole["gradients"].items():
-            torch.testing.assert_close(split["gradients"][key], value, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name} {key} {m}")
-        for key, value in whole["stats"].items():
-            assert split["stats"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
+        assert_same(gradients(tmp_path, budget, ranks, per_node, flags=flags), whole, name)
 
 
 @pytest.mark.slow
 def test_a_rank_without_work_still_joins_every_collective(tmp_path):
-    """30 sequences on 2 ranks under a huge budget: pack makes 2 micro-batches; under 8 ranks' worth some are empty."""
-    whole = gradients(tmp_path, "whole", 4096)
-    one_sequence_each = gradients(tmp_path, "split", 52, 3)              # 3 does not divide what 52 tokens allow
-    for key, value in whole["gradients"].items():
-        torch.testing.assert_close(one_sequence_each["gradients"][key], value, rtol=1e-4, atol=1e-6)
+    assert_same(gradients(tmp_path, 4096, ranks=2, count=1), gradients(tmp_path, 4096, count=1), "one sequence, two ranks")
 
 
 @pytest.mark.slow

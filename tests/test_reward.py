@@ -286,3 +286,10 @@ def test_close_ends_every_process():
     pids = [worker.proc.pid for worker in grader._pool]
     grader.close()
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
+
+
+def test_a_response_that_never_ends_its_thought_earns_nothing_where_that_is_required():
+    with Grader(workers=1, require_think_end=True) as grader:
+        verdicts = grader.grade([r"<think>\boxed{7}", r"<think>hm</think>\boxed{7}", r"\boxed{7}"], ["7"] * 3)
+    assert [v.reward for v in verdicts] == [0.0, 1.0, 0.0]
+    assert verdicts[0].reason == "unclosed"

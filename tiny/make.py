@@ -1,4 +1,4 @@
-"""Make the base model of the tiny task: pretrain a 0.8M-parameter Qwen2 on a mixture of ways to respond.
+"""Make the base model of the tiny task: pretrain a 0.8M-parameter Llama on a mixture of ways to respond.
 
     python tiny/make.py [FOLDER]       # about 25 minutes on one core; the result is shipped beside this file
 
@@ -13,24 +13,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import tiny_problem, tiny_response, tiny_terms, tiny_tokenizer  # noqa: E402
 
 STEPS, BATCH, LR = 2800, 64, 3e-3
 SLIP = {"guess": 0.0, "plain": 0.12, "careful": 0.06}             # chance that a line of reasoning goes wrong
-MIXTURE = ((0.75, (0.10, 0.50, 0.40)), (1.0, (0.60, 0.25, 0.15)))  # until this share of the steps: guess, plain, careful
+MIXTURE = ((0.75, (0.10, 0.50, 0.40)), (1.0, (0.75, 0.17, 0.08)))  # until this share of the steps: guess, plain, careful
 
 
 def main(folder):
     torch.manual_seed(0)
     rng, tokenizer = random.Random(0), tiny_tokenizer()
-    config = Qwen2Config(
+    # Not Qwen2: transformers imposes that family's own tokenizer class on every folder with a qwen2 config.
+    config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, pad_token_id=None)
-    model = Qwen2ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     bar = tqdm(range(STEPS))
     for step in bar:

@@ -1,0 +1,218 @@
+"""The memory plan of a run, found on a CPU machine from a model config alone: no weights, no GPU.
+
+    torchrun --nproc_per_node=2 srft.py --dry_run              # the paper's 7B run on 8 x 80 GB
+    python srft.py --dry_run --model DIR --n_rollouts 16       # DIR needs nothing but a config.json
+
+`simulate` runs the training path of model.py (FSDP2, packed forward, chunked head, accumulation, clip,
+AdamW) on fake tensors, which have shapes but no data, for 8 ranks of which one exists, while torch's
+FSDPMemTracker adds up what is allocated. `show` sets the result beside vLLM's share of the card.
+"""
+import json
+import math
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+from urllib.request import Request, urlopen
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import model as M
+
+GIB = 2**30
+CARD = 80e9              # bytes, as the name "80 GB" promises
+RESIDUAL = 2 * GIB       # assumed, in both phases: CUDA context, NCCL buffers, the engine's CUDA graphs
+WORKSPACE = 2 * GIB      # assumed, out of vLLM's share: activations of the engine's largest batch
+TYPICAL = (256, 2000)    # prompt and response tokens of the "typical" row
+
+# config.json of Qwen/Qwen2.5-Math-7B on the Hugging Face hub, for machines without network.
+DEFAULT_MODEL = "Qwen/Qwen2.5-Math-7B"
+DEFAULT_CONFIG = dict(
+    architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=3584, intermediate_size=18944,
+    num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+    tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=4096)
+
+
+def read_config(name, rope_theta=0.0, window=0):
+    """(config with App. B's overrides, where it is from). Reads config.json only, from a folder or the hub.
+
+    Raises FileNotFoundError naming --model if there is none; the default model's public shape is built in.
+    """
+    if (Path(name) / "config.json").exists():
+        return M.load_config(name, rope_theta, window), name
+    try:
+        text, source = _hub_config(name), f"{name} (config from the Hugging Face hub)"
+    except (OSError, ValueError) as error:              # no network, no such model, gated, not a hub name
+        if name != DEFAULT_MODEL:
+            raise FileNotFoundError(
+                f"--model {name}: no config.json in such a folder, nor on the hub ({error!s:.150}). "
+                "--dry_run needs no more than a folder with a config.json: --model DIR") from None
+        text, source = json.dumps(DEFAULT_CONFIG), f"{name} (public shape, built in; no answer from hub)"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(text)
+        return M.load_config(folder, rope_theta, window), source
+
+
+def _hub_config(name):
+    """config.json of a hub model. By one request: without network, hf_hub_download would retry for 23 s."""
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).read_text()
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    with urlopen(Request(hf_hub_url(name, "config.json"), headers=build_hf_headers()), timeout=5) as reply:
+        return reply.read().decode()
+
+
+@contextmanager
+def _simulated_gpus(world):
+    """A mesh of `world` ranks that exist in name only, and fake tensors that take model.py's GPU paths."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+        # A CPU build of torch cannot index fake CUDA tensors. So these lie on "cpu" but claim `is_cuda`, for
+        # which model.py takes the flash kernel (linear in N) and the head gradient without a temporary.
+        gpu = mock.patch.object(FakeTensor, "is_cuda", True)
+        with FakeTensorMode(allow_non_fake_inputs=True), gpu:
+            yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(config, cfg, world=8):
+    """Memory of a rank in training, in bytes of tensors: fragmentation and scratch in kernels come on top.
+
+      weights      4P/world for P parameters, the fp32 master weights
+      optimizer    8P/world, the two moments of AdamW
+      gradients    4P/world, fp32, there from the first micro-batch of a step to its end
+      peak         highest sum in the second step: two full micro-batches, clip, AdamW
+      activations  peak less these three: activations, gathered bf16 weights, unsharded gradients, buffers of
+                   collectives, the head's (chunk, V) blocks and its fp32 (V, D) gradient
+      reference    with kl_coef: shards of the frozen model, and its root, which stays gathered in bf16
+
+    and two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg srft.Config.
+    The first step, untracked, creates the optimizer's state and fills DTensor's cache of output shapes, which it
+    finds with unsharded fakes; the tracker would count those (AdamW on the 7B model would "need" 120 GiB).
+    """
+    with _simulated_gpus(world) as mesh:
+        device = torch.device("cpu")
+        policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
+        optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=cfg.weight_decay, fused=True)
+        batch = M.collate(_full_micro_batch(cfg), device)
+
+        def micro_batch():
+            policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))[0].sum().backward()
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        micro_batch()
+        update()
+        with FSDPMemTracker(policy, optimizer) as tracker:
+            micro_batch()
+            tracker.reset_mod_stats()                       # without it the tracker refuses a second forward
+            micro_batch()                                   # beside the gradients of the first
+            gradients = sum(p.grad.to_local().nbytes for p in policy.parameters())
+            update()
+        peak = tracker.get_tracker_snapshot("peak")[device]["Total"]
+        weights = sum(p.to_local().nbytes for p in policy.parameters())
+        moments = sum(s["exp_avg"].to_local().nbytes * 2 for s in optimizer.state.values())
+        parameters = sum(p.numel() for p in policy.parameters())
+    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return {"weights": weights, "optimizer": moments, "gradients": gradients, "peak": peak,
+            "activations": peak - weights - moments - gradients, "parameters": parameters,
+            "vocabulary": vocabulary, "reference": weights + 2 * vocabulary if cfg.kl_coef else 0}
+
+
+def _full_micro_batch(cfg):
+    """Sequences of half a prompt and a full response, the last one cut, that fill --micro_batch_tokens."""
+    size = (prompt := max(1, cfg.max_prompt_tokens // 2)) + cfg.max_response_tokens
+    sizes = cfg.micro_batch_tokens // size * [size] + [cfg.micro_batch_tokens % size]
+    return [M.Sequence([0] * min(prompt, n - 1), [0] * (n - min(prompt, n - 1))) for n in sizes if n > 1]
+
+
+def tokens_per_step(cfg, world, length):
+    """(sequences, tokens, micro-batches a rank) of one step whose sequences all have this length.
+    Eq. 6: prompts x (rollouts + 1 demonstration) sequences; 8 + 1, or 7 + 1 if it replaces a rollout."""
+    sequences = cfg.prompts_per_step * (cfg.n_rollouts + (cfg.demo_in_group == "joins"))
+    packs = math.ceil(sequences / cfg.updates_per_rollout / max(1, cfg.micro_batch_tokens // length))
+    return sequences, sequences * length, cfg.updates_per_rollout * math.ceil(packs / world)
+
+
+def show(cfg, check=None, world=8):
+    """Print the plan of `cfg` on `world` cards of 80 GB and return what `simulate` returns; on rank 0 only.
+
+    check(cfg, world, config) may refuse it first. Raises FileNotFoundError without a config.
+    """
+    if int(os.environ.get("RANK", 0)) != 0:
+        return None
+    config, source = read_config(cfg.model, cfg.rope_theta, cfg.window)
+    if check is not None:
+        check(cfg, world, config)
+    print(f"simulating two training steps on {world} ranks (half a minute at 7B) ...", flush=True)
+    memory = simulate(config, cfg, world)
+    print("\n".join(report(config, cfg, memory, source, world)), flush=True)
+    return memory
+
+
+def report(config, cfg, memory, source, world=8):
+    """The lines of the plan. KV cache of a token: 2 (K, V) x layers x KV heads x head width x 2 bytes."""
+    cut = (cfg.max_prompt_tokens, cfg.max_response_tokens)
+    lengths = {"worst case": cut, "typical": tuple(map(min, TYPICAL, cut))}
+    sequences = tokens_per_step(cfg, world, 1)[0]
+    rollouts = sequences // cfg.prompts_per_step - 1
+    number = lambda name: f"{memory[name] / 1e9:.2f} B" if memory[name] >= 1e8 else f"{memory[name]:,}"
+    lines = [
+        "", f"model       {source}",
+        f"parameters  {number('parameters')}, {number('vocabulary')} of them embedding and head",
+        f"mesh        {world} ranks, shard {world} (FSDP2); fp32 master weights, bf16 compute, "
+        + ("blocks recomputed" if cfg.activation_checkpointing else "nothing recomputed"),
+        f"one step    {cfg.prompts_per_step} prompts x ({rollouts} rollouts + 1 demonstration) = "
+        f"{sequences:,} sequences", "",
+        f"{'Tokens a step (prompt + response)':<36}{'tokens':>12}  micro-batches of "
+        f"{cfg.micro_batch_tokens:,}"]
+    for name, n in lengths.items():
+        _, tokens, packs = tokens_per_step(cfg, world, sum(n))
+        lines.append(f"  {f'{name}: {n[0]:,} + {n[1]:,}':<34}{tokens:>12,}  {packs:,} a rank")
+
+    share, both = cfg.engine_memory * CARD, lambda name: [memory[name]] * 2
+    rows = [("weights: fp32 shards", *both("weights")), ("reference model", *both("reference")),
+            ("optimizer: two moments of AdamW", *both("optimizer")),
+            ("gradients: fp32 shards", memory["gradients"], 0),
+            ("activations, temporaries at peak", memory["activations"], 0),
+            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, share),
+            ("CUDA, NCCL, graphs (assumed)", RESIDUAL, RESIDUAL)]
+    used = [sum(row[phase] for row in rows) for phase in (1, 2)]
+    rows += [("total", *used), (f"left of 80 GB = {CARD / GIB:.1f} GiB", *(CARD - u for u in used))]
+    gib = lambda x: f"{x / GIB:12.2f}" if x else f"{'-':>12}"
+    lines += ["", f"{'Memory a rank, GiB':<36}{'training':>12}{'generating':>12}",
+              *(f"  {name:<34}{gib(a)}{gib(b)}" for name, a, b in rows if a or b)]
+    engine = 2 * memory["parameters"]                  # tensor parallel 1: each rank holds the whole model
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * width
+    room = max(0.0, share - engine - WORKSPACE) / per_token
+    fill = " or ".join(f"{room / sum(n):,.0f} sequences of {sum(n):,}" for n in lengths.values())
+    lines += [f"vLLM's share: {engine / GIB:.2f} weights, {WORKSPACE / GIB:.2f} workspace (assumed), KV",
+              f"  cache of {room:,.0f} tokens: {fill}", ""]
+    recompute = "" if cfg.activation_checkpointing else "pass --activation_checkpointing, "
+    advices = (f"{recompute}lower --micro_batch_tokens {cfg.micro_batch_tokens}",
+               f"lower --engine_memory {cfg.engine_memory}")
+    # The allocator fragments, so training should leave a tenth of the card; vLLM takes its share exactly.
+    for phase, u, reserve, advice in zip(("training", "generating"), used, (0.1 * CARD, 0), advices):
+        fits = "fits" if u + reserve <= CARD else "fits, but tightly," if u <= CARD else "DOES NOT FIT"
+        line = f"{phase:<12}{fits} 80 GB, {abs(CARD - u) / GIB:.1f} GiB {'over' if u > CARD else 'to spare'}"
+        lines.append(line if fits == "fits" else f"{line}; {advice}, or use more ranks")
+    if room < sum(cut):
+        lines.append("engine      DOES NOT FIT: no KV cache for one whole sequence; raise --engine_memory "
+                     f"{cfg.engine_memory}, or lower --max_response_tokens {cfg.max_response_tokens}")
+    return lines

@@ -1,0 +1,331 @@
+"""data.py: what is read, what is refused and how it is said, what becomes tokens, and the tiny task.
+
+    pytest tests/test_data.py
+"""
+import json
+import random
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import AutoTokenizer
+
+import data
+from data import Example, Order, load_examples, render, tiny_examples, tiny_terms, tokenize
+
+GOOD = {"problem": "1+1=?", "answer": "2", "solution": "<think>\n</think>\n\\boxed{2}"}
+quiet = dict(log=lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.tiny_tokenizer()
+
+
+def openr1(problem="1+1=?", answer="2", demo="<think>\n</think>\n2", index=0):
+    """A row in the schema of Openr1-Math-46k-8192."""
+    return {"data_source": "math", "ability": "math", "extra_info": {"index": index, "split": "default"},
+            "prompt": [{"role": "system", "content": "You think."}, {"role": "user", "content": problem}],
+            "target": [{"role": "assistant", "content": demo}], "reward_model": {"ground_truth": answer, "style": "rule"}}
+
+
+def jsonl(path, *rows):
+    """Write rows (objects, or bytes as they are) one a line."""
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return path
+
+
+def parquet(path, *rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Readers.
+
+@pytest.mark.parametrize("write, name", [(parquet, "d.parquet"), (jsonl, "d.jsonl")])
+@pytest.mark.parametrize("row", [openr1("p", "7", "d"), {"problem": "p", "answer": "7", "solution": "d"},
+                                 {"question": "p", "answer": "7", "solution": "d"}], ids=["openr1", "problem", "question"])
+def test_both_schemas_are_read_from_both_formats(tmp_path, write, name, row):
+    [example] = load_examples(write(tmp_path / name, row))
+    assert (example.problem, example.answer, example.demo) == ("p", "7", "d")
+
+
+@pytest.mark.parametrize("value, text", [(7, "7"), (-0.5, "-0.5"), (10**30, "1" + "0" * 30)])
+def test_numbers_are_accepted_as_answers(tmp_path, value, text):
+    assert load_examples(jsonl(tmp_path / "d.jsonl", {"problem": "p", "answer": value}))[0].answer == text
+    assert load_examples(jsonl(tmp_path / "e.jsonl", openr1(answer=value)))[0].answer == text
+
+
+@pytest.mark.parametrize("row", [{"problem": "p", "answer": "1"}, {"problem": "p", "answer": "1", "solution": None},
+                                 openr1() | {"target": None}])
+def test_a_demonstration_is_optional(tmp_path, row):
+    assert load_examples(jsonl(tmp_path / "d.jsonl", row))[0].demo is None
+
+
+def test_a_folder_is_read_file_by_file_in_sorted_order_and_other_files_are_left_alone(tmp_path, monkeypatch):
+    rglob = Path.rglob                                                   # a file system may list in any order
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: reversed(sorted(rglob(path, pattern))))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "README.md").write_text("not data")
+    for name in ("c.jsonl", "a.jsonl", "sub/b.jsonl"):
+        jsonl(tmp_path / name, GOOD | {"problem": name})
+    parquet(tmp_path / "b.parquet", GOOD | {"problem": "b.parquet"})
+    assert [e.problem for e in load_examples(tmp_path)] == ["a.jsonl", "b.parquet", "c.jsonl", "sub/b.jsonl"]
+
+
+def test_empty_lines_and_windows_line_ends_are_no_rows(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b"\n  \n" + json.dumps(GOOD).encode() + b"\r\n\r\n")
+    assert len(load_examples(tmp_path / "d.jsonl")) == 1
+
+
+BAD_ROWS = {
+    b'{"problem": "p", ': "JSON object",
+    b'{"problem": "\xff", "answer": "1"}': "'utf-8' codec can't decode",
+    b'["p", "1"]': "expected an object",
+    b'"p"': "expected an object",
+    b"null": "expected an object",
+    b'{"answer": "1"}': "'problem' or 'question', found no such column",
+    b'{"problem": "p"}': "'answer', found no such column",
+    b'{"problem": ["p"], "answer": "1"}': "'problem': ['p']",
+    b'{"problem": "p", "answer": {"x": 1}}': "'answer': {'x': 1}",
+    b'{"problem": "p", "answer": true}': "'answer': True",
+    b'{"problem": " ", "answer": "1"}': "'problem': ' '",
+    b'{"problem": "p", "answer": ""}': "'answer': ''",
+    json.dumps(openr1() | {"reward_model": None}).encode(): "'reward_model' to hold ground_truth",
+    json.dumps(openr1(answer="")).encode(): "'ground_truth': ''",
+    json.dumps(openr1() | {"prompt": "p"}).encode(): "'prompt' to be a list of {role, content}",
+    json.dumps(openr1() | {"prompt": [{"role": "system", "content": "s"}]}).encode(): "user message in 'prompt'",
+    json.dumps(openr1(demo="")).encode(): "message in 'target'",
+    json.dumps(openr1() | {"target": ["d"]}).encode(): "'target' to be a list of {role, content}",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS, ids=lambda b: b[:40].decode(errors="replace"))
+def test_a_bad_row_is_named_by_file_and_row_with_what_was_expected_or_skipped_and_counted(tmp_path, bad):
+    path, said = jsonl(tmp_path / "d.jsonl", GOOD, bad, GOOD, bad), []
+    with pytest.raises(ValueError, match=re.escape(f"{path}, row 2: ")) as error:
+        load_examples(path)
+    assert BAD_ROWS[bad] in str(error.value) and "expected" in str(error.value) and "--skip_bad_rows" in str(error.value)
+    assert len(load_examples(path, skip_bad_rows=True, log=said.append)) == 2
+    assert said == [f"{path}: skipped 2 bad rows, 2 remain"]
+
+
+def test_a_bad_parquet_row_is_named_by_its_number_in_the_file(tmp_path):
+    path = parquet(tmp_path / "d.parquet", *[GOOD] * 1500, GOOD | {"answer": None})          # in the second batch of rows
+    with pytest.raises(ValueError, match=re.escape(f"{path}, row 1501: ")):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:len(b) // 2], lambda b: b"",
+                                    lambda b: b[:100] + b"\xff" * 100 + b[200:]],
+                         ids=["cut at the end", "cut in half", "empty", "overwritten inside"])
+def test_a_damaged_parquet_file_is_named(tmp_path, damage):
+    path = parquet(tmp_path / "d.parquet", *[openr1(str(i)) for i in range(300)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("name, error", [("none.jsonl", FileNotFoundError), ("d.csv", ValueError), ("empty.jsonl", ValueError),
+                                         ("folder", ValueError), ("bad.jsonl", ValueError), ("empty.parquet", ValueError)])
+def test_a_path_that_yields_no_example_is_an_error_that_names_it(tmp_path, name, error):
+    (tmp_path / "d.csv").write_text("problem,answer\n")
+    (tmp_path / "folder").mkdir()
+    jsonl(tmp_path / "empty.jsonl")
+    jsonl(tmp_path / "bad.jsonl", b"{")
+    parquet(tmp_path / "empty.parquet", GOOD)
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(tmp_path / "empty.parquet").slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(error, match=re.escape(str(tmp_path / name))):
+        load_examples(tmp_path / name, skip_bad_rows=True, **quiet)
+
+
+def a_folder_with_two_files_of_one_stem(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        jsonl(tmp_path / folder / "train.jsonl", GOOD)
+    return tmp_path
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: jsonl(p / "d.jsonl", GOOD, GOOD), lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": i} for i in "ab")),
+    lambda p: jsonl(p / "d.jsonl", openr1(index=3), openr1(index=4)),
+    lambda p: parquet(p / "d.parquet", openr1("1+1=?", index=-1), openr1("1+2=?", index=-1)),
+    lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": None} for _ in range(2))),
+    lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": "a"} for _ in range(2))), a_folder_with_two_files_of_one_stem],
+    ids=["no id", "own ids", "index", "index -1 throughout", "null ids", "repeated ids", "same file name in two folders"])
+def test_every_example_has_an_id_of_its_own(tmp_path, write):
+    write(tmp_path)
+    assert len({e.id for e in load_examples(tmp_path)}) == 2
+
+
+@pytest.mark.parametrize("row", [GOOD | {"solution": ["d"]}, GOOD | {"solution": {"text": "d"}}, GOOD | {"answer": float("nan")},
+                                 GOOD | {"solution": float("nan")}], ids=str)
+def test_a_demonstration_of_another_type_or_a_nan_is_an_error(tmp_path, row):
+    with pytest.raises(ValueError, match="row 1"):
+        load_examples(jsonl(tmp_path / "d.jsonl", row))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Templates.
+
+@pytest.mark.parametrize("template", [t for t in data.TEMPLATES if t != "tokenizer"])
+@pytest.mark.parametrize("question", ["1+1=?", r"Let $S = \{1, 2\}$, find \frac{1}{2}.", "{question} {answer} {0} {}", "{{x}}"])
+def test_each_template_holds_the_question_once_as_it_is(template, question):
+    text = render(template, question)
+    before, after = data.TEMPLATES[template].split("{question}")
+    assert text == before + question + after
+
+
+def test_no_template_is_the_bare_question_and_an_unknown_one_is_refused_by_name():
+    assert render("none", "q") == "q"
+    with pytest.raises(ValueError, match="'papper'.*paper, qwen-math"):
+        render("papper", "q")
+
+
+def test_the_paper_s_template_has_the_words_of_fig_a3():
+    text = render("paper", "Q?")
+    for words in ("Your task is to follow a systematic, thorough reasoning process before providing the final solution.",
+                  "analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple iterations.",
+                  "Structure your response into two sections: Thought and Solution.", "<think>\\n {thoughts}</think>\\n",
+                  "Each thought should include detailed analysis, brainstorming, verification, and refinement of ideas.",
+                  "provide the final, logical, and accurate answer, clearly derived from the exploration in the Thought section.",
+                  "\\boxed{ } for closed-form results like multiple choices or mathematical solutions.", "Question: Q?"):
+        assert words in text
+    assert text.rstrip().endswith("Answer:")
+
+
+def test_the_tokenizer_s_template_is_its_chat_template_and_its_absence_is_explained():
+    chatty, plain = data.tiny_tokenizer(), data.tiny_tokenizer()
+    chatty.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}"
+    assert render("tokenizer", "1+{1}", chatty) == "[user]1+{1}[go]"
+    with pytest.raises(ValueError, match="no chat template"):
+        render("tokenizer", "q", plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From text to tokens.
+
+def test_prompt_and_demonstration_become_tokens_and_eos_ends_the_demonstration(tokenizer):
+    [prompt] = tokenize([Example("a", "1+1=?\n", "2", "<think>\n1+1=2\n</think>\n\\boxed{2}")], tokenizer, "none", 40, 40)
+    assert tokenizer.decode(prompt.ids) == "1+1=?\n"
+    assert tokenizer.decode(prompt.demo) == "<think>\n1+1=2\n</think>\n\\boxed{2}<eos>"
+    assert tokenize([Example("a", "1+1=?\n", "2")], tokenizer, "none", 40, 40)[0].demo is None
+
+
+@pytest.mark.parametrize("text", ["\\boxed{2}", "\\boxed{2}<eos>"])
+def test_eos_ends_a_demonstration_exactly_once(tokenizer, text):
+    [prompt] = tokenize([Example("a", "1+1=?\n", "2", text)], tokenizer, "none", 40, 40)
+    assert prompt.demo.count(tokenizer.eos_token_id) == 1 and prompt.demo[-1] == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_closes_every_text_with_eos_leaves_the_prompt_open(tokenizer):
+    class Closing:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": tokenizer(text)["input_ids"] + [self.eos_token_id] * add_special_tokens}
+
+    [prompt] = tokenize([Example("a", "1+1=?", "2", "2")], Closing(), "none", 40, 40)
+    assert prompt.ids == tokenizer("1+1=?")["input_ids"] and prompt.demo == tokenizer("2")["input_ids"] + [0]
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    tokenizer = data.tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token"):
+        tokenize([Example("a", "1", "1")], tokenizer, "none", 40, 40)
+
+
+@pytest.mark.parametrize("template, demo, expected", [
+    ("luffy", "<think>\n1</think>", "1</think><eos>"), ("luffy", "1</think>", "1</think><eos>"),
+    ("paper", "<think>\n1</think>", "<think>\n1</think><eos>"), ("none", "<think>\n1</think>", "<think>\n1</think><eos>")])
+def test_a_prompt_that_opens_the_thought_takes_it_off_the_demonstration(tokenizer, template, demo, expected):
+    [prompt] = tokenize([Example("a", "1=?", "1", demo)], tokenizer, template, 10_000, 40)
+    assert tokenizer.decode(prompt.demo) == expected
+
+
+@pytest.mark.parametrize("max_prompt, max_response, kept", [(4, 6, 1), (3, 6, 0), (4, 5, 0)])
+def test_limits_include_eos_and_drop_and_count_what_is_over_them(tokenizer, max_prompt, max_response, kept):
+    said, fits = [], Example("fits", "1", "1")
+    example = Example("a", "1+1=", "2", "12345")                          # 4 tokens; 5 and EOS
+    prompts = tokenize([example, fits], tokenizer, "none", max_prompt, max_response, log=said.append)
+    assert [p.example.id for p in prompts] == ["a"] * kept + ["fits"]
+    assert len(said) == 1 - kept
+    if not kept:
+        assert f"dropped {int(max_prompt < 4)} examples with a prompt over {max_prompt}" in said[0]
+        assert f"{int(max_prompt == 4)} with a demonstration over {max_response}; 1 remain" in said[0]
+        with pytest.raises(ValueError, match=f"--max_prompt_tokens {max_prompt} and --max_response_tokens {max_response}"):
+            tokenize([example], tokenizer, "none", max_prompt, max_response, **quiet)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order.
+
+def test_an_epoch_is_a_permutation_and_epochs_and_seeds_differ():
+    a, b = Order(50, seed=0), Order(50, seed=1)
+    epochs = [a.take(50), a.take(50), b.take(50)]
+    assert all(sorted(e) == list(range(50)) for e in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+
+
+@pytest.mark.parametrize("n, k", [(7, 3), (5, 5), (3, 8), (1, 2)])
+def test_an_order_resumed_at_any_position_continues_identically(n, k):
+    whole = Order(n, seed=3).take(4 * n + k)
+    for position in range(4 * n):
+        resumed = Order(n, seed=3, position=position)
+        assert resumed.take(k) == whole[position:position + k] and resumed.position == position + k
+    pieces = Order(n, seed=3)
+    assert [i for _ in range(4) for i in pieces.take(n)] == whole[:4 * n] and pieces.take(0) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tiny task.
+
+def boxed(text):
+    return re.findall(r"\\boxed\{(-?\d+)\}", text)[-1]
+
+
+def test_the_tiny_task_is_the_same_each_time_its_splits_disjoint_and_its_answers_right():
+    splits = {name: tiny_examples(name) for name in data.TINY_SPLITS}
+    assert all(tiny_examples(name) == examples == load_examples(f"tiny:{name}") for name, examples in splits.items())
+    problems = [e.problem for examples in splits.values() for e in examples]
+    assert len(problems) == len(set(problems)) and len({e.id for es in splits.values() for e in es}) == len(problems)
+    for name, examples in splits.items():
+        assert len(examples) == data.TINY_SPLITS[name][0]
+        for e in examples:
+            assert re.fullmatch(r"[\d+-]+=\?\n", e.problem) and e.answer == str(eval(e.problem[:-3]))
+            assert len(re.findall(r"\d+", e.problem)) in data.TINY_SPLITS[name][1]
+            assert (e.demo is not None) == (name == "train")
+    with pytest.raises(ValueError, match="tiny:test.*train, heldout, long"):
+        load_examples("tiny:test")
+
+
+def test_five_to_thirty_percent_of_the_tiny_demonstrations_are_wrong():
+    wrong = [boxed(e.demo) != e.answer for e in tiny_examples("train")]
+    assert 0.05 < sum(wrong) / len(wrong) < 0.30
+
+
+@pytest.mark.parametrize("style", ["careful", "plain"])
+def test_reasoning_without_slips_ends_in_the_right_answer_and_each_line_is_true(style):
+    rng = random.Random(0)
+    for _ in range(100):
+        terms = tiny_terms(rng, 5)
+        text = data.tiny_response(terms, rng, style)
+        assert boxed(text) == str(sum(terms)) and all(0 <= sum(terms[:n]) <= 199 for n in range(1, 6))
+        assert all(eval(line.replace("=", "==")) for line in text.splitlines() if "=" in line)
+
+
+def test_the_tiny_tokenizer_returns_every_text_also_after_a_save_and_load(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.eos_token_id == tokenizer.eos_token_id == 0 and len(loaded) == len(data.TINY_TOKENS)
+    texts = [t for name in data.TINY_SPLITS for e in tiny_examples(name) for t in (e.problem, e.demo or "")]
+    texts += [data.tiny_response([50, 60], random.Random(0), "guess"), "<think>\n</think>\n"]
+    for text in texts:
+        ids = loaded(text)["input_ids"]
+        assert ids == tokenizer(text)["input_ids"] and loaded.unk_token_id not in ids
+        assert loaded.decode(ids) == text
+    assert loaded.decode(loaded("1=?")["input_ids"] + [0], skip_special_tokens=True) == "1=?"

@@ -1,0 +1,366 @@
+"""srft.py's objective against an oracle in plain Python floats, one token at a time, from Eq. 7-13 of the paper.
+
+    pytest tests/test_loss.py
+
+The oracle also differentiates by hand: d loss / d log pi and d loss / d H of each token, no autograd involved.
+"""
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import model as M
+import srft
+from srft import Config, group_advantage, srft_loss
+
+TERMS = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg")
+INPUTS = ("logp", "entropy", "mask", "reward", "advantage", "is_demo", "logp_old", "tis", "logp_ref")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The oracle. A sequence is a namespace of Python numbers and lists; a batch is a list of them.
+
+def eq7(rewards, use_std=True):
+    """The advantages of one group."""
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [(r - mean) / (std + 1e-6) if use_std else r - mean for r in rewards]
+
+
+def mean_or_0(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
+    """(loss, stats, d/dlogp, d/dH) of Eq. 13; the gradients as one list a sequence."""
+    stats, loss = {name: 0.0 for name in TERMS}, 0.0
+    d_logp, d_entropy, weights = [], [], {"w_sft": [], "w_rl": []}
+    batch_h = {kind: mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind]) for kind in (True, False)}
+    for s in batch:
+        d_logp.append([]), d_entropy.append([])
+        step_n = max(n_demo if s.is_demo else n_rollout, 1)
+        name, scale, sign = ("w_sft", 0.5, cfg.w_sft_sign) if s.is_demo else ("w_rl", 0.1, 1)
+        token_weights = []
+        for t, lp in enumerate(s.logp):
+            share = 1 / step_n / {"sequence": len(s.logp), "token": 1, "constant": cfg.max_response_tokens}[cfg.loss_norm]
+            h = {"sequence": mean_or_0(s.entropy), "token": s.entropy[t], "batch": batch_h[s.is_demo]}[cfg.entropy_level]
+            w = {"entropy": scale * math.exp(sign * h), "one": 1.0, "constant": scale}[getattr(cfg, name)]
+            token_weights.append(w)
+            dlp = dh = 0.0
+            if s.is_demo:
+                stats["loss/sft_demo"] += share * w * -lp                                            # Eq. 8
+                p, gamma = math.exp(lp), cfg.demo_shaping
+                stats["loss/rl_demo"] += -share * s.advantage * p / (p + gamma if gamma else 1)      # Eq. 9, 10
+                dlp = -share * w - share * s.advantage * (p * gamma / (p + gamma) ** 2 if gamma else p)
+            else:
+                if cfg.eq12_form == "log":
+                    score, slope = lp, 1.0
+                else:
+                    score = slope = math.exp(lp - s.logp_old[t]) if old else 1.0
+                w = w if s.reward > 0 else 1.0
+                r = s.advantage if cfg.eq12_advantage else 1.0 if s.reward > 0 else -1.0
+                c = share * w * r * (s.tis[t] if tis else 1.0)
+                stats["loss/rl_pos" if s.reward > 0 else "loss/rl_neg"] += -c * score                # Eq. 12
+                d = s.logp_ref[t] - lp
+                loss += share * (cfg.kl_coef * (math.exp(d) - d - 1) - cfg.entropy_coef * s.entropy[t])
+                dlp, dh = -c * slope + share * cfg.kl_coef * (1 - math.exp(d)), -share * cfg.entropy_coef
+            d_logp[-1].append(dlp), d_entropy[-1].append(dh)
+        if s.is_demo or s.reward > 0:
+            weights[name].append(mean_or_0(token_weights))
+    loss += sum(stats.values())                                                                      # Eq. 13
+    return loss, stats | {name: mean_or_0(ws) for name, ws in weights.items()}, d_logp, d_entropy
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random batches, and the shipped function on them.
+
+def sequence(rng, length, is_demo=False, reward=1.0, advantage=None):
+    draw = lambda low, high: [rng.uniform(low, high) for _ in range(length)]
+    return SimpleNamespace(logp=draw(-4, -0.01), entropy=draw(0, 2.5), logp_old=draw(-4, -0.01), tis=draw(0.1, 2),
+                           logp_ref=draw(-4, -0.01), reward=reward, is_demo=is_demo,
+                           advantage=rng.gauss(0, 1) if advantage is None else advantage)
+
+
+def mixed_batch(seed, size=9):
+    rng = random.Random(seed)
+    kinds = [(True, 1.0), (True, 0.0), (False, 1.0), (False, 0.0)] + [(rng.random() < 0.4, float(rng.random() < 0.5))
+                                                                      for _ in range(size - 4)]
+    rng.shuffle(kinds)
+    return [sequence(rng, rng.choice((1, 2, 3, 5, 8)), *kind) for kind in kinds]
+
+
+def tensors(batch, padding=0.0):
+    """The keyword arguments of srft_loss; `padding` stands where a response has ended."""
+    width = max(len(s.logp) for s in batch)
+    table = lambda name: torch.tensor([getattr(s, name) + [padding] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
+    each = lambda name: torch.tensor([getattr(s, name) for s in batch], dtype=torch.float64)
+    mask = torch.tensor([[1.0] * len(s.logp) + [0.0] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
+    return {name: table(name) for name in ("logp", "entropy", "logp_old", "tis", "logp_ref")} | {
+        "mask": mask, "reward": each("reward"), "advantage": each("advantage"), "is_demo": each("is_demo").bool()}
+
+
+def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False):
+    """(loss, stats, d/dlogp, d/dH) by srft_loss and autograd."""
+    a = dict(arguments)
+    a["logp"] = a["logp"].clone().requires_grad_()
+    a["entropy"] = a["entropy"].clone().requires_grad_()
+    loss, stats = srft_loss(*(a[n] for n in INPUTS[:6]), cfg, n_demo, n_rollout, a["logp_old"] if old else None,
+                            a["tis"] if tis else None, a["logp_ref"] if cfg.kl_coef else None)
+    loss.backward()
+    zeros = torch.zeros_like(a["entropy"])
+    return loss.item(), stats, a["logp"].grad, zeros if a["entropy"].grad is None else a["entropy"].grad
+
+
+def counts(batch, cfg, more=0):
+    unit = (lambda s: len(s.logp)) if cfg.loss_norm == "token" else (lambda s: 1)
+    return [sum(unit(s) for s in batch if s.is_demo == kind) + more for kind in (True, False)]
+
+
+def assert_equal_to_oracle(batch, cfg, n, **extras):
+    loss, stats, d_logp, d_entropy = shipped(tensors(batch), cfg, *n, **extras)
+    expected = oracle(batch, cfg, *n, **extras)
+    assert loss == pytest.approx(expected[0], abs=1e-10)
+    assert stats == pytest.approx(expected[1], abs=1e-10)
+    for got, rows in ((d_logp, expected[2]), (d_entropy, expected[3])):
+        for i, row in enumerate(rows):
+            assert got[i].tolist() == pytest.approx(row + [0.0] * (got.shape[1] - len(row)), abs=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Eq. 7.
+
+@pytest.mark.parametrize("use_std", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_advantage_is_that_of_eq_7_within_each_group_whatever_the_order_and_numbers_of_groups(seed, use_std):
+    rng = random.Random(seed)
+    groups = [g for g in (7, -3, 1_000_000, 0, 42) for _ in range(rng.randint(1, 9))]
+    rng.shuffle(groups)
+    rewards = [rng.choice((0.0, 1.0)) if seed else rng.gauss(0, 3) for _ in groups]
+    expected = [0.0] * len(groups)
+    for g in set(groups):
+        members = [i for i, other in enumerate(groups) if other == g]
+        for i, a in zip(members, eq7([rewards[i] for i in members], use_std)):
+            expected[i] = a
+    got = group_advantage(torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups), use_std)
+    assert got.tolist() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("rewards", [[1.0], [0.0], [1.0] * 9, [0.0] * 9])
+@pytest.mark.parametrize("use_std", [True, False])
+def test_a_group_whose_rewards_are_equal_has_no_advantage(rewards, use_std):
+    got = group_advantage(torch.tensor(rewards + [0.0, 1.0]), torch.tensor([5] * len(rewards) + [2, 2]), use_std)
+    assert got[:-2].eq(0).all() and got[-2:].ne(0).all()
+
+
+def test_eps_is_added_to_the_standard_deviation():
+    reward, group = torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([0, 0])
+    assert group_advantage(reward, group, eps=1.0).tolist() == [-0.5, 0.5]          # population std 1, not sqrt(2)
+
+
+def test_a_correct_demonstration_lowers_the_advantage_of_the_correct_rollouts_of_its_group():
+    alone = group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.zeros(4, dtype=torch.int64))
+    joined = group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0]), torch.zeros(5, dtype=torch.int64))
+    assert 0 < joined[0] < alone[0] and joined[4] == joined[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Eq. 8-13 and every switch.
+
+SWITCHES = [dict(), *(dict([item]) for item in (
+    ("loss_norm", "token"), ("loss_norm", "constant"), ("w_sft", "one"), ("w_sft", "constant"), ("w_rl", "one"),
+    ("w_rl", "constant"), ("w_sft_sign", 1), ("entropy_level", "token"), ("entropy_level", "batch"),
+    ("demo_shaping", 0.1), ("eq12_form", "ratio"), ("eq12_advantage", True), ("entropy_coef", 0.01), ("kl_coef", 0.2))),
+    dict(entropy_level="token", loss_norm="token", w_sft_sign=1, demo_shaping=0.1),
+    dict(entropy_level="batch", loss_norm="constant", eq12_form="ratio", eq12_advantage=True),
+    dict(loss_norm="token", entropy_coef=0.3, kl_coef=0.2, eq12_form="ratio"),
+    dict(loss_norm="constant", entropy_coef=0.3, kl_coef=0.2, w_sft="one", w_rl="one", eq12_advantage=True)]
+name_of = lambda switch: ",".join(f"{k}={v}" for k, v in switch.items()) or "defaults"
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["pi_old=pi", "logp_old"])
+@pytest.mark.parametrize("tis", [False, True], ids=["no-tis", "tis"])
+@pytest.mark.parametrize("switch", SWITCHES, ids=name_of)
+def test_every_term_and_its_gradient_equal_the_equations(switch, tis, old):
+    cfg = Config(**{"max_response_tokens": 11} | switch)
+    for seed in range(3):
+        batch = mixed_batch(seed)
+        assert_equal_to_oracle(batch, cfg, counts(batch, cfg, more=5), old=old, tis=tis)   # a part of a larger step
+
+
+@pytest.mark.parametrize("kinds", [
+    [(False, 0.0), (False, 0.0), (True, 1.0)], [(False, 1.0), (False, 1.0), (True, 0.0)], [(False, 1.0), (False, 0.0)],
+    [(True, 1.0), (True, 0.0)], [(True, 1.0)], [(False, 1.0)], [(False, 0.0)]],
+    ids=["no-correct", "no-wrong", "no-demo", "only-demos", "one-demo", "one-correct", "one-wrong"])
+@pytest.mark.parametrize("switch", [s for s in SWITCHES if set(s) & {"entropy_level", "loss_norm", "kl_coef"} or not s],
+                         ids=name_of)
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_batch_that_lacks_a_kind_of_sequence_still_equals_the_equations(kinds, switch, length):
+    cfg, rng = Config(**switch), random.Random(0)
+    batch = [sequence(rng, length, *kind) for kind in kinds]
+    assert_equal_to_oracle(batch, cfg, counts(batch, cfg))
+    present = {"loss/sft_demo": (True, 1.0), "loss/rl_pos": (False, 1.0), "loss/rl_neg": (False, 0.0)}
+    stats = shipped(tensors(batch), cfg, *counts(batch, cfg))[1]
+    assert all((stats[name] != 0) == any(k == kind or (name == "loss/sft_demo" and k[0]) for k in kinds)
+               for name, kind in present.items())
+
+
+def test_the_default_loss_of_two_tokens_worked_out_by_hand():
+    """pi = 1/2 at both tokens, H = log 2: w_SFT = 0.5 / 2 = 0.25 and w_RL = 0.1 x 2 = 0.2."""
+    log2, half = math.log(2), torch.full((3, 2), -math.log(2), dtype=torch.float64)
+    loss, stats = srft_loss(half, -half, torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.7, 0.7, -1.4]),
+                            torch.tensor([True, False, False]), Config(), n_demo=1, n_rollout=2)
+    expected = {"loss/sft_demo": 0.25 * log2, "loss/rl_demo": -0.7 / 2, "loss/rl_pos": 0.2 * log2 / 2,
+                "loss/rl_neg": -log2 / 2, "w_sft": 0.25, "w_rl": 0.2}
+    assert stats == pytest.approx(expected, abs=1e-7)
+    assert loss.item() == pytest.approx(sum(expected[n] for n in TERMS), abs=1e-7)
+
+
+def test_the_ratio_and_the_log_form_of_eq_12_have_the_same_gradient_before_the_first_update():
+    batch = mixed_batch(3)
+    grads = [shipped(tensors(batch), Config(eq12_form=form), 3, 6)[2] for form in ("log", "ratio")]
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token", "batch"])
+def test_without_bonus_and_penalty_the_four_terms_sum_to_the_loss_and_the_weights_lie_within_their_bounds(level):
+    batch, cfg = mixed_batch(4), Config(entropy_level=level)
+    loss, stats, *_ = shipped(tensors(batch), cfg, *counts(batch, cfg))
+    assert set(stats) == {*TERMS, "w_sft", "w_rl"}
+    assert sum(stats[name] for name in TERMS) == pytest.approx(loss, abs=1e-12)
+    assert 0.5 * math.exp(-2.5) < stats["w_sft"] < 0.5 and 0.1 < stats["w_rl"] < 0.1 * math.exp(2.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the training loop relies on.
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("seed", range(3))
+def test_micro_batches_of_any_split_add_up_to_the_whole_batch(level, norm, seed):
+    cfg = Config(entropy_level=level, loss_norm=norm, kl_coef=0.1, entropy_coef=0.1)
+    batch, rng = mixed_batch(seed, size=12), random.Random(seed)
+    n = counts(batch, cfg)
+    loss, stats, *grads = shipped(tensors(batch), cfg, *n, tis=True)
+    part_of = [rng.randrange(4) for _ in batch]
+    split_loss, terms = 0.0, dict.fromkeys(TERMS, 0.0)
+    for part in set(part_of):
+        rows = [i for i, p in enumerate(part_of) if p == part]
+        part_loss, part_stats, *part_grads = shipped(tensors([batch[i] for i in rows]), cfg, *n, tis=True)
+        split_loss += part_loss
+        terms = {name: terms[name] + part_stats[name] for name in TERMS}
+        for whole, own in zip(grads, part_grads):
+            torch.testing.assert_close(own, whole[rows][:, :own.shape[1]], atol=1e-12, rtol=0)
+    assert split_loss == pytest.approx(loss, abs=1e-10)
+    assert terms == pytest.approx({name: stats[name] for name in TERMS}, abs=1e-10)
+
+
+def test_with_entropy_level_batch_micro_batches_add_up_once_the_step_s_mean_entropy_is_passed_in():
+    cfg, batch = Config(entropy_level="batch"), mixed_batch(5, size=12)
+    n = counts(batch, cfg)
+    loss = shipped(tensors(batch), cfg, *n)[0]
+    mean = {kind: mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind]) for kind in (True, False)}
+    for s in batch:
+        s.entropy = [mean[s.is_demo]] * len(s.entropy)
+    assert sum(shipped(tensors(batch[i::5]), cfg, *n)[0] for i in range(5)) == pytest.approx(loss, abs=1e-10)
+
+
+GARBAGE = [(name, form, garbage) for name in ("logp", "entropy", "logp_ref", "logp_old", "tis") for form in ("log", "ratio")
+           for garbage in (math.nan, math.inf, -math.inf, 1e30)]
+
+
+@pytest.mark.parametrize("name, form, garbage", GARBAGE)
+def test_garbage_on_padding_changes_nothing(name, form, garbage):
+    cfg, batch = Config(kl_coef=0.1, entropy_coef=0.1, demo_shaping=0.1, eq12_form=form), mixed_batch(6)
+    clean = tensors(batch)
+    expected = shipped(clean, cfg, 4, 5, old=True, tis=True)
+    loss, stats, *grads = shipped(clean | {name: tensors(batch, garbage)[name]}, cfg, 4, 5, old=True, tis=True)
+    assert (loss, stats) == expected[:2]
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected[2:]))
+
+
+@pytest.mark.parametrize("level", ["sequence", "token", "batch"])
+def test_no_gradient_flows_through_the_entropy_weights(level):
+    batch = mixed_batch(7)
+    assert shipped(tensors(batch), Config(entropy_level=level), 4, 5)[3].eq(0).all()
+
+
+@pytest.mark.parametrize("form", ["log", "ratio"])
+def test_importance_weights_apply_to_rollouts_and_never_to_demonstrations(form):
+    cfg, a = Config(eq12_form=form), tensors(mixed_batch(8))
+    demo, plain = a["is_demo"][:, None], shipped(a, cfg, 4, 5)
+    only_demos = a | {"tis": torch.where(demo, 3.0, 1.0).double().expand_as(a["tis"])}
+    only_rollouts = a | {"tis": torch.where(demo, 1.0, 3.0).double().expand_as(a["tis"])}
+    assert torch.equal(shipped(only_demos, cfg, 4, 5, tis=True)[2], plain[2])
+    torch.testing.assert_close(shipped(only_rollouts, cfg, 4, 5, tis=True)[2], torch.where(demo, plain[2], 3 * plain[2]))
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=name_of)
+def test_the_arguments_are_not_written_into(switch):
+    a, cfg = tensors(mixed_batch(9)), Config(**switch)
+    before = {name: (t.clone(), t._version) for name, t in a.items()}
+    srft_loss(*(a[n] for n in INPUTS[:6]), cfg, 4, 5, a["logp_old"], a["tis"], a["logp_ref"])
+    group_advantage(a["reward"], torch.arange(9) // 3)
+    assert all(torch.equal(t, before[n][0]) and t._version == before[n][1] for n, t in a.items())
+
+
+@pytest.mark.parametrize("mask_type", [torch.bool, torch.int64, torch.float32])
+def test_masks_flags_and_rewards_of_any_type_mean_the_same(mask_type):
+    a = tensors(mixed_batch(10))
+    other = a | {"mask": a["mask"].to(mask_type), "is_demo": a["is_demo"].float(), "reward": a["reward"].float()}
+    assert shipped(other, Config(), 4, 5)[:2] == shipped(a, Config(), 4, 5)[:2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The update that uses it, on a policy of one matrix and no process group.
+
+class Bigram(torch.nn.Module):
+    """A policy whose logits depend on the last token only."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = torch.nn.Parameter(torch.randn(7, 7, generator=generator))
+
+    def forward(self, batch, temperature=1.0, entropy_grad=False):
+        hidden = torch.nn.functional.one_hot(batch.ids[0, batch.where], 7).float()
+        logp, entropy = M.token_logprobs(hidden, self.table, batch.targets, temperature, entropy_grad=entropy_grad)
+        return tuple(srft.pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy))
+
+
+def grad_norm(monkeypatch, sequences, split=1, **switches):
+    """The gradient norm that update_policy reports for one step on these sequences."""
+    monkeypatch.setattr(srft.dist, "all_reduce", lambda *_: None)
+    cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), Bigram()
+    run = SimpleNamespace(policy=policy, device=torch.device("cpu"), reference=None,
+                          optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
+    batches = [sequences[i::split] for i in range(split)]
+    before = srft.forward_before_update(run, cfg, batches)
+    return srft.update_policy(run, cfg, batches, before, *srft.counts(sequences, cfg.loss_norm))["grad_norm"]
+
+
+def step_of_sequences():
+    rng = random.Random(0)
+    tokens = lambda n: [rng.randrange(7) for _ in range(n)]
+    return [M.Sequence(tokens(3), tokens(n), is_demo=n == 5, reward=float(n % 2), advantage=rng.gauss(0, 1),
+                       engine_logp=None if n == 5 else [0.0] * n) for n in (2, 3, 4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("norm, expected", [("sequence", (1, 5)), ("constant", (1, 5)), ("token", (5, 22))])
+def test_the_step_s_counts_are_in_sequences_or_for_the_token_norm_in_response_tokens(norm, expected):
+    assert srft.counts(step_of_sequences(), norm) == expected
+
+
+@pytest.mark.parametrize("level", ["sequence", "token", "batch"])
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_one_update_does_not_depend_on_how_the_step_is_split_into_micro_batches(monkeypatch, level, norm):
+    whole, parts = (grad_norm(monkeypatch, step_of_sequences(), split, entropy_level=level, loss_norm=norm)
+                    for split in (1, 4))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_an_entropy_bonus_changes_the_update(monkeypatch, level):
+    with_bonus, without = (grad_norm(monkeypatch, step_of_sequences(), entropy_level=level, entropy_coef=c) for c in (9.0, 0.0))
+    assert with_bonus != pytest.approx(without, rel=1e-3)

@@ -1,0 +1,189 @@
+"""The program from the command line: whole runs, kills, resumes, refusals."""
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENV, ROOT, SMALL, metrics, run, start
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model as M
+import srft
+
+METRICS = """reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
+response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
+engine/logp_diff_mean engine/logp_diff_max tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
+time/step perf/tokens_per_s perf/mfu perf/peak_memory_gb""".split()
+
+
+def weights(out):
+    return dict(AutoModelForCausalLM.from_pretrained(Path(out) / "hf", dtype=torch.float32).named_parameters())
+
+
+def assert_same_run(a, b):
+    """Bit for bit: every metric but the clock's, and every weight."""
+    assert metrics(a) == metrics(b)
+    one, two = weights(a), weights(b)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def wait_for(out, step, process, timeout=120):
+    """Until metrics.jsonl of the run holds this step."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        file = Path(out) / "metrics.jsonl"
+        if file.exists() and f'"step": {step},' in file.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} after {timeout} s")
+
+
+@pytest.mark.slow
+def test_a_run_leaves_the_folder_that_the_readme_promises(whole_run):
+    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(7))
+    assert all(set(METRICS) <= set(row) for row in rows[1:])
+    assert rows[-1]["engine/logp_diff_max"] < 1e-3
+    config = json.loads((whole_run / "config.json").read_text())
+    assert config["prompts_per_step"] == 4 and config["versions"]["torch"]
+    sample = json.loads((whole_run / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "id", "prompt", "response", "reward", "reason"} <= set(sample)
+    assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step-4", "step-6"]
+
+
+@pytest.mark.slow
+def test_the_export_opens_in_transformers_and_in_vllm_and_they_agree(whole_run):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(whole_run / "hf"), AutoTokenizer.from_pretrained(whole_run / "hf")
+    ids = tokenizer("12+34=?\n")["input_ids"]
+    greedy = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids):].tolist()
+    code = f"""
+import rollout
+from vllm import LLM, SamplingParams
+llm = LLM({str(whole_run / 'hf')!r}, dtype="float32", enforce_eager=True, max_model_len=128)
+print("TOKENS", llm.generate([{{"prompt_token_ids": {ids}}}], SamplingParams(temperature=0, max_tokens=30))[0].outputs[0].token_ids)
+"""
+    served = run(["-c", code])
+    assert json.loads(re.search(r"TOKENS (\[.*\])", served)[1]) == greedy
+
+
+@pytest.mark.slow
+def test_kill_nine_at_a_random_moment_and_resume_gives_the_same_bits(whole_run, tmp_path):
+    out = tmp_path / "run"
+    (process,) = start([*SMALL, "--out", out, "--steps", "6"])
+    wait_for(out, random.randint(2, 4), process)
+    time.sleep(random.random() * 0.5)
+    process.kill()
+    process.wait()
+    assert not (out / "hf").exists()
+    run([*SMALL, "--out", out, "--steps", "6", "--resume"])
+    assert_same_run(whole_run, out)
+
+
+@pytest.mark.slow
+def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whole_run, tmp_path):
+    out = tmp_path / "run"
+    (process,) = start([*SMALL, "--out", out, "--steps", "6", "--save_every", "100"])
+    wait_for(out, 1, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "--resume" in output, output[-2000:]
+    path, manifest = M.newest_checkpoint(out / "checkpoints")
+    done = manifest["state"]["step"]
+    assert 1 <= done < 6
+
+    # A truncated copy that looks newer is refused by name; the whole one is used, now on two ranks.
+    newer = out / "checkpoints" / f"step-{done + 1}"
+    newer.mkdir()
+    for file in path.iterdir():
+        (newer / file.name).write_bytes(file.read_bytes()[:-100] if file.suffix == ".distcp" else file.read_bytes())
+    output = run([*SMALL, "--out", out, "--steps", "6", "--resume"], ranks=2)
+    assert "truncated" in output and f"step-{done + 1}" in output and f"resumed {path}" in output
+    resumed, uninterrupted = metrics(out), metrics(whole_run)
+    assert [row["step"] for row in resumed] == list(range(7))
+    assert resumed[:done + 1] == uninterrupted[:done + 1]
+    # The first resumed step samples the same prompts with the same seeds from the same weights.
+    assert resumed[done + 1]["reward/mean"] == pytest.approx(uninterrupted[done + 1]["reward/mean"], abs=0.13)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
+    out = tmp_path / "tiny"
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
+               "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
+    done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"eval/heldout +base +[\d.]+ % +trained +[\d.]+ %", done.stdout), done.stdout[-2000:]
+    assert 0.05 <= metrics(out)[0]["eval/heldout"] <= 0.30               # what the shipped base model solves
+    assert (out / "curves.png").exists() and (out / "hf" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_neither_overwritten_nor_trained_further(whole_run):
+    before = metrics(whole_run)
+    assert "--resume" in run([*SMALL, "--out", whole_run, "--steps", "6"], ok=False)
+    run([*SMALL, "--out", whole_run, "--steps", "6", "--resume"])
+    assert metrics(whole_run) == before
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_data_order_is_refused(whole_run):
+    output = run([*SMALL, "--out", whole_run, "--steps", "8", "--resume", "--seed", "1"], ok=False)
+    assert "resume with the run's own flags" in output
+
+
+@pytest.mark.slow
+def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp_path):
+    """One run with the switches that need machinery of their own; then one whose gradient is never finite."""
+    run([*SMALL, "--out", tmp_path / "a", "--steps", "2", "--updates_per_rollout", "2", "--entropy_level", "batch", "--eq12_form",
+         "ratio", "--demo_in_group", "replaces", "--kl_coef", "0.1", "--entropy_coef", "0.001", "--require_think_end",
+         "--activation_checkpointing", "--n_rollouts", "5"])
+    assert len(metrics(tmp_path / "a")) == 3
+    output = run([*SMALL, "--out", tmp_path / "b", "--steps", "9", "--entropy_coef", "inf"], ok=False)
+    assert "not finite 5 times in a row" in output and "tiny/train/" in output
+    assert [row["steps_skipped"] for row in metrics(tmp_path / "b")[1:]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--stepps", "3"], "unrecognized arguments: --stepps"),
+    (["--method", "ppo"], "invalid choice: 'ppo'"),
+    (["--max_response_tokens", "800"], "over the window of 512 tokens"),
+    (["--max_prompt_tokens", "0"], "at least 1"),
+    (["--micro_batch_tokens", "100"], "raise that to at least"),
+    (["--prompts_per_step", "0"], "--prompts_per_step"),
+    (["--n_rollouts", "1", "--demo_in_group", "replaces"], "--n_rollouts"),
+    (["--temperature", "0"], "--temperature"),
+    (["--model", "no/such-model"], "--model"),
+    (["--data", "no/such-data"], "--data"),
+])
+def test_what_cannot_work_is_refused_at_the_start_with_the_fix(flags, says, tmp_path):
+    output = run(["srft.py", "--preset", "tiny", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
+    assert says in output and "Traceback" not in output, output[-2000:]
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_network_the_default_flags_name_the_two_flags_to_set(tmp_path):
+    output = run(["srft.py", "--out", tmp_path / "run"], ok=False, timeout=60)
+    assert "--model DIR" in output and "--data FILE-or-DIR" in output and "Traceback" not in output
+
+
+def test_help_explains_every_field_in_the_terms_of_the_paper():
+    text = run(["srft.py", "--help"])
+    for name, field in srft.Config.__dataclass_fields__.items():
+        assert f"--{name}" in text and field.metadata["help"]
+    assert "Eq. 8" in text and "App. B" in text and "rollouts:" in text
+
+
+def test_the_defaults_are_the_papers_configuration():
+    cfg = srft.parse_args([])
+    assert (cfg.model, cfg.data) == ("Qwen/Qwen2.5-Math-7B", "Elliott/Openr1-Math-46k-8192")
+    assert (cfg.steps, cfg.n_rollouts, cfg.prompts_per_step, cfg.updates_per_rollout) == (500, 8, 128, 1)
+    assert (cfg.lr, cfg.max_response_tokens, cfg.rope_theta, cfg.window) == (1e-6, 8192, 40_000, 16_384)
+    assert (cfg.temperature, cfg.eval_temperature, cfg.eval_top_p, cfg.tis_cap) == (1.0, 0.6, 1.0, 2.0)
