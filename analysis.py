@@ -18,7 +18,8 @@ PANELS = [                     # title, metrics drawn in it
 
 
 def read_rows(file):
-    """The rows of a .jsonl file, none if there is no file; a last line that a kill cut short is left out."""
+    """The rows of a .jsonl file, none if there is no file; a last line that a kill
+    cut short is left out."""
     rows = []
     for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
         try:
@@ -29,8 +30,9 @@ def read_rows(file):
 
 
 def draw_curves(run):
-    """Draw run/curves.png from run/metrics.jsonl (Fig. 6: reward, response length, entropy; and the two weights)."""
-    from matplotlib.figure import Figure           # no pyplot: no display, no global state, safe inside training
+    """Draw run/curves.png from run/metrics.jsonl (Fig. 6: reward, response length, entropy;
+    and the two weights)."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training
     rows = read_rows(Path(run) / "metrics.jsonl")
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS):
@@ -51,8 +53,8 @@ def draw_curves(run):
 
 
 class RunLog:
-    """Writes metrics.jsonl (one object a step), samples.jsonl and curves.png of a run, and TensorBoard events where
-    tensorboard is installed. Every rank may hold one; only an `active` one writes."""
+    """Writes metrics.jsonl (one object a step), samples.jsonl and curves.png of a run, and TensorBoard
+    events where tensorboard is installed. Every rank may hold one; only an `active` one writes."""
 
     def __init__(self, run, active, step):
         """Rows after `step`, which a resumed run is about to write again, are cut off first."""

@@ -1,14 +1,16 @@
-"""The policy: a Hugging Face causal LM, sharded by FSDP2, that turns packed sequences into log-probs and entropies.
+"""The policy: a Hugging Face causal LM, sharded by FSDP2, that turns packed sequences into
+log-probs and entropies.
 
-    policy = load_policy(path, mesh, device)                  # shards read straight from safetensors
-    for batch in pack(sequences, token_budget):               # no padding anywhere: sequences lie end to end
-        logp, entropy = policy(collate(batch, device))        # (B,T) nats each; entropy has no gradient
+    policy = load_policy(path, mesh, device)              # shards read straight from safetensors
+    for batch in pack(sequences, token_budget):           # no padding anywhere: sequences lie end to end
+        logp, entropy = policy(collate(batch, device))    # (B,T) nats each; entropy has no gradient
     save_checkpoint(...); load_checkpoint(...); export_hf(...)
 
-Covers App. B of the paper (RoPE theta, window) and everything that Eq. 1-13 take for granted: log pi_theta(y_t | x, y_<t)
-and the full-vocabulary entropy H_t of the same distribution, from one forward pass.
+Covers App. B of the paper (RoPE theta, window) and everything that Eq. 1-13 take for granted: log
+pi_theta(y_t | x, y_<t) and the full-vocabulary entropy H_t of the same distribution, from one forward pass.
 
-Letters: B sequences, T response tokens, N packed tokens, R response tokens in a pack, V vocabulary, D hidden size.
+Letters: B sequences, T response tokens, N packed tokens, R response tokens in a pack, V
+vocabulary, D hidden size.
 """
 import gc
 import json
@@ -33,15 +35,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, GenerationConfig
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Processes.
 
 def init_distributed(timeout_minutes=120):
     """Join the process group that torchrun describes (or a group of one) and build the device mesh.
 
-    Returns (rank, world, device, mesh). One node: a 1-D mesh, parameters sharded over all ranks. Several nodes:
-    a 2-D mesh for HSDP, sharded within a node (fast links) and replicated across nodes. CPU collectives run on
-    gloo beside nccl, for objects and checkpoint plans.
+    Returns (rank, world, device, mesh). One node: a 1-D mesh, parameters sharded over all ranks. Several
+    nodes: a 2-D mesh for HSDP, sharded within a node (fast links) and replicated across nodes. CPU
+    collectives run on gloo beside nccl, for objects and checkpoint plans.
     """
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
                         ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
@@ -57,15 +59,18 @@ def init_distributed(timeout_minutes=120):
     if cuda:
         torch.cuda.set_device(device)
     # The start may take long (a download, a first compilation), hence the generous timeout.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    shape, names = ((world // local, local), ("replicate", "shard")) if world > local else ((world,), ("shard",))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            timeout=timedelta(minutes=timeout_minutes))
+    shape, names = (((world // local, local), ("replicate", "shard")) if world > local else
+                    ((world,), ("shard",)))
     return dist.get_rank(), world, device, init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def fetch(name, repo_type, flag):
     """A local folder for `name`: itself if it exists, else a snapshot from the Hugging Face hub.
 
-    One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag when it cannot be had.
+    One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag
+    when it cannot be had.
     """
     if Path(name).exists():
         return str(name)
@@ -80,17 +85,19 @@ def fetch(name, repo_type, flag):
         if dist.is_initialized():
             dist.barrier()
     if error is not None:
-        raise FileNotFoundError(f"{flag} {name}: no such local path, and the Hugging Face hub did not give it "
-                                f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). Without network, pass "
-                                "local paths: --model DIR (config, tokenizer, safetensors) and --data FILE-or-DIR.")
+        raise FileNotFoundError(
+            f"{flag} {name}: no such local path, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). Without network, pass "
+            "local paths: --model DIR (config, tokenizer, safetensors) and --data FILE-or-DIR.")
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Log-probabilities and entropy without ever holding (N, V).
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Forward keeps only the log-normalizer of each token; backward recomputes the logits chunk by chunk."""
+    """Forward keeps only the log-normalizer of each token; backward recomputes the
+    logits chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk, entropy_grad):
@@ -98,13 +105,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logz, entropy = torch.empty_like(logp), torch.empty_like(logp)
         for s in range(0, len(hidden), chunk):
             c = slice(s, s + chunk)
-            logits = (hidden[c] @ weight.T).float().div_(temperature)                   # (chunk, V)
+            logits = (hidden[c] @ weight.T).float().div_(temperature)               # (chunk, V)
             top = logits.amax(-1, keepdim=True)
             p = (logits - top).exp_()
             z = p.sum(-1)
             logz[c] = z.log() + top[:, 0]
             logp[c] = logits.gather(-1, targets[c, None])[:, 0] - logz[c]
-            entropy[c] = logz[c] - torch.linalg.vecdot(p, logits) / z                   # H = log Z - E[logit]
+            entropy[c] = logz[c] - torch.linalg.vecdot(p, logits) / z               # H = log Z - E[logit]
         ctx.save_for_backward(hidden, weight, targets, logz, entropy)
         ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
         if not entropy_grad:
@@ -121,7 +128,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_p = (hidden[c] @ weight.T).float().div_(ctx.temperature).sub_(logz[c, None])    # (chunk, V)
             # d logp_y / d logits = onehot(y) - p.      d H / d logits = -p (log p + H).
             if ctx.entropy_grad:
-                scale = log_p.add(entropy[c, None]).mul_(grad_entropy[c, None]).add_(grad_logp[c, None]).neg_()
+                scale = (log_p.add(entropy[c, None]).mul_(grad_entropy[c, None])
+                         .add_(grad_logp[c, None]).neg_())
                 d = log_p.exp_().mul_(scale)
             else:
                 d = log_p.exp_().mul_(-grad_logp[c, None])
@@ -131,24 +139,26 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 if d.dtype == torch.float32:
                     grad_weight.addmm_(d.T, hidden[c])
-                elif d.is_cuda:            # a bf16 product added to the fp32 sum inside one kernel: no (V, D) temporary
+                elif d.is_cuda:  # a bf16 product added to the fp32 sum in one kernel: no (V, D) temporary
                     torch.addmm(grad_weight, d.T, hidden[c], out_dtype=torch.float32, out=grad_weight)
                 else:
                     grad_weight.addmm_(d.T.float(), hidden[c].float())
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
+                None, None, None, None)
 
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=1024, entropy_grad=False):
     """log softmax(hidden @ head_weight.T / temperature)[targets] and the entropy of that softmax.
 
-    hidden (N,D), head_weight (V,D), targets (N,) int64 -> logp (N,) with gradient, entropy (N,); nats, fp32.
-    The entropy has no gradient unless `entropy_grad` (an entropy bonus). Peak extra memory is two (chunk, V)
-    fp32 blocks, whatever N is; the gradient of head_weight is summed over chunks in fp32 and rounded once.
+    hidden (N,D), head_weight (V,D), targets (N,) int64 -> logp (N,) with gradient, entropy (N,); nats,
+    fp32. The entropy has no gradient unless `entropy_grad` (an entropy bonus). Peak extra memory is
+    two (chunk, V) fp32 blocks, whatever N is; the gradient of head_weight is summed over chunks in
+    fp32 and rounded once.
     """
     return _ChunkedLogProbs.apply(hidden, head_weight, targets, temperature, chunk, entropy_grad)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Packing: sequences lie end to end in one row of N tokens; attention is block-diagonal and causal.
 
 @dataclass
@@ -168,16 +178,18 @@ class Sequence:
 
 
 def pack(sequences, token_budget, multiple_of=1):
-    """Distribute sequences over micro-batches of at most `token_budget` tokens: first-fit on decreasing lengths.
+    """Distribute sequences over micro-batches of at most `token_budget` tokens: first-fit
+    on decreasing lengths.
 
-    Returns a list of lists; every sequence appears once. The number of micro-batches is a multiple of `multiple_of`
-    (the ranks), so that rank r trains on micro-batches r, r + ranks, ...; some may be empty. Micro-batches are then
-    evened out (each sequence to the lightest one) and sorted by size, so that ranks work on equal loads side by side.
-    Raises ValueError when one sequence alone is over the budget.
+    Returns a list of lists; every sequence appears once. The number of micro-batches is a multiple of
+    `multiple_of` (the ranks), so that rank r trains on micro-batches r, r + ranks, ...; some may be empty.
+    Micro-batches are then evened out (each sequence to the lightest one) and sorted by size, so that ranks
+    work on equal loads side by side. Raises ValueError when one sequence alone is over the budget.
     """
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     if order and len(sequences[order[0]]) > token_budget:
-        raise ValueError(f"a sequence of {len(sequences[order[0]])} tokens exceeds --micro_batch_tokens {token_budget}")
+        raise ValueError(f"a sequence of {len(sequences[order[0]])} tokens exceeds "
+                         f"--micro_batch_tokens {token_budget}")
 
     def place(bins, choose):
         loads = [0] * len(bins)
@@ -191,17 +203,19 @@ def pack(sequences, token_budget, multiple_of=1):
             loads[b] += len(sequences[i])
         return bins, loads
 
-    first_fit = place([], lambda loads, n: next((b for b, used in enumerate(loads) if used + n <= token_budget), None))
+    first_fit = place([], lambda loads, n: next((b for b, used in enumerate(loads)
+                                                 if used + n <= token_budget), None))
     count = max(1, math.ceil(len(first_fit[0]) / multiple_of)) * multiple_of
     even = place([[] for _ in range(count)], lambda loads, n: loads.index(min(loads)))
-    bins, loads = even if max(even[1]) <= token_budget else first_fit     # evening out may overflow; first-fit never
+    bins, loads = even if max(even[1]) <= token_budget else first_fit  # even may overflow, first-fit never
     bins, loads = bins + [[] for _ in range(count - len(bins))], loads + [0] * (count - len(bins))
     return [[sequences[i] for i in sorted(bins[b])] for b in sorted(range(count), key=lambda b: -loads[b])]
 
 
 @dataclass
 class Batch:
-    """A packed micro-batch on a device. `where[r]` is the position whose hidden state predicts `targets[r]`."""
+    """A packed micro-batch on a device. `where[r]` is the position whose hidden state
+    predicts `targets[r]`."""
     ids: torch.Tensor              # (1, N)
     positions: torch.Tensor        # (1, N), restarting at 0 with every sequence
     cu_seqlens: torch.Tensor       # (sequences + 1,) int32, where each sequence starts
@@ -212,61 +226,67 @@ class Batch:
 
 
 def collate(sequences, device):
-    """Sequences -> Batch. An empty list gives a batch of one token that predicts nothing, by which a rank without
-    work still joins every collective of its group."""
-    tokens = [np.concatenate([s.prompt, s.response]).astype(np.int64) for s in sequences] or [np.zeros(1, np.int64)]
+    """Sequences -> Batch. An empty list gives a batch of one token that predicts nothing, by which a rank
+    without work still joins every collective of its group."""
+    tokens = ([np.concatenate([s.prompt, s.response]).astype(np.int64) for s in sequences]
+              or [np.zeros(1, np.int64)])
     starts = np.cumsum([0] + [len(t) for t in tokens])
     where = [start + len(s.prompt) - 1 + np.arange(len(s.response)) for s, start in zip(sequences, starts)]
     to = lambda x, dtype=torch.int64: torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
     return Batch(
-        ids=to(np.concatenate(tokens))[None], positions=to(np.concatenate([np.arange(len(t)) for t in tokens]))[None],
+        ids=to(np.concatenate(tokens))[None],
+        positions=to(np.concatenate([np.arange(len(t)) for t in tokens]))[None],
         cu_seqlens=to(starts, torch.int32), max_seqlen=max(map(len, tokens)),
         where=to(np.concatenate(where) if where else []), lengths=[len(s.response) for s in sequences],
         targets=to(np.concatenate([s.response for s in sequences]) if sequences else []))
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *, cu_seq_lens_q=None,
-                     max_length_q=None, **_):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
+                     cu_seq_lens_q=None, max_length_q=None, **_):
     """Block-diagonal causal attention over packed sequences, in the calling convention of transformers.
 
-    query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash kernel that ships
-    with torch, told where sequences start, so that no layer waits for the device; on CPU one call a sequence.
+    query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash
+    kernel that ships with torch, told where sequences start, so that no layer waits for the device; on
+    CPU one call a sequence.
     """
-    if query.device.type == "cuda":
+    if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                   # (N, heads, d)
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
                           window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
         return out[None], None
     bounds = cu_seq_lens_q.tolist()
-    parts = [F.scaled_dot_product_attention(query[:, :, s:e], key[:, :, s:e], value[:, :, s:e], is_causal=True,
-                                            scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-             for s, e in zip(bounds, bounds[1:])]
+    parts = [F.scaled_dot_product_attention(
+                 query[:, :, s:e], key[:, :, s:e], value[:, :, s:e], is_causal=True, scale=scaling,
+                 enable_gqa=query.shape[1] != key.shape[1]) for s, e in zip(bounds, bounds[1:])]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
 AttentionInterface.register("packed", packed_attention)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The policy.
 
 class Policy(nn.Module):
-    """pi_theta. A thin root around the language model, because FSDP2 gathers the root's parameters (embedding, final
-    norm, head) only inside the root's own forward: hidden states and head must meet here."""
+    """pi_theta. A thin root around the language model, because FSDP2 gathers the root's
+    parameters (embedding, final norm, head) only inside the root's own forward: hidden states and
+    head must meet here."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
 
     def forward(self, batch, temperature=1.0, entropy_grad=False):
-        """Batch -> (logp (B,T), entropy (B,T)), right-padded with zeros; T is the longest response in the batch."""
+        """Batch -> (logp (B,T), entropy (B,T)), right-padded with zeros; T is the longest
+        response in the batch."""
         hidden = self.lm.base_model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=None, use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.max_seqlen).last_hidden_state[0]         # (N, D)
-        head = self.lm.get_output_embeddings().weight                                                    # (V, D)
-        logp, entropy = token_logprobs(hidden[batch.where], head, batch.targets, temperature, entropy_grad=entropy_grad)
-        if not batch.lengths:                       # nothing to predict: keep the graph, so that backward still runs
+            cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.max_seqlen).last_hidden_state[0]  # (N, D)
+        head = self.lm.get_output_embeddings().weight                                            # (V, D)
+        logp, entropy = token_logprobs(hidden[batch.where], head, batch.targets, temperature,
+                                       entropy_grad=entropy_grad)
+        if not batch.lengths:           # nothing to predict: keep the graph, so that backward still runs
             return logp[None].clone(), entropy[None].clone()
         return tuple(pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy))
 
@@ -289,9 +309,10 @@ def load_config(path, rope_theta=0.0, window=0):
     return config
 
 
-def build_policy(config, mesh, device, checkpointing=True):
-    """The sharded policy with uninitialized weights: fp32 master weights and gradient reduction everywhere; compute in
-    bf16 on GPU, fp32 on CPU. One FSDP2 unit a decoder block, the rest in the root."""
+def build_policy(config, mesh, device, checkpointing=True, bf16=None):
+    """The sharded policy with uninitialized weights: fp32 master weights and gradient reduction
+    everywhere; compute in bf16 on GPU, fp32 on CPU, unless `bf16` says otherwise. One FSDP2 unit a
+    decoder block, the rest in the root."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
@@ -299,20 +320,21 @@ def build_policy(config, mesh, device, checkpointing=True):
     if checkpointing:                # each decoder block keeps only its input and is recomputed in backward
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm.train())
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    kwargs = dict(mesh=mesh, mp_policy=bf16 if device.type == "cuda" else MixedPrecisionPolicy())
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    bf16 = device.type == "cuda" if bf16 is None else bf16
+    kwargs = dict(mesh=mesh, mp_policy=mixed if bf16 else MixedPrecisionPolicy())
     for block in lm.base_model.layers:
         fully_shard(block, **kwargs)
     fully_shard(policy, **kwargs)
     for module in policy.modules():
-        # Losses divide by counts over all ranks and micro-batches themselves, so gradients are summed, not averaged:
-        # 1 rank x 8, 2 x 4 and any split in between then agree.
+        # Losses divide by counts over all ranks and micro-batches themselves, so gradients are summed,
+        # not averaged: 1 rank x 8, 2 x 4 and any split in between then agree.
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)     # a plain sum, which gloo knows too
     policy.to_empty(device=device)
     lm.tie_weights()
-    for module in policy.modules():                    # to_empty also emptied RoPE's frequencies, which no file holds
+    for module in policy.modules():         # to_empty also emptied RoPE's frequencies, which no file holds
         if hasattr(module, "inv_freq"):
             for name, buffer in type(module)(config).named_buffers():
                 module.register_buffer(name, buffer.to(device), persistent=False)
@@ -320,23 +342,27 @@ def build_policy(config, mesh, device, checkpointing=True):
 
 
 def load_policy(path, config, mesh, device, checkpointing=True):
-    """build_policy, with the weights read from the safetensors in `path`: each rank reads only its own shards."""
+    """build_policy, with the weights read from the safetensors in `path`: each rank reads
+    only its own shards."""
     if not list(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"{path}: no *.safetensors here; --model takes a Hugging Face model folder")
     policy = build_policy(config, mesh, device, checkpointing)
-    state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}   # a tied head appears once
+    # A tied head appears once.
+    state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (Exception, dcp.api.CheckpointException) as e:       # the latter derives from BaseException
-        raise ValueError(f"{path}: the weights do not fit this config ({type(e).__name__}: {str(e)[-300:]})") from e
+        raise ValueError(f"{path}: the weights do not fit this config "
+                         f"({type(e).__name__}: {str(e)[-300:]})") from e
     return policy
 
 
 def full_parameters(policy, dtype):
-    """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a tied tensor comes once.
+    """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a
+    tied tensor comes once.
 
-    A collective: every rank must consume the whole stream. Shards are cast before they are gathered, so that bf16
-    moves half the bytes of the fp32 master weights.
+    A collective: every rank must consume the whole stream. Shards are cast before they are gathered, so
+    that bf16 moves half the bytes of the fp32 master weights.
     """
     policy.reshard()
     for name, p in policy.named_parameters():
@@ -347,22 +373,24 @@ def full_parameters(policy, dtype):
 def check_packing(policy, device, vocab_size):
     """Abort unless a packed forward equals separate forwards through transformers' own attention.
 
-    Guards against the silent failure of packing: a mask that lets one sequence see another (FACTS: 0.5 nats off).
-    Raises RuntimeError. A collective.
+    Guards against the silent failure of packing: a mask that lets one sequence see another (FACTS: 0.5
+    nats off). Raises RuntimeError. A collective.
     """
     rng = np.random.default_rng(0)
-    sequences = [Sequence(rng.integers(0, vocab_size, 3 + i), rng.integers(0, vocab_size, 5 + 4 * i)) for i in range(3)]
+    sequences = [Sequence(rng.integers(0, vocab_size, 3 + i), rng.integers(0, vocab_size, 5 + 4 * i))
+                 for i in range(3)]
     packed = policy(collate(sequences, device))[0]
     policy.lm.set_attn_implementation("sdpa")
     alone = [policy(collate([s], device))[0][0] for s in sequences]
     policy.lm.set_attn_implementation("packed")
-    policy.reshard()           # a forward without backward leaves the root gathered: named_parameters() would be copies
+    policy.reshard()  # a forward without backward leaves the root gathered: named_parameters() are copies
     error = torch.stack([(packed[i, :len(a)] - a).abs().mean() for i, a in enumerate(alone)]).max().item()
     limit = 1e-3 if device.type == "cpu" else 0.05                            # fp32; bf16
     if not error < limit:
-        raise RuntimeError(f"packed and separate forwards differ by {error:.4f} nats on average (limit {limit}): with "
-                           f"this architecture ({policy.lm.config.model_type}) or transformers version, packed "
-                           "sequences see each other. Use a Qwen2 or Llama model, or the pinned versions.")
+        raise RuntimeError(f"packed and separate forwards differ by {error:.4f} nats on average "
+                           f"(limit {limit}): with this architecture ({policy.lm.config.model_type}) or "
+                           "transformers version, packed sequences see each other. Use a Qwen2 or Llama "
+                           "model, or the pinned versions.")
 
 
 def seed_everything(seed):
@@ -372,20 +400,23 @@ def seed_everything(seed):
 
 
 def forward_backward_flops(config, parameters, sequences):
-    """Model FLOPs of one forward and backward over `sequences` (for MFU): 6 per weight and token, the embedding look-up
-    not counted and the head counted on response tokens only, plus causal attention. Recomputation does not count."""
+    """Model FLOPs of one forward and backward over `sequences` (for MFU): 6 per weight and token, the
+    embedding look-up not counted and the head counted on response tokens only, plus causal attention.
+    Recomputation does not count."""
     head = config.vocab_size * config.hidden_size
     body = parameters - head * (1 if config.tie_word_embeddings else 2)
     width = config.num_hidden_layers * config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     n = sum(map(len, sequences))
-    return 6 * body * n + 6 * head * sum(len(s.response) for s in sequences) + 6 * width * sum(len(s)**2 for s in sequences)
+    return (6 * body * n + 6 * head * sum(len(s.response) for s in sequences)
+            + 6 * width * sum(len(s)**2 for s in sequences))
 
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the GPU from its data sheet; None on CPU and for cards not listed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for card, flops in (("H100", 989e12), ("H200", 989e12), ("A100", 312e12)) if card in name), None)
+    return next((flops for card, flops in (("H100", 989e12), ("H200", 989e12), ("A100", 312e12))
+                 if card in name), None)
 
 
 def peak_memory_gb(device):
@@ -395,12 +426,14 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: out/NAME/checkpoints/step-N/, complete if and only if its manifest lists every file with its size.
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints: out/NAME/checkpoints/step-N/, complete if and only if its manifest lists
+# every file with its size.
 
 def _rng_state():
     name, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
+             "numpy": (name, keys.tolist(), *rest)}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
@@ -413,10 +446,11 @@ def _set_rng_state(state):
 
 
 def save_checkpoint(folder, policy, optimizer, state, keep):
-    """Write weights, optimizer, RNGs and the JSON-able dict `state` (with its "step") to folder/step-N. A collective.
+    """Write weights, optimizer, RNGs and the JSON-able dict `state` (with its "step") to
+    folder/step-N. A collective.
 
-    Everything goes to a temporary name first and is renamed when it is complete, so a kill at any moment leaves the
-    previous checkpoint whole. The newest `keep` are kept.
+    Everything goes to a temporary name first and is renamed when it is complete, so a kill at any moment
+    leaves the previous checkpoint whole. The newest `keep` are kept.
     """
     folder, rank = Path(folder), dist.get_rank()
     final = folder / f"step-{state['step']}"
@@ -450,13 +484,15 @@ def _step(path):
 
 
 def inspect_checkpoint(path):
-    """The manifest of one checkpoint. Raises ValueError naming the file that is missing, cut short or foreign."""
+    """The manifest of one checkpoint. Raises ValueError naming the file that is missing,
+    cut short or foreign."""
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: not a complete checkpoint of this program (manifest.json: {e})") from None
+        raise ValueError(f"{path}: not a complete checkpoint of this program "
+                         f"(manifest.json: {e})") from None
     for name, size in files:
         found = (path / name).stat().st_size if (path / name).exists() else "no such file"
         if found != size:
@@ -465,8 +501,8 @@ def inspect_checkpoint(path):
 
 
 def newest_checkpoint(folder, log=print):
-    """(path, manifest) of the newest whole checkpoint, or None. A broken one is named and passed over; if checkpoints
-    exist but none is whole, ValueError."""
+    """(path, manifest) of the newest whole checkpoint, or None. A broken one is named and passed over; if
+    checkpoints exist but none is whole, ValueError."""
     paths = sorted((p for p in Path(folder).glob("step-*") if _step(p) >= 0), key=_step, reverse=True)
     for path in paths:
         try:
@@ -474,19 +510,21 @@ def newest_checkpoint(folder, log=print):
         except ValueError as e:
             log(f"refusing a checkpoint: {e}")
     if paths:
-        raise ValueError(f"{folder}: none of its {len(paths)} checkpoints is whole; move them away to start over")
+        raise ValueError(f"{folder}: none of its {len(paths)} checkpoints is whole; "
+                         "move them away to start over")
     return None
 
 
 def load_checkpoint(path, manifest, policy, optimizer):
-    """Restore weights, optimizer and RNGs in place; returns the saved `state`. Works on another number of ranks, where
-    RNGs (which nothing in a step depends on) restart from the seed. A collective. Raises ValueError if the
-    checkpoint is of another model."""
+    """Restore weights, optimizer and RNGs in place; returns the saved `state`. Works on another number of
+    ranks, where RNGs (which nothing in a step depends on) restart from the seed. A collective. Raises
+    ValueError if the checkpoint is of another model."""
     shapes = {name: list(p.shape) for name, p in policy.named_parameters()}
     if shapes != manifest["shapes"]:
-        name = next((n for n in shapes if shapes[n] != manifest["shapes"].get(n)), "the number of parameters")
-        raise ValueError(f"{path}: a checkpoint of another model: {name} is {manifest['shapes'].get(name)} there, "
-                         f"{shapes.get(name)} here; use the run's own --model, or another --out")
+        name = next((n for n in shapes if shapes[n] != manifest["shapes"].get(n)),
+                    "the number of parameters")
+        raise ValueError(f"{path}: a checkpoint of another model: {name} is {manifest['shapes'].get(name)} "
+                         f"there, {shapes.get(name)} here; use the run's own --model, or another --out")
     weights, moments = get_state_dict(policy, optimizer)
     state = {"model": weights, "optimizer": moments}
     try:
@@ -500,8 +538,8 @@ def load_checkpoint(path, manifest, policy, optimizer):
 
 
 def export_hf(folder, policy, tokenizer, dtype, generation=None):
-    """Write safetensors, config (with the RoPE override) and tokenizer that transformers and `vllm serve` open as they
-    are. A collective; rank 0 holds the whole model in host memory once, in `dtype`."""
+    """Write safetensors, config (with the RoPE override) and tokenizer that transformers and `vllm serve`
+    open as they are. A collective; rank 0 holds the whole model in host memory once, in `dtype`."""
     rank0, folder, state = dist.get_rank() == 0, Path(folder), {}
     for name, tensor in full_parameters(policy, dtype):
         if rank0:

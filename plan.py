@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model as M
+from config import check_config
 
 GIB = 2**30
 CARD = 80e9              # bytes, as the name "80 GB" promises
@@ -98,9 +99,9 @@ def simulate(config, cfg, world=8):
                    collectives, the head's (chunk, V) blocks and its fp32 (V, D) gradient
       reference    with kl_coef: shards of the frozen model, and its root, which stays gathered in bf16
 
-    and two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg srft.Config.
-    The first step, untracked, creates the optimizer's state and fills DTensor's cache of output shapes, which it
-    finds with unsharded fakes; the tracker would count those (AdamW on the 7B model would "need" 120 GiB).
+    and two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg config.Config.
+    The first step, untracked, creates the optimizer's state and fills DTensor's cache of output shapes. It
+    finds them with unsharded fakes, which the tracker would count: AdamW at 7B would "need" 120 GiB.
     """
     with _simulated_gpus(world) as mesh:
         device = torch.device("cpu")
@@ -149,16 +150,15 @@ def tokens_per_step(cfg, world, length):
     return sequences, sequences * length, cfg.updates_per_rollout * math.ceil(packs / world)
 
 
-def show(cfg, check=None, world=8):
+def show(cfg, world=8):
     """Print the plan of `cfg` on `world` cards of 80 GB and return what `simulate` returns; on rank 0 only.
 
-    check(cfg, world, config) may refuse it first. Raises FileNotFoundError without a config.
+    Raises FileNotFoundError without a model config, ValueError for a configuration that could not run.
     """
     if int(os.environ.get("RANK", 0)) != 0:
         return None
     config, source = read_config(cfg.model, cfg.rope_theta, cfg.window)
-    if check is not None:
-        check(cfg, world, config)
+    check_config(cfg, world, config.max_position_embeddings)
     print(f"simulating two training steps on {world} ranks (half a minute at 7B) ...", flush=True)
     memory = simulate(config, cfg, world)
     print("\n".join(report(config, cfg, memory, source, world)), flush=True)

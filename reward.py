@@ -288,7 +288,8 @@ def _address_space():
 
 def _worker_main(fd, memory_mb, seconds):
     """Answers the items that arrive on socket `fd`, until the parent closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent, which then kills us
+    for ignored in (signal.SIGINT, signal.SIGTERM):         # for the parent, which still needs us; it kills us
+        signal.signal(ignored, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: die with it, mid-hang too
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
         del sys.path[0]                                     # our data.py must not shadow a package's

@@ -1,19 +1,22 @@
-"""The colocated vLLM engine: it samples the rollouts of Sec. 4.2 in the same processes, on the same GPUs, as training.
+"""The colocated vLLM engine: it samples the rollouts of Sec. 4.2 in the same processes, on the
+same GPUs, as training.
 
-    engine = RolloutEngine(folder, dtype="bfloat16", max_tokens=9216)       # one engine a rank, no weights yet
-    engine.sync_weights(full_parameters(policy, dtype), version=0)          # straight from the FSDP2 shards
+    engine = RolloutEngine(folder, dtype="bfloat16", max_tokens=9216)  # one engine a rank, no weights yet
+    engine.sync_weights(full_parameters(policy, dtype), version=0)     # straight from the FSDP2 shards
     rollouts = engine.generate(prompts, n=8, temperature=1.0, max_tokens=8192, seed=0, version=0)
-    engine.sleep(); train(); engine.sync_weights(..., version=1)            # wakes by itself
+    engine.sleep(); train(); engine.sync_weights(..., version=1)       # wakes by itself
 
-Only vLLM's public API is used, and no other file imports vllm. `folder` needs config and tokenizer only: the engine never
-reads weights from disk, so it can serve nothing but what the trainer sent. Each transfer carries a version, and asking
-for another version than the one loaded is an error: stale weights, the classic silent bug of RL stacks, cannot happen.
+Only vLLM's public API is used, and no other file imports vllm. `folder` needs config and tokenizer only:
+the engine never reads weights from disk, so it can serve nothing but what the trainer sent. Each transfer
+carries a version, and asking for another version than the one loaded is an error: stale weights, the
+classic silent bug of RL stacks, cannot happen.
 """
 import gc
 import os
 from dataclasses import dataclass
 
-# Read by vLLM at import. One engine in this very process; the trainer keeps its own threads on CPU; only errors are logged.
+# Read by vLLM at import. One engine in this very process; the trainer keeps its own threads on CPU;
+# only errors are logged.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                       # GiB
@@ -25,7 +28,8 @@ import torch._dynamo  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 if not torch.cuda.is_available():
-    # vLLM compiles one small log-prob helper even in eager mode: on CPU that costs 4 s and needs a C++ compiler.
+    # vLLM compiles one small log-prob helper even in eager mode: on CPU that costs 4 s
+    # and needs a C++ compiler.
     torch._dynamo.config.disable = True
 
 
@@ -35,7 +39,8 @@ class StaleWeightsError(RuntimeError):
 
 @dataclass
 class Rollout:
-    """One response y ~ pi_engine(. | x). `logprobs` are of the sampled tokens, after temperature, in nats."""
+    """One response y ~ pi_engine(. | x). `logprobs` are of the sampled tokens, after
+    temperature, in nats."""
     tokens: list[int]              # EOS included if the response ended by itself
     logprobs: list[float]
     text: str                      # special tokens removed
@@ -43,63 +48,73 @@ class Rollout:
 
 
 class RolloutEngine:
-    """A vLLM engine (tensor parallel 1) on this rank. Every method but `generate` and `sleep` is a collective when the
-    weights come from sharded parameters, since those are gathered as the engine reads them."""
+    """A vLLM engine (tensor parallel 1) on this rank. Every method but `generate` and `sleep`
+    is a collective when the weights come from sharded parameters, since those are gathered as
+    the engine reads them."""
 
-    def __init__(self, folder, dtype, max_tokens, max_sequences=256, gpu_memory_utilization=0.45, eager=None, seed=0):
-        """folder: config and tokenizer. max_tokens: longest prompt + response. max_sequences: decoded at once.
-        gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no CUDA graphs; default on
-        CPU, where compiling costs more than it saves."""
+    def __init__(self, folder, dtype, max_tokens, max_sequences=256, gpu_memory_utilization=0.45,
+                 eager=None, seed=0):
+        """folder: config and tokenizer. max_tokens: longest prompt + response. max_sequences: decoded at
+        once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
+        CUDA graphs; default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
         self.cuda = torch.cuda.is_available()
         self.weights_version, self.asleep = None, False
-        # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the embedding is not
-        # reloaded by name: it would go on serving its first, packed weights. On CPU the engine therefore unties it.
+        # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the
+        # embedding is not reloaded by name: it would go on serving its first, packed weights. On CPU the
+        # engine therefore unties it.
         self.untied = not self.cuda and AutoConfig.from_pretrained(folder).tie_word_embeddings
         self.llm = LLM(
-            str(folder), load_format="dummy", dtype=dtype, max_model_len=max_tokens, max_num_seqs=max_sequences, seed=seed,
-            tensor_parallel_size=1, distributed_executor_backend="external_launcher",
+            str(folder), load_format="dummy", dtype=dtype, max_model_len=max_tokens,
+            max_num_seqs=max_sequences, seed=seed, tensor_parallel_size=1,
+            distributed_executor_backend="external_launcher",
             enforce_eager=not self.cuda if eager is None else eager, enable_sleep_mode=self.cuda,
-            gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True, disable_log_stats=True,
-            hf_overrides={"tie_word_embeddings": False} if self.untied else {},
-            logprobs_mode="processed_logprobs",      # the distribution that was sampled from: the one the ratio needs
+            gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True,
+            disable_log_stats=True, hf_overrides={"tie_word_embeddings": False} if self.untied else {},
+            logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
         )
         self.tokenizer = self.llm.get_tokenizer()
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0, progress=False):
         """Sample n responses to each prompt.
 
-        prompts: list of token-id lists; seed: an int, or one for each prompt, from which each of its n requests derives
-        its own, so that what a prompt yields depends on nothing but its seed. Returns, for each prompt, its n Rollouts.
-        Raises StaleWeightsError unless weights were synced and, if `version` is given, are of that version.
+        prompts: list of token-id lists; seed: an int, or one for each prompt, from which each of its n
+        requests derives its own, so that what a prompt yields depends on nothing but its seed. Returns,
+        for each prompt, its n Rollouts. Raises StaleWeightsError unless weights were synced and, if
+        `version` is given, are of that version.
         """
         from vllm import SamplingParams
         if self.weights_version is None or version not in (None, self.weights_version):
-            raise StaleWeightsError(f"asked for rollouts of weights version {version}, but the engine holds "
-                                    f"{self.weights_version}: call sync_weights after every optimizer step")
+            raise StaleWeightsError(f"asked for rollouts of weights version {version}, but the engine "
+                                    f"holds {self.weights_version}: call sync_weights after every "
+                                    "optimizer step")
         if not prompts:
             return []
         seeds = seed if isinstance(seed, (list, tuple)) else [seed + i * n for i in range(len(prompts))]
-        params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens, seed=s % 2**63,
-                                 logprobs=0, detokenize=False) for s in seeds]           # logprobs=0: the sampled token's
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=progress)
+        # logprobs=0: the sampled token's.
+        params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens,
+                                 seed=s % 2**63, logprobs=0, detokenize=False) for s in seeds]
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params,
+                                    use_tqdm=progress)
         samples = [sorted(o.outputs, key=lambda c: c.index) for o in outputs]
         texts = iter(self.tokenizer.batch_decode([list(c.token_ids) for cs in samples for c in cs],
                                                  skip_special_tokens=True))
         return [[Rollout(tokens=list(c.token_ids), text=next(texts), finished=c.finish_reason == "stop",
-                         logprobs=[at[t].logprob for at, t in zip(c.logprobs, c.token_ids)]) for c in cs] for cs in samples]
+                         logprobs=[at[t].logprob for at, t in zip(c.logprobs, c.token_ids)]) for c in cs]
+                for cs in samples]
 
     def sync_weights(self, named_tensors, version):
         """Load (Hugging Face name, full tensor) pairs, consumed lazily, one tensor at a time.
 
-        Wakes a sleeping engine: weights first, then, when they are in place, the KV cache; cached prefixes of the old
-        weights are dropped.
+        Wakes a sleeping engine: weights first, then, when they are in place, the KV cache; cached
+        prefixes of the old weights are dropped.
         """
-        self.weights_version = None                  # a transfer that fails half-way must not leave a valid version
+        self.weights_version = None         # a transfer that fails half-way must not leave a valid version
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         # Without an iterator, reload_weights would re-read the folder: stale weights without an error.
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(named_tensors)})
+        self.llm.collective_rpc("reload_weights",
+                                kwargs={"weights_iterator": self._with_head(named_tensors)})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
@@ -113,7 +128,8 @@ class RolloutEngine:
                 yield "lm_head.weight", tensor
 
     def sleep(self):
-        """Give the GPU back to training: drop weights (the trainer has them) and KV cache. Nothing to do on CPU."""
+        """Give the GPU back to training: drop weights (the trainer has them) and KV cache.
+        Nothing to do on CPU."""
         if self.cuda and not self.asleep:
             self.llm.sleep(level=2)
             self.asleep, self.weights_version = True, None

@@ -12,9 +12,8 @@ import torch.distributed as dist
 import model as M
 import rollout
 import srft
+from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
-
-TINY = srft.TINY
 
 
 def made_up_sequences():
@@ -32,7 +31,7 @@ def made_up_sequences():
 def gradients(out, budget, count, *overrides):
     """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
     rank, world, device, mesh = M.init_distributed()
-    cfg = srft.parse_args(["--preset", "tiny", *overrides])
+    cfg = parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False)
     got = {}
 
@@ -101,7 +100,7 @@ def engine(out):
 
 def recorded(tape, *flags):
     """A whole run: the first time, with the real engine, it writes all rollouts to `tape`; later runs read them there."""
-    tape, cfg = Path(tape), srft.parse_args(list(flags))
+    tape, cfg = Path(tape), parse_args(list(flags))
     known = pickle.loads(tape.read_bytes()) if tape.exists() else None
     recording = {}
 

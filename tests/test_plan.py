@@ -2,6 +2,7 @@
 
     pytest tests/test_plan.py                 # -m "not slow" leaves out the two whole command lines
 """
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import plan
-import srft
+from config import Config
 
 ROOT = Path(plan.__file__).resolve().parent
 # No network, whatever the machine has: an address that nothing answers, and an empty hub cache.
@@ -30,12 +31,12 @@ def small(tmp_path):
     config = plan.DEFAULT_CONFIG | dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=2,
                                         vocab_size=8192, num_attention_heads=4, num_key_value_heads=2)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return srft.Config(model=str(tmp_path), max_prompt_tokens=128, max_response_tokens=384,
+    return Config(model=str(tmp_path), max_prompt_tokens=128, max_response_tokens=384,
                        micro_batch_tokens=2048)
 
 
 def simulate(cfg, **changes):
-    cfg = srft.dataclasses.replace(cfg, **changes)
+    cfg = dataclasses.replace(cfg, **changes)
     return plan.simulate(plan.read_config(cfg.model, cfg.rope_theta, cfg.window)[0], cfg)
 
 
@@ -79,7 +80,7 @@ def test_the_simulation_leaves_the_process_as_it_was(small):
 
 
 def test_tokens_per_step_count_the_demonstration_that_joins_or_replaces():
-    cfg = srft.Config()
+    cfg = Config()
     assert plan.tokens_per_step(cfg, 8, 9216) == (1152, 1152 * 9216, 144)    # one sequence a micro-batch
     assert plan.tokens_per_step(cfg, 8, 2048) == (1152, 1152 * 2048, 18)      # eight
     cfg.demo_in_group = "replaces"

