@@ -77,8 +77,8 @@ class Config:
     entropy_level: str = opt("sequence", "objective", "H in the weights: each sequence's mean, each "
                              "token's own, or the step's mean (costs a second forward)",
                              ("sequence", "token", "batch"))
-    demo_shaping: float = opt(0.0, "objective", "gamma of pi/(pi+gamma) in place of pi in Eq. "
-                              "9-10; LUFFY: 0.1")
+    demo_shaping: float = opt(0.0, "objective", "gamma of pi/(pi+gamma) in place of pi in "
+                              "Eq. 9-10; LUFFY: 0.1")
     eq12_form: str = opt("log", "objective", "Eq. 12 on log pi, or on the ratio pi/pi_old",
                          ("log", "ratio"))
     eq12_advantage: bool = opt(False, "objective", "Eq. 12 scaled by the group's A instead of +1 and -1")

@@ -2,7 +2,7 @@
 
     load_examples("train.parquet")    the schema of Openr1-Math-46k-8192 (Sec. 5.1), or plain
                                       problem/answer/solution
-    Tokenized.build(...)              Fig. A3 / A4 templates, demonstration tokens with EOS, length limits
+    tokenize(examples, ...)           Fig. A3 / A4 templates, demonstration tokens with EOS, length limits
     Order(n, seed)                    which example comes next; its whole state is one integer
     tiny_examples("train")            a built-in reasoning task that a laptop learns in minutes
 

@@ -1,11 +1,11 @@
 """SRFT: supervised and reinforcement fine-tuning in a single stage (Eq. 5-13 of the paper), end to end.
 
-    torchrun --nproc_per_node=8 srft.py                       # the paper's 7B run: 500 x 128 prompts x 8 rollouts
-    torchrun --nproc_per_node=2 srft.py --preset tiny         # the same code on a laptop's CPU, in minutes
-    torchrun --nproc_per_node=8 srft.py --dry_run             # print the memory plan, run nothing
+    torchrun --nproc_per_node=8 srft.py                # the paper's 7B run: 500 x 128 prompts x 8 rollouts
+    torchrun --nproc_per_node=2 srft.py --preset tiny  # the same code on a laptop's CPU, in minutes
+    torchrun --nproc_per_node=8 srft.py --dry_run      # print the memory plan, run nothing
 
-Top to bottom: the objective, one optimizer update, the training loop. Every choice that the paper leaves open is a
-field of config.Config; the README's table of decisions says why its default is what it is.
+Top to bottom: the objective, one optimizer update, the training loop. Every choice that the paper leaves
+open is a field of config.Config; the README's table of decisions says why its default is what it is.
 """
 import json
 import os
@@ -32,14 +32,15 @@ from reward import Grader
 from rollout import RolloutEngine
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The objective.
 
 def group_advantage(reward, group, use_std=True, eps=1e-6):
-    """Eq. 7: A_k = (r_k - mean(r)) / (std(r) + eps) over the sequences of k's group (Eq. 2 if it has no demo).
+    """Eq. 7: A_k = (r_k - mean(r)) / (std(r) + eps) over the sequences of k's group
+    (Eq. 2 if it has no demo).
 
-    reward (B,) float, group (B,) int64 (same number, same group) -> (B,). Population standard deviation. A group
-    whose rewards are all equal gets 0.
+    reward (B,) float, group (B,) int64 (same number, same group) -> (B,). Population standard deviation.
+    A group whose rewards are all equal gets 0.
 
     >>> group_advantage(torch.tensor([1., 0., 0., 1.]), torch.tensor([0, 0, 1, 1]))
     tensor([ 1.0000, -1.0000, -1.0000,  1.0000])
@@ -56,51 +57,55 @@ def entropy_weight(kind, scale, exponent):
             "constant": torch.full_like(exponent, scale)}[kind]
 
 
-def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: Config, n_demo, n_rollout, logp_old=None,
-              tis=None, logp_ref=None):
-    """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12), on one micro-batch.
+def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: Config, n_demo, n_rollout,
+              logp_old=None, tis=None, logp_ref=None):
+    """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12),
+    on one micro-batch.
 
     With <x>_i = (1/|y_i|) sum_t x_{i,t} and H_i = <H_{i,t}>, gradient stopped:
       Eq. 8    (1/n_demo)    sum over demonstrations   0.5 exp(-H_i) <-log pi>_i
-      Eq. 9   -(1/n_demo)    sum over demonstrations   A_i <pi>_i              pi_beta = 1 in Eq. 10, no clipping
-      Eq. 12   (1/n_rollout) [ sum over correct rollouts 0.1 exp(H_i) <-log pi>_i + sum over wrong ones <log pi>_i ]
+      Eq. 9   -(1/n_demo)    sum over demonstrations   A_i <pi>_i      pi_beta = 1 in Eq. 10, no clipping
+      Eq. 12   (1/n_rollout) [ sum over correct rollouts 0.1 exp(H_i) <-log pi>_i
+                               + sum over wrong ones <log pi>_i ]
 
-    logp, entropy, mask (B,T): log pi_theta(y_t | x, y_<t) in nats with gradient, H_t in nats, and 1 on response
-    tokens (EOS included), 0 on padding. reward, advantage, is_demo (B,): R(x,y) of Eq. A2, A of Eq. 7, bool.
-    n_demo, n_rollout: sequences of each kind in the WHOLE optimizer step, over all ranks and micro-batches (with
-    cfg.loss_norm "token": their response tokens), so that losses and gradients of micro-batches simply add up.
-    logp_old (B,T): log pi before the step's first update; None means pi itself. tis (B,T): truncated importance
-    weights pi/pi_engine, used on rollouts only. logp_ref (B,T): log-probs of the base model, for cfg.kl_coef.
+    logp, entropy, mask (B,T): log pi_theta(y_t | x, y_<t) in nats with gradient, H_t in nats, and 1 on
+    response tokens (EOS included), 0 on padding. reward, advantage, is_demo (B,): R(x,y) of Eq. A2, A of
+    Eq. 7, bool. n_demo, n_rollout: sequences of each kind in the WHOLE optimizer step, over all ranks and
+    micro-batches (with cfg.loss_norm "token": their response tokens), so that losses and gradients of
+    micro-batches simply add up. logp_old (B,T): log pi before the step's first update; None means pi
+    itself. tis (B,T): truncated importance weights pi/pi_engine, used on rollouts only. logp_ref (B,T):
+    log-probs of the base model, for cfg.kl_coef.
 
-    Returns (scalar loss, stats): "loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg" sum to the loss
-    (but for bonus and penalty switches); "w_sft", "w_rl": means over the sequences they apply to, 0 if none.
+    Returns (scalar loss, stats): "loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg" sum to the
+    loss (but for bonus and penalty switches); "w_sft", "w_rl": means over the sequences they apply to, 0
+    if none.
     """
     mask = mask.to(logp.dtype)
-    clean = lambda x: None if x is None else x.masked_fill(mask == 0, 0.0)      # even nan on padding takes no part
+    clean = lambda x: None if x is None else x.masked_fill(mask == 0, 0.0)  # nan on padding takes no part
     logp, entropy, logp_old, tis, logp_ref = map(clean, (logp, entropy, logp_old, tis, logp_ref))
     demo, correct = is_demo.bool(), ~is_demo.bool() & (reward > 0)
     wrong = ~demo & ~correct
     length = mask.sum(1).clamp(min=1)
     norm = {"sequence": length[:, None], "token": 1.0, "constant": cfg.max_response_tokens}[cfg.loss_norm]
-    mean = lambda x: (x * mask / norm).sum(1)                                                   # <x>_i  (B,)
+    mean = lambda x: (x * mask / norm).sum(1)                                             # <x>_i  (B,)
     total = lambda x, which, n: torch.where(which, x, 0.0).sum() / max(n, 1)
 
     # H(pi_theta), gradient stopped: (B,1), or (B,T) token by token.
     h = (entropy.detach() * mask).sum(1, keepdim=True) / length[:, None]
     if cfg.entropy_level == "token":
         h = entropy.detach()
-    elif cfg.entropy_level == "batch":       # over the sequences given; the training loop passes the step's mean
+    elif cfg.entropy_level == "batch":  # over the sequences given; the training loop passes the step's mean
         of_kind = lambda which: total(h[:, 0], which, int(which.sum()))
         h = torch.where(demo[:, None], of_kind(demo), of_kind(~demo))
-    w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                                  # Eq. 8
-    w_rl = entropy_weight(cfg.w_rl, 0.1, h)                                                     # Eq. 12
+    w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                            # Eq. 8
+    w_rl = entropy_weight(cfg.w_rl, 0.1, h)                                               # Eq. 12
 
     # Learning from demonstrations (Sec. 4.1).
-    sft_demo = total(mean(w_sft * -logp), demo, n_demo)                                         # Eq. 8
-    ratio = logp.exp()                                                                          # Eq. 10
+    sft_demo = total(mean(w_sft * -logp), demo, n_demo)                                   # Eq. 8
+    ratio = logp.exp()                                                                    # Eq. 10
     if cfg.demo_shaping:
         ratio = ratio / (ratio + cfg.demo_shaping)
-    rl_demo = total(-advantage * mean(ratio), demo, n_demo)                                     # Eq. 9
+    rl_demo = total(-advantage * mean(ratio), demo, n_demo)                               # Eq. 9
 
     # Learning from self-exploration (Sec. 4.2). The rewards {1,-1} of Eq. 11 enter as the sign of each sum.
     score = logp
@@ -108,13 +113,13 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: Config, n_de
         score = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
     score = score if tis is None else score * tis
     sign = advantage if cfg.eq12_advantage else torch.where(correct, 1.0, -1.0).to(logp.dtype)
-    rl_pos = total(-sign * mean(w_rl * score), correct, n_rollout)                              # Eq. 12, left
-    rl_neg = total(-sign * mean(score), wrong, n_rollout)                                       # Eq. 12, right
+    rl_pos = total(-sign * mean(w_rl * score), correct, n_rollout)                        # Eq. 12, left
+    rl_neg = total(-sign * mean(score), wrong, n_rollout)                                 # Eq. 12, right
 
-    loss = sft_demo + rl_demo + rl_pos + rl_neg                                                 # Eq. 13
+    loss = sft_demo + rl_demo + rl_pos + rl_neg                                           # Eq. 13
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * total(mean(entropy), ~demo, n_rollout)
-    if cfg.kl_coef:                          # the k3 estimate e^d - d - 1, d = log(ref/pi): unbiased, never negative
+    if cfg.kl_coef:               # the k3 estimate e^d - d - 1, d = log(ref/pi): unbiased, never negative
         d = logp_ref - logp
         loss = loss + cfg.kl_coef * total(mean(d.exp() - d - 1), ~demo, n_rollout)
     weight = lambda w, which: total((w * mask).sum(1) / length, which, int(which.sum()))
@@ -126,7 +131,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: Config, n_de
 LOSSES = {"srft": srft_loss}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # One optimizer update on packed micro-batches.
 
 def padded(rows, device):
@@ -141,7 +146,8 @@ def column(sequences, name, device):
 
 
 def counts(sequences, loss_norm):
-    """(n_demo, n_rollout) of Eq. 8-12 in the unit that the normalizer counts: sequences, or response tokens."""
+    """(n_demo, n_rollout) of Eq. 8-12 in the unit that the normalizer counts: sequences, or
+    response tokens."""
     unit = (lambda s: len(s.response)) if loss_norm == "token" else (lambda s: 1)
     return sum(unit(s) for s in sequences if s.is_demo), sum(unit(s) for s in sequences if not s.is_demo)
 
@@ -150,12 +156,13 @@ def counts(sequences, loss_norm):
 def forward_before_update(run, cfg, batches):
     """[(log pi_old, H)] of each micro-batch before any update of this step, only where something needs it.
 
-    With several updates a step, pi_old is no longer pi. With entropy_level "batch", H is the mean of H_i over all
-    demonstrations, or all rollouts, of the step. Otherwise [(None, None)]: no second pass. A collective.
+    With several updates a step, pi_old is no longer pi. With entropy_level "batch", H is the mean of H_i
+    over all demonstrations, or all rollouts, of the step. Otherwise [(None, None)]: no second pass. A
+    collective.
     """
     if cfg.updates_per_rollout == 1 and cfg.entropy_level != "batch":
         return [(None, None)] * len(batches)
-    out, sums = [], torch.zeros(2, 2, dtype=torch.float64)          # (rollouts, demos) x (sum of H_i, sequences)
+    out, sums = [], torch.zeros(2, 2, dtype=torch.float64)   # (rollouts, demos) x (sum of H_i, sequences)
     for sequences in batches:
         logp, entropy = run.policy(M.collate(sequences, run.device), cfg.temperature)
         out.append((sequences, logp, entropy))
@@ -166,22 +173,24 @@ def forward_before_update(run, cfg, batches):
     dist.all_reduce(sums)
     mean = (sums[:, 0] / sums[:, 1].clamp(min=1)).float().to(run.device)
     kind = lambda sequences: column(sequences, "is_demo", run.device).long()
-    return [(logp, mean[kind(sequences)][:, None].expand_as(h) if sequences else h) for sequences, logp, h in out]
+    return [(logp, mean[kind(sequences)][:, None].expand_as(h) if sequences else h)
+            for sequences, logp, h in out]
 
 
 def backward_micro_batch(run, cfg, sequences, logp_old, entropy_of_step, n_demo, n_rollout):
     """Forward, Eq. 13 and backward of one packed micro-batch. Returns what it adds to the update's sums."""
     device, batch = run.device, M.collate(sequences, run.device)
-    logp, entropy = run.policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))        # (B,T) each
+    logp, entropy = run.policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))  # (B,T) each
     if not sequences:
-        (logp.sum() * 0).backward()                    # no work here, but other ranks wait in the collectives
+        (logp.sum() * 0).backward()               # no work here, but other ranks wait in the collectives
         return {}
     with torch.no_grad():
         mask = padded([[1.0] * len(s.response) for s in sequences], device)
         is_demo, reward = column(sequences, "is_demo", device).bool(), column(sequences, "reward", device)
         on_policy = mask * ~is_demo[:, None]
         # log pi - log pi_engine on rollout tokens, 0 but for numerics, and the truncated importance weight.
-        engine = padded([[0.0] * len(s.response) if s.is_demo else s.engine_logp for s in sequences], device)
+        engine = padded(
+            [[0.0] * len(s.response) if s.is_demo else s.engine_logp for s in sequences], device)
         diff = ((logp.detach() if logp_old is None else logp_old) - engine) * on_policy
         tis = diff.exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else None
         logp_ref = run.reference(batch, cfg.temperature)[0] if run.reference else None
@@ -193,8 +202,9 @@ def backward_micro_batch(run, cfg, sequences, logp_old, entropy_of_step, n_demo,
     h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
     demos, correct = int(is_demo.sum()), int((~is_demo & (reward > 0)).sum())
     return stats | {"w_sft": stats["w_sft"] * demos, "w_rl": stats["w_rl"] * correct, "demos": demos,
-                    "correct": correct, "rollouts": len(sequences) - demos, "h_demo": h[is_demo].sum().item(),
-                    "h_rollout": h[~is_demo].sum().item(), "tokens": on_policy.sum().item(),
+                    "correct": correct, "rollouts": len(sequences) - demos,
+                    "h_demo": h[is_demo].sum().item(), "h_rollout": h[~is_demo].sum().item(),
+                    "tokens": on_policy.sum().item(),
                     "capped": (diff.exp() > cfg.tis_cap).sum().item() if cfg.tis_cap else 0,
                     "diff": diff.abs().sum().item(), "worst": diff.abs().max().item()}
 
@@ -204,10 +214,11 @@ SUMS = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg", "w_sft", 
 
 
 def update_policy(run, cfg, batches, before, n_demo, n_rollout):
-    """One optimizer step on this rank's micro-batches: Eq. 13, clip, AdamW. Returns the metrics of all ranks.
+    """One optimizer step on this rank's micro-batches: Eq. 13, clip, AdamW. Returns the metrics of
+    all ranks.
 
-    Gradients are sums, over micro-batches and ranks, of terms already divided by global counts. An update whose
-    gradient is not finite is skipped. A collective.
+    Gradients are sums, over micro-batches and ranks, of terms already divided by global counts. An update
+    whose gradient is not finite is skipped. A collective.
     """
     parts = [backward_micro_batch(run, cfg, sequences, *old, n_demo, n_rollout)
              for sequences, old in zip(batches, before)]
@@ -223,12 +234,13 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
     total = dict(zip(SUMS, sums.tolist()))
     per = lambda name, count: total[name] / max(total[count], 1)
     return {name: value for name, value in total.items() if name.startswith("loss/")} | {
-        "w_sft": per("w_sft", "demos"), "w_rl": per("w_rl", "correct"), "entropy/demo": per("h_demo", "demos"),
-        "entropy/rollout": per("h_rollout", "rollouts"), "engine/logp_diff_mean": per("diff", "tokens"),
-        "engine/logp_diff_max": worst.item(), "tis/capped": per("capped", "tokens"), "grad_norm": norm}
+        "w_sft": per("w_sft", "demos"), "w_rl": per("w_rl", "correct"),
+        "entropy/demo": per("h_demo", "demos"), "entropy/rollout": per("h_rollout", "rollouts"),
+        "engine/logp_diff_mean": per("diff", "tokens"), "engine/logp_diff_max": worst.item(),
+        "tis/capped": per("capped", "tokens"), "grad_norm": norm}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The training loop.
 
 @dataclass
@@ -253,8 +265,8 @@ class Run:
 
 
 def setup(cfg):
-    """Everything before the first step: processes, data, sharded policy, engine, grader; and, with --resume, the
-    state of the newest whole checkpoint."""
+    """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
+    --resume, the state of the newest whole checkpoint."""
     rank, world, device, mesh = M.init_distributed()
     say = print if rank == 0 else lambda *_: None
     out = Path(cfg.out)
@@ -274,13 +286,14 @@ def setup(cfg):
                         cfg.max_prompt_tokens, cfg.max_response_tokens, say)
 
     prompts = load(cfg.data, "--data")
-    heldout = {Path(n).stem.removeprefix("tiny:"): load(n, "--eval_data") for n in cfg.eval_data.split(",") if n}
+    heldout = {Path(n).stem.removeprefix("tiny:"): load(n, "--eval_data")
+               for n in cfg.eval_data.split(",") if n}
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = M.load_policy(folder, config, mesh, device).requires_grad_(False) if cfg.kl_coef else None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with tempfile.TemporaryDirectory() as shell:   # config and tokenizer; the engine gets its weights from the policy
+    with tempfile.TemporaryDirectory() as shell:   # config and tokenizer; weights come from the policy
         config.save_pretrained(shell)
         tokenizer.save_pretrained(shell)
         engine = RolloutEngine(
@@ -299,21 +312,25 @@ def setup(cfg):
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(describe(cfg, world), indent=2))
-    grader = Grader(cfg.grader_workers or None, cfg.grader_deadline, require_think_end=cfg.require_think_end)
+    grader = Grader(cfg.grader_workers or None, cfg.grader_deadline,
+                    require_think_end=cfg.require_think_end)
     log = RunLog(out, rank == 0, state["step"])
     return Run(rank, world, device, dtype, tokenizer, policy, reference, optimizer, engine, grader, prompts,
                heldout, order, log, state["step"], state["skipped"])
 
 
 def sample_and_grade(run, cfg, step, batch, demo_rewards):
-    """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's demonstration, with
-    rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts), then all ranks exchange.
+    """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's
+    demonstration, with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts),
+    then all ranks exchange.
 
-    demo_rewards: rewards of demonstrations by id, each graded once. Returns (sequences, the same list on every
-    rank; rows for samples.jsonl; number of grader failures; time when generation ended). A collective.
+    demo_rewards: rewards of demonstrations by id, each graded once. Returns (sequences, the same list on
+    every rank; rows for samples.jsonl; number of grader failures; time when generation ended). A
+    collective.
     """
     mine = range(len(batch) * run.rank // run.world, len(batch) * (run.rank + 1) // run.world)
-    # What a prompt yields depends on (seed, step, its place in the step), not on ranks or on what went before.
+    # What a prompt yields depends on (seed, step, its place in the step),
+    # not on ranks or on what went before.
     seeds = np.random.SeedSequence([cfg.seed, step]).generate_state(len(batch), np.uint64).tolist()
     rollouts = run.engine.generate(
         [batch[g].ids for g in mine], cfg.n_rollouts - (cfg.demo_in_group == "replaces"), cfg.temperature,
@@ -333,13 +350,14 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
     for g, group in zip(mine, rollouts):
         prompt = batch[g]
         for r, verdict in zip(group, graded):
-            sequences.append(M.Sequence(ints(prompt.ids), ints(r.tokens), group=g, reward=verdict.reward,
-                                        engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
+            sequences.append(M.Sequence(
+                ints(prompt.ids), ints(r.tokens), group=g, reward=verdict.reward,
+                engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
             samples.append(row(prompt.example, r.text, verdict, demo=False))
     samples = samples[:cfg.log_samples] if run.rank == 0 else []
-    for example, verdict in zip(new, graded):                  # the rest of the verdicts are of new demonstrations
+    for example, verdict in zip(new, graded):         # the rest of the verdicts are of new demonstrations
         demo_rewards[example.id] = verdict.reward
-        if not verdict.reward:                                 # kept, but a person should know
+        if not verdict.reward:                        # kept, but a person should know
             samples.append(row(example, example.demo, verdict, demo=True))
     for g in mine:
         if batch[g].demo:                                                                       # Eq. 6
@@ -347,7 +365,7 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
                                         reward=demo_rewards[batch[g].example.id]))
     failures = sum(v.reason in ("timeout", "killed") for v in verdicts)
     everyone = [None] * run.world
-    dist.all_gather_object(everyone, (sequences, samples, failures))       # tokens, not tensors of the model: a few MB
+    dist.all_gather_object(everyone, (sequences, samples, failures))  # tokens, no model tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
     return sequences, samples, sum(part[2] for part in everyone), generated
 
@@ -355,10 +373,11 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
 def train(cfg):
     """SRFT, step by step, as in Sec. 4.3. Returns the metrics of the last step."""
     run = setup(cfg)
-    stopping = []                                              # filled by SIGTERM: finish the step, save, leave
+    stopping = []                                       # filled by SIGTERM: finish the step, save, leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     demo_rewards, skipped, skipped_in_a_row, metrics, stop = {}, run.skipped, 0, {}, False
-    bar = tqdm(total=cfg.steps, initial=run.step, desc=cfg.method, disable=run.rank != 0, dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=run.step, desc=cfg.method, disable=run.rank != 0,
+               dynamic_ncols=True)
 
     def evaluation(step):
         found = {name: evaluate(run.engine, run.grader, prompts, cfg.eval_samples, cfg.eval_temperature,
@@ -376,7 +395,8 @@ def train(cfg):
         clock += [generated, time.monotonic()]
 
         # Advantages over the augmented group (Eq. 7).
-        reward, group = (torch.tensor([getattr(s, name) for s in sequences]) for name in ("reward", "group"))
+        reward, group = (torch.tensor([getattr(s, name) for s in sequences])
+                         for name in ("reward", "group"))
         for s, advantage in zip(sequences, group_advantage(reward, group, cfg.std_in_advantage).tolist()):
             s.advantage = advantage
 
@@ -402,18 +422,21 @@ def train(cfg):
         if step % cfg.eval_every == 0 or step == cfg.steps:
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
-        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", length=f"{metrics['response_len/mean']:.0f}",
+        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}",
+                        length=f"{metrics['response_len/mean']:.0f}",
                         entropy=f"{metrics['entropy/rollout']:.3f}", refresh=False)
         bar.update()
         if skipped_in_a_row >= 5:
-            raise RuntimeError(f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
-                               f"{[p.example.id for p in batch]}. Lower --lr, or look at samples.jsonl.")
+            raise RuntimeError(
+                f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
+                f"{[p.example.id for p in batch]}. Lower --lr, or look at samples.jsonl.")
         mismatch = updates[0]["engine/logp_diff_mean"]
         if step == run.step + 1 and not mismatch <= 0.05:
             raise RuntimeError(
-                f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {mismatch:.3f} nats on average "
-                "right after a weight sync (limit 0.05). The engine serves other weights, another RoPE or another "
-                "temperature than the trainer; check --rope_theta, --window and the pinned vllm version.")
+                f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {mismatch:.3f} nats "
+                "on average right after a weight sync (limit 0.05). The engine serves other weights, "
+                "another RoPE or another temperature than the trainer; check --rope_theta, --window "
+                "and the pinned vllm version.")
 
         # Checkpoint.
         stop = torch.tensor(float(bool(stopping)))
@@ -445,7 +468,8 @@ def summarize(run, cfg, sequences, updates, clock):
     return {
         "reward/mean": mean(s.reward for s in rollouts),
         "reward/demo_mean": mean(s.reward for s in demos) if demos else None,
-        "reward/all_correct": mean(solved[:, 0] == solved[:, 1]), "reward/all_wrong": mean(solved[:, 0] == 0),
+        "reward/all_correct": mean(solved[:, 0] == solved[:, 1]),
+        "reward/all_wrong": mean(solved[:, 0] == 0),
         "response_len/mean": mean(len(s.response) for s in rollouts),
         "response_len/max": max(len(s.response) for s in rollouts),
         "response_len/truncated": mean(not s.finished for s in rollouts),
@@ -459,7 +483,7 @@ def summarize(run, cfg, sequences, updates, clock):
 def finish(run, cfg, exported):
     """Close everything; tell a person where things are, and how far held-out accuracy has come."""
     run.grader.close()
-    run.engine.close()                                          # before the process group: it owns parts of it
+    run.engine.close()                                # before the process group: it owns parts of it
     if dist.is_initialized():
         dist.destroy_process_group()
     if run.rank != 0:
@@ -482,7 +506,7 @@ def main():
             plan.show(cfg)
         else:
             train(cfg)
-    except (ValueError, FileNotFoundError) as error:            # a mistake of the caller: one line, no traceback
+    except (ValueError, FileNotFoundError) as error:  # a mistake of the caller: one line, no traceback
         rank = os.environ.get("RANK")
         sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
 

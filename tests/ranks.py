@@ -118,5 +118,15 @@ def recorded(tape, *flags):
         tape.write_bytes(pickle.dumps(recording))
 
 
+def stale(*flags):
+    """A whole run whose engine gets other weights than the trainer has, under the right version."""
+    class Stale(rollout.RolloutEngine):
+        def sync_weights(self, named_tensors, version):
+            super().sync_weights(((name, tensor * 1.2) for name, tensor in named_tensors), version)
+
+    srft.RolloutEngine = Stale
+    srft.train(parse_args(list(flags)))
+
+
 if __name__ == "__main__":
-    {"gradients": gradients, "engine": engine, "recorded": recorded}[sys.argv[1]](*sys.argv[2:])
+    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale}[sys.argv[1]](*sys.argv[2:])

@@ -59,3 +59,9 @@ def test_one_and_two_ranks_agree_over_five_steps_of_the_same_rollouts(tmp_path):
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / r / "hf") for r in "12")
     for (name, p), q in zip(one.named_parameters(), two.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=lambda m: f"{name} {m}")
+
+
+@pytest.mark.slow
+def test_a_run_whose_engine_has_other_weights_stops_at_its_first_step(tmp_path):
+    output = run(["tests/ranks.py", "stale", *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"], ok=False)
+    assert "engine and trainer disagree" in output and [row["step"] for row in metrics(tmp_path / "run")] == [0, 1]

@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_data_order_is_refused(whole_run):
 def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp_path):
     """One run with the switches that need machinery of their own; then one whose gradient is never finite."""
     run([*SMALL, "--out", tmp_path / "a", "--steps", "2", "--updates_per_rollout", "2", "--entropy_level", "batch", "--eq12_form",
-         "ratio", "--demo_in_group", "replaces", "--kl_coef", "0.1", "--entropy_coef", "0.001", "--require_think_end",
+         "ratio", "--demo_in_group", "replaces", "--kl_coef", "0.1", "--require_think_end",
          "--activation_checkpointing", "--n_rollouts", "5"])
     assert len(metrics(tmp_path / "a")) == 3
     output = run([*SMALL, "--out", tmp_path / "b", "--steps", "9", "--entropy_coef", "inf"], ok=False)
