@@ -76,10 +76,14 @@ def fetch(name, repo_type, flag):
         return str(name)
     from huggingface_hub import snapshot_download
     first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+    wanted = ["*.parquet", "*.jsonl"]
+    if repo_type == "model":
+        wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
     for my_turn in (first, not first):
         if my_turn:
             try:
-                folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first)
+                folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
+                                           allow_patterns=wanted)
             except Exception as e:                             # the hub's errors share no useful base class
                 error = e
         if dist.is_initialized():

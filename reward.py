@@ -113,8 +113,8 @@ class Grader:
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
         texts = [answer_text(response)[-MAX_CHARS:] for response in responses]
-        verdicts = [Verdict(0.0, "unclosed", 0.0) if self.require_think_end and "</think>" not in response else None
-                    for response in responses]
+        unclosed = lambda response: self.require_think_end and "</think>" not in response
+        verdicts = [Verdict(0.0, "unclosed", 0.0) if unclosed(response) else None for response in responses]
         todo = deque(i for i, verdict in enumerate(verdicts) if verdict is None)
         left = len(todo)
 
@@ -288,7 +288,7 @@ def _address_space():
 
 def _worker_main(fd, memory_mb, seconds):
     """Answers the items that arrive on socket `fd`, until the parent closes it."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):         # for the parent, which still needs us; it kills us
+    for ignored in (signal.SIGINT, signal.SIGTERM):         # the parent handles them, and kills us
         signal.signal(ignored, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: die with it, mid-hang too
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):

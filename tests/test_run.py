@@ -14,7 +14,7 @@ from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as M
-from config import Config, parse_args
+from config import Config, check_config, parse_args
 
 METRICS = """reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
@@ -152,18 +152,28 @@ def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--stepps", "3"], "unrecognized arguments: --stepps"),
-    (["--method", "ppo"], "invalid choice: 'ppo'"),
     (["--max_response_tokens", "800"], "over the window of 512 tokens"),
     (["--max_prompt_tokens", "0"], "at least 1"),
-    (["--micro_batch_tokens", "100"], "raise that to at least"),
-    (["--prompts_per_step", "0"], "--prompts_per_step"),
+    (["--micro_batch_tokens", "100"], "raise that to at least 208"),
+    (["--prompts_per_step", "1"], "--prompts_per_step 1 leaves some of 2 ranks without work"),
     (["--n_rollouts", "1", "--demo_in_group", "replaces"], "--n_rollouts"),
-    (["--temperature", "0"], "--temperature"),
+    (["--updates_per_rollout", "17"], "--updates_per_rollout"),
+    (["--temperature", "0"], "--temperature must be positive"),
+    (["--entropy_coef", "0.1", "--entropy_level", "batch"], "--entropy_coef needs"),
+    (["--eval_every", "0"], "--eval_every"),
+])
+def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_config(parse_args(["--preset", "tiny", *flags]), world=2, window=512)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--stepps", "3"], "unrecognized arguments: --stepps"),
+    (["--max_response_tokens", "800"], "over the window of 512 tokens"),
     (["--model", "no/such-model"], "--model"),
     (["--data", "no/such-data"], "--data"),
 ])
-def test_what_cannot_work_is_refused_at_the_start_with_the_fix(flags, says, tmp_path):
+def test_a_mistake_on_the_command_line_is_one_line_not_a_traceback(flags, says, tmp_path):
     output = run(["srft.py", "--preset", "tiny", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
     assert says in output and "Traceback" not in output, output[-2000:]
     assert not (tmp_path / "run").exists()
