@@ -5,6 +5,7 @@
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 PANELS = [                     # title, metrics drawn in it
@@ -84,7 +85,10 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(name, value, metrics["step"])
         if last or time.monotonic() - self.drawn > 30:
-            draw_curves(self.run)
+            try:
+                draw_curves(self.run)
+            except Exception as error:         # a picture (fonts, a full disk) is not worth a run of days
+                warnings.warn(f"could not draw {self.run}/curves.png: {error}")
             self.drawn = time.monotonic()
 
 

@@ -76,7 +76,8 @@ class Grader:
     """
 
     def __init__(self, workers=None, deadline_s=10.0, memory_mb=2048, require_think_end=False):
-        self.workers = workers or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // ranks_here)
         self.deadline_s, self.memory_mb, self.require_think_end = deadline_s, memory_mb, require_think_end
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False
         self._selector = selectors.DefaultSelector()

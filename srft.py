@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def entropy_weight(kind, scale, exponent):
             "constant": torch.full_like(exponent, scale)}[kind]
 
 
-def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: Config, n_demo, n_rollout,
+def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_demo, n_rollout,
               logp_old=None, tis=None, logp_ref=None):
     """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12),
     on one micro-batch.
@@ -273,6 +273,10 @@ def setup(cfg):
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
     if not cfg.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} already holds a run: pass --resume to continue it, or another --out")
+    found = [None] * world
+    dist.all_gather_object(found, checkpoint and str(checkpoint[0]))
+    if len(set(found)) > 1:
+        raise ValueError(f"ranks see different checkpoints ({found}): --out must lie on a shared file system")
     folder = M.fetch(cfg.model, "model", "--model")
     config = M.load_config(folder, cfg.rope_theta, cfg.window)
     check_config(cfg, world, config.max_position_embeddings)
@@ -282,12 +286,18 @@ def setup(cfg):
 
     def load(name, flag):
         source = name if name.startswith("tiny:") else M.fetch(name, "dataset", flag)
-        return tokenize(load_examples(source, cfg.skip_bad_rows, say), tokenizer, cfg.template,
-                        cfg.max_prompt_tokens, cfg.max_response_tokens, say)
+        examples = load_examples(source, cfg.skip_bad_rows, say)
+        if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
+            examples = [replace(example, demo=None) for example in examples]
+        return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens,
+                        say)
 
-    prompts = load(cfg.data, "--data")
-    heldout = {Path(n).stem.removeprefix("tiny:"): load(n, "--eval_data")
-               for n in cfg.eval_data.split(",") if n}
+    prompts, heldout = load(cfg.data, "--data"), {}
+    for source in filter(None, cfg.eval_data.split(",")):
+        name = Path(source).stem.removeprefix("tiny:")
+        if name in heldout:
+            raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
+        heldout[name] = load(source, "--eval_data")
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -307,6 +317,8 @@ def setup(cfg):
             raise ValueError(f"{checkpoint[0]}: was trained on {state['data']} (data, prompts, seed), now "
                              f"{[cfg.data, len(prompts), cfg.seed]}; resume with the run's own flags")
         order.position = state["position"]
+        for group in optimizer.param_groups:                  # flags win over what the checkpoint recorded
+            group.update(lr=cfg.lr, weight_decay=cfg.weight_decay)
         say(f"resumed {checkpoint[0]}")
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
@@ -314,7 +326,7 @@ def setup(cfg):
         (out / "config.json").write_text(json.dumps(describe(cfg, world), indent=2))
     grader = Grader(cfg.grader_workers or None, cfg.grader_deadline,
                     require_think_end=cfg.require_think_end)
-    log = RunLog(out, rank == 0, state["step"])
+    log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
     return Run(rank, world, device, dtype, tokenizer, policy, reference, optimizer, engine, grader, prompts,
                heldout, order, log, state["step"], state["skipped"])
 
@@ -324,9 +336,9 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
     demonstration, with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts),
     then all ranks exchange.
 
-    demo_rewards: rewards of demonstrations by id, each graded once. Returns (sequences, the same list on
-    every rank; rows for samples.jsonl; number of grader failures; time when generation ended). A
-    collective.
+    demo_rewards: rewards of demonstrations by id, so that each is graded once (again if grading failed).
+    Returns (sequences, the same list on every rank; rows for samples.jsonl; number of grader failures; time
+    when generation ended). A collective.
     """
     mine = range(len(batch) * run.rank // run.world, len(batch) * (run.rank + 1) // run.world)
     # What a prompt yields depends on (seed, step, its place in the step),
@@ -363,16 +375,19 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
         if batch[g].demo:                                                                       # Eq. 6
             sequences.append(M.Sequence(ints(batch[g].ids), ints(batch[g].demo), is_demo=True, group=g,
                                         reward=demo_rewards[batch[g].example.id]))
-    failures = sum(v.reason in ("timeout", "killed") for v in verdicts)
+    failed = lambda verdict: verdict.reason in ("timeout", "killed")
+    for example, verdict in zip(new, verdicts[len(verdicts) - len(new):]):
+        if failed(verdict):
+            del demo_rewards[example.id]
+    failures = sum(map(failed, verdicts))
     everyone = [None] * run.world
     dist.all_gather_object(everyone, (sequences, samples, failures))  # tokens, no model tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
     return sequences, samples, sum(part[2] for part in everyone), generated
 
 
-def train(cfg):
-    """SRFT, step by step, as in Sec. 4.3. Returns the metrics of the last step."""
-    run = setup(cfg)
+def train(cfg, run):
+    """SRFT, step by step, as in Sec. 4.3. `run`: what setup(cfg) returned. Returns the last metrics."""
     stopping = []                                       # filled by SIGTERM: finish the step, save, leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     demo_rewards, skipped, skipped_in_a_row, metrics, stop = {}, run.skipped, 0, {}, False
@@ -392,7 +407,7 @@ def train(cfg):
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
         batch = [run.prompts[i] for i in run.order.take(cfg.prompts_per_step)]
         sequences, samples, failures, generated = sample_and_grade(run, cfg, step, batch, demo_rewards)
-        clock += [generated, time.monotonic()]
+        clock, memory = clock + [generated, time.monotonic()], [M.memory_gb(run.device)]
 
         # Advantages over the augmented group (Eq. 7).
         reward, group = (torch.tensor([getattr(s, name) for s in sequences])
@@ -409,6 +424,7 @@ def train(cfg):
         updates = [update_policy(run, cfg, batches, old, *counts(share, cfg.loss_norm))
                    for batches, old, share in zip(packs, before, shares)]
         clock.append(time.monotonic())
+        memory.append(M.memory_gb(run.device))
 
         # Send the new weights to the engine.
         run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)
@@ -418,7 +434,8 @@ def train(cfg):
         bad = sum(not np.isfinite(update["grad_norm"]) for update in updates)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad if bad == len(updates) else 0)
         metrics = {"step": step} | summarize(run, cfg, sequences, updates, clock) | {
-            "grader/timeouts": failures, "steps_skipped": skipped, "lr": cfg.lr}
+            "grader/timeouts": failures, "steps_skipped": skipped,
+            "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if step % cfg.eval_every == 0 or step == cfg.steps:
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
@@ -476,13 +493,13 @@ def summarize(run, cfg, sequences, updates, clock):
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
-        "perf/mfu": flops / (times[2] * run.world * peak) if peak else None,
-        "perf/peak_memory_gb": M.peak_memory_gb(run.device)}
+        "perf/mfu": flops / (times[2] * run.world * peak) if peak else None}
 
 
 def finish(run, cfg, exported):
     """Close everything; tell a person where things are, and how far held-out accuracy has come."""
     run.grader.close()
+    dist.barrier()                                  # no rank leaves while another still talks to it
     run.engine.close()                                # before the process group: it owns parts of it
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -504,11 +521,12 @@ def main():
         if cfg.dry_run:
             import plan
             plan.show(cfg)
-        else:
-            train(cfg)
-    except (ValueError, FileNotFoundError) as error:  # a mistake of the caller: one line, no traceback
+            return
+        run = setup(cfg)
+    except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
         rank = os.environ.get("RANK")
         sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
+    train(cfg, run)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def gradients(out, budget, count, *overrides):
     stats = srft.update_policy(run, cfg, packs, before, *srft.counts(sequences, cfg.loss_norm))
     if rank == 0:
         torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs)}, out)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -95,6 +96,7 @@ def engine(out):
     found["after the next sync"] = compare(1)
     if rank == 0:
         torch.save(found, out)
+    dist.barrier()
     vllm.close()
 
 
@@ -113,7 +115,7 @@ def recorded(tape, *flags):
             return rollouts
 
     srft.RolloutEngine = Tape
-    srft.train(cfg)
+    srft.train(cfg, srft.setup(cfg))
     if known is None:
         tape.write_bytes(pickle.dumps(recording))
 
@@ -125,7 +127,8 @@ def stale(*flags):
             super().sync_weights(((name, tensor * 1.2) for name, tensor in named_tensors), version)
 
     srft.RolloutEngine = Stale
-    srft.train(parse_args(list(flags)))
+    cfg = parse_args(list(flags))
+    srft.train(cfg, srft.setup(cfg))
 
 
 if __name__ == "__main__":

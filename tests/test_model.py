@@ -353,6 +353,17 @@ def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_conf
     assert (logp - unpacked(base, sequence)[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("theta, override, refused", [(10_000.0, 40_000, False), (40_000.0, 40_000, False),
+                                                      (500_000.0, 40_000, True), (500_000.0, 0, False)])
+def test_a_rope_override_that_is_not_the_papers_is_refused(tmp_path, theta, override, refused):
+    transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": theta}).save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match="--rope_theta 0 --window 0"):
+            M.load_config(tmp_path, override, 0)
+    else:
+        assert M.load_config(tmp_path, override, 0).rope_parameters["rope_theta"] == (override or theta)
+
+
 @pytest.mark.parametrize("kind, overrides, refused", [
     ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0), True),
     ("Qwen2", dict(use_sliding_window=False, sliding_window=8), False), ("Llama", {}, False),

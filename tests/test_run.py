@@ -126,6 +126,21 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
 
 
 @pytest.mark.slow
+def test_sigterm_to_torchrun_leaves_a_whole_checkpoint_of_both_ranks(tmp_path):
+    out = tmp_path / "run"
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", *SMALL, "--out", out,
+               "--steps", "500", "--save_every", "1000"]
+    process = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    wait_for(out, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert "stopped by SIGTERM" in output, output[-2000:]
+    path, manifest = M.newest_checkpoint(out / "checkpoints")
+    assert manifest["world"] == 2 and manifest["state"]["step"] == metrics(out)[-1]["step"] >= 2
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_neither_overwritten_nor_trained_further(whole_run):
     before = metrics(whole_run)
     assert "--resume" in run([*SMALL, "--out", whole_run, "--steps", "6"], ok=False)
