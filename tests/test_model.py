@@ -498,9 +498,9 @@ def test_no_checkpoint_at_all_is_no_error_and_leftovers_of_a_killed_save_are_ign
     (folder / ".partial-step-6" / "junk").mkdir(parents=True)
     (folder / "step-4").rename(folder / ".partial-step-9")               # whole, but never renamed
     assert M.newest_checkpoint(folder)[0] == folder / "step-2"
-    M.save_checkpoint(folder, *training, {"step": 6}, keep=2)            # takes the place of its own leftover
+    M.save_checkpoint(folder, *training, {"step": 6}, keep=2)            # clears what kills have left
     path, manifest = M.newest_checkpoint(folder)
-    assert path == folder / "step-6" and "junk" not in manifest["files"] and names(folder) == [".partial-step-9", "step-2", "step-6"]
+    assert path == folder / "step-6" and "junk" not in manifest["files"] and names(folder) == ["step-2", "step-6"]
 
 
 def test_only_the_newest_checkpoints_are_kept_by_number_not_by_name(checkpoints):

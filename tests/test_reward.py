@@ -217,12 +217,14 @@ def test_workers_killed_while_idle_lose_nothing():
 
 
 def test_an_interrupted_grade_leaves_no_stale_verdict_behind():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job starts with it ignored
     with Grader(workers=1) as grader:
         grader.grade(["1"], ["1"])
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             grader.grade([SLOW], ["5"])
         assert reasons(grader.grade([r"\boxed{5}", r"\boxed{6}"], ["5", "5"])) == ["ok", "wrong"]
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
