@@ -13,6 +13,7 @@ classic silent bug of RL stacks, cannot happen.
 """
 import gc
 import os
+import warnings
 from dataclasses import dataclass
 
 # Read by vLLM at import. One engine in this very process; the trainer keeps its own threads on CPU;
@@ -27,6 +28,7 @@ import torch  # noqa: E402  (after the environment above)
 import torch._dynamo  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")      # of no use to our users
 if not torch.cuda.is_available():
     # vLLM compiles one small log-prob helper even in eager mode: on CPU that costs 4 s
     # and needs a C++ compiler.
@@ -59,7 +61,7 @@ class RolloutEngine:
         CUDA graphs; default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
         self.cuda = torch.cuda.is_available()
-        self.weights_version, self.asleep = None, False
+        self.weights_version, self.asleep = None, set()
         # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the
         # embedding is not reloaded by name: it would go on serving its first, packed weights. On CPU the
         # engine therefore unties it.
@@ -75,7 +77,7 @@ class RolloutEngine:
         )
         self.tokenizer = self.llm.get_tokenizer()
 
-    def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0, progress=False):
+    def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0):
         """Sample n responses to each prompt.
 
         prompts: list of token-id lists; seed: an int, or one for each prompt, from which each of its n
@@ -94,8 +96,7 @@ class RolloutEngine:
         # logprobs=0: the sampled token's.
         params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens,
                                  seed=s % 2**63, logprobs=0, detokenize=False) for s in seeds]
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params,
-                                    use_tqdm=progress)
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
         samples = [sorted(o.outputs, key=lambda c: c.index) for o in outputs]
         texts = iter(self.tokenizer.batch_decode([list(c.token_ids) for cs in samples for c in cs],
                                                  skip_special_tokens=True))
@@ -106,20 +107,23 @@ class RolloutEngine:
     def sync_weights(self, named_tensors, version):
         """Load (Hugging Face name, full tensor) pairs, consumed lazily, one tensor at a time.
 
-        Wakes a sleeping engine: weights first, then, when they are in place, the KV cache; cached
-        prefixes of the old weights are dropped.
+        Wakes a sleeping engine: the weights' memory first, then, when they are in place, the KV cache;
+        cached prefixes of the old weights are dropped.
         """
         self.weights_version = None         # a transfer that fails half-way must not leave a valid version
-        if self.asleep:
-            self.llm.wake_up(tags=["weights"])
+        self.wake("weights")
         # Without an iterator, reload_weights would re-read the folder: stale weights without an error.
         self.llm.collective_rpc("reload_weights",
                                 kwargs={"weights_iterator": self._with_head(named_tensors)})
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.asleep = False
+        self.wake("kv_cache")
         self.llm.reset_prefix_cache()
         self.weights_version = version
+
+    def wake(self, tag):
+        """Map the memory of "weights" or "kv_cache" again, without contents: sync_weights calls this itself."""
+        if tag in self.asleep:
+            self.llm.wake_up(tags=[tag])
+            self.asleep.remove(tag)
 
     def _with_head(self, named_tensors):
         for name, tensor in named_tensors:
@@ -132,7 +136,7 @@ class RolloutEngine:
         Nothing to do on CPU."""
         if self.cuda and not self.asleep:
             self.llm.sleep(level=2)
-            self.asleep, self.weights_version = True, None
+            self.asleep, self.weights_version = {"weights", "kv_cache"}, None
             gc.collect()
             torch.cuda.empty_cache()
 
