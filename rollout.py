@@ -120,7 +120,7 @@ class RolloutEngine:
         self.weights_version = version
 
     def wake(self, tag):
-        """Map the memory of "weights" or "kv_cache" again, without contents: sync_weights calls this itself."""
+        """Map the memory of "weights" or "kv_cache" again, without contents; sync_weights calls it."""
         if tag in self.asleep:
             self.llm.wake_up(tags=[tag])
             self.asleep.remove(tag)

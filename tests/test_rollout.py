@@ -1,0 +1,52 @@
+"""rollout.py: what only a GPU would show is recorded from a stand-in for vLLM; the real engine is in test_distributed.py."""
+import pytest
+import torch
+
+from rollout import RolloutEngine, StaleWeightsError
+
+
+class Recorder:
+    """Stands where vLLM's LLM does and writes down what is asked of it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, *args, *kwargs.values()))
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append((method, dict(kwargs["weights_iterator"])))
+
+
+@pytest.fixture
+def engine():
+    engine = object.__new__(RolloutEngine)
+    engine.llm, engine.cuda, engine.untied, engine.asleep, engine.weights_version = Recorder(), True, False, set(), 0
+    return engine
+
+
+def test_on_a_gpu_weights_are_woken_and_filled_before_the_cache_and_old_prefixes_are_dropped_last(engine):
+    engine.sleep()
+    assert engine.weights_version is None                      # level 2 drops the weights
+    engine.sync_weights([("a", 1)], version=1)
+    assert engine.llm.calls == [("sleep", 2), ("wake_up", ["weights"]), ("reload_weights", {"a": 1}),
+                                ("wake_up", ["kv_cache"]), ("reset_prefix_cache",)]
+    engine.sync_weights([("a", 2)], version=2)                 # awake: nothing to wake
+    assert engine.llm.calls[5:] == [("reload_weights", {"a": 2}), ("reset_prefix_cache",)]
+
+
+def test_a_transfer_that_fails_half_way_leaves_no_valid_weights(engine):
+    def broken():
+        yield "a", 1
+        raise OSError("lost")
+
+    with pytest.raises(OSError):
+        engine.sync_weights(broken(), version=1)
+    with pytest.raises(StaleWeightsError):
+        engine.generate([[1]], 1, 1.0, 1, seed=0)
+
+
+def test_where_the_engine_unties_the_head_it_gets_the_embedding_twice_and_each_other_tensor_once(engine):
+    engine.untied = True
+    engine.sync_weights([("model.embed_tokens.weight", torch.ones(1)), ("model.norm.weight", torch.zeros(1))], version=1)
+    assert sorted(engine.llm.calls[0][1]) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
