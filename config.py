@@ -129,6 +129,7 @@ def parse_args(argv=None, description=__doc__):
     other flags override."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"srft.py: {message} (--help lists all flags)\n")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="paper: the paper's 7B run; "
                         "tiny: a built-in task and model for a laptop's CPU")
     groups = {}

@@ -165,7 +165,7 @@ def load_examples(path, skip_bad_rows=False, log=print):
     if not files or files[0].suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"{path}: expected .parquet or .jsonl, "
                          f"found {path.suffix or 'no such file inside'}")
-    examples, seen, bad = [], set(), 0
+    examples, seen, bad, first_bad = [], set(), 0, None
     for file in files:
         for number, row in _rows(file):
             try:
@@ -178,11 +178,12 @@ def load_examples(path, skip_bad_rows=False, log=print):
                 examples.append(example)
             except ValueError as error:
                 bad += 1
+                first_bad = first_bad or f"{file}, row {number}: {error}"
                 if not skip_bad_rows:
                     raise ValueError(f"{file}, row {number}: {error} "
                                      "(--skip_bad_rows skips and counts)") from error
     if bad:
-        log(f"{path}: skipped {bad} bad rows, {len(examples)} remain")
+        log(f"{path}: skipped {bad} bad rows, {len(examples)} remain; the first: {first_bad}")
     if not examples:
         raise ValueError(f"{path}: no usable row among {bad} (expected problem/answer/solution columns, or "
                          "prompt/target/reward_model)")

@@ -1,7 +1,7 @@
 """The policy: a Hugging Face causal LM, sharded by FSDP2, that turns packed sequences into
 log-probs and entropies.
 
-    policy = load_policy(path, mesh, device)              # shards read straight from safetensors
+    policy = load_policy(path, config, mesh, device)              # shards read straight from safetensors
     for batch in pack(sequences, token_budget):           # no padding anywhere: sequences lie end to end
         logp, entropy = policy(collate(batch, device))    # (B,T) nats each; entropy has no gradient
     save_checkpoint(...); load_checkpoint(...); export_hf(...)

@@ -86,7 +86,9 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     demo, correct = is_demo.bool(), ~is_demo.bool() & (reward > 0)
     wrong = ~demo & ~correct
     length = mask.sum(1).clamp(min=1)
-    norm = {"sequence": length[:, None], "token": 1.0, "constant": cfg.max_response_tokens}[cfg.loss_norm]
+    norm = length[:, None] if cfg.loss_norm == "sequence" else 1.0
+    if cfg.loss_norm == "constant":
+        norm = cfg.max_response_tokens
     mean = lambda x: (x * mask / norm).sum(1)                                             # <x>_i  (B,)
     total = lambda x, which, n: torch.where(which, x, 0.0).sum() / max(n, 1)
 
@@ -388,8 +390,18 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
 
 def train(cfg, run):
     """SRFT, step by step, as in Sec. 4.3. `run`: what setup(cfg) returned. Returns the last metrics."""
-    stopping = []                                       # filled by SIGTERM: finish the step, save, leave
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    stopping = []                                       # signals received: finish the step, save, leave
+
+    def stop_soon(number, _):
+        stopping.append(number)
+        if stopping.count(signal.SIGINT) > 2:           # torchrun passes each Ctrl-C on, so one may come twice
+            raise KeyboardInterrupt
+        if run.rank == 0 and len(stopping) == 1:
+            print(f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint",
+                  flush=True)
+
+    signal.signal(signal.SIGTERM, stop_soon)
+    signal.signal(signal.SIGINT, stop_soon)
     demo_rewards, skipped, skipped_in_a_row, metrics, stop = {}, run.skipped, 0, {}, False
     bar = tqdm(total=cfg.steps, initial=run.step, desc=cfg.method, disable=run.rank != 0,
                dynamic_ncols=True)
@@ -506,7 +518,7 @@ def finish(run, cfg, exported):
     if run.rank != 0:
         return
     if not exported:
-        print(f"stopped by SIGTERM; the checkpoint is in {cfg.out}/checkpoints, continue with --resume")
+        print(f"stopped; the checkpoint is in {cfg.out}/checkpoints, continue with --resume")
         return
     rows = read_rows(Path(cfg.out) / "metrics.jsonl")
     for name in sorted({key for row in rows for key in row if key.startswith("eval/")}):
