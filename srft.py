@@ -394,7 +394,7 @@ def train(cfg, run):
 
     def stop_soon(number, _):
         stopping.append(number)
-        if stopping.count(signal.SIGINT) > 2:           # torchrun passes each Ctrl-C on, so one may come twice
+        if stopping.count(signal.SIGINT) > 2:           # torchrun passes a Ctrl-C on: it may come twice
             raise KeyboardInterrupt
         if run.rank == 0 and len(stopping) == 1:
             print(f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint",

@@ -110,7 +110,7 @@ def test_a_bad_row_is_named_by_file_and_row_with_what_was_expected_or_skipped_an
         load_examples(path)
     assert BAD_ROWS[bad] in str(error.value) and "expected" in str(error.value) and "--skip_bad_rows" in str(error.value)
     assert len(load_examples(path, skip_bad_rows=True, log=said.append)) == 2
-    assert said == [f"{path}: skipped 2 bad rows, 2 remain"]
+    assert len(said) == 1 and said[0].startswith(f"{path}: skipped 2 bad rows, 2 remain; the first: {path}, row ")
 
 
 def test_a_bad_parquet_row_is_named_by_its_number_in_the_file(tmp_path):
