@@ -274,7 +274,7 @@ class Order:
 # It mirrors the paper's setting at a laptop's size. The base model (tiny/make.py) has seen three ways
 # to respond: blurting out a guess (its habit), adding term by term with slips, and, rarely, the careful
 # way of the demonstrations, which splits tens from units. Demonstrations are few (256) and imperfect
-# (15 % end in a wrong answer). A guess is right about once in fifty times. "long" asks for more terms
+# (18 % end in a wrong answer). A guess is right about once in fifty times. "long" asks for more terms
 # than any training problem has.
 
 TINY_SPLITS = {"train": (256, (3, 4, 5), 1), "heldout": (200, (3, 4, 5), 2), "long": (200, (7, 8), 3)}
