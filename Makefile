@@ -10,7 +10,7 @@ demo: env                          ## train the tiny model with SRFT in two proc
 	rm -rf out/tiny
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=2 srft.py --preset tiny
 
-test: env                          ## all tests
+test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q tests
 
 test-fast: env                     ## the core, under two minutes
@@ -23,6 +23,10 @@ $(VENV)/.installed: requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
 	$(VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)/.tests-installed: $(VENV)/.installed requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-cpu.txt
 	touch $@
 
 clean:

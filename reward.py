@@ -2,22 +2,27 @@ r"""The binary reward of Eq. A2, computed where hostile text can do no harm.
 
     R(x, y) = 1 if the answer in response y equals the reference answer of x, else 0        (Eq. A2)
 
-"Equals" is Math-Verify's verdict on the text after the last `</think>`; A2 has no reward for format.
+"Equals" is the verdict of Math-Verify in training, of the OAT-Grader in the final evaluation (Sec. 5.1), or,
+for multiple choice, of comparing letters (graders.py). A2 has no reward for format.
 
     with Grader() as grader:
         grader.grade([r"so it is $\boxed{\frac12}$", r"\boxed{7}"], ["0.5", "8"])
-        # [Verdict(reward=1.0, reason='ok', ms=3.1), Verdict(reward=0.0, reason='wrong', ms=2.2)]
+        # [Verdict(reward=1.0, reason='ok', ms=3.1, ...), Verdict(reward=0.0, reason='wrong', ms=2.2, ...)]
 
-Why processes, and not a call, a thread or a signal: a response is text that a model wrote, and Math-Verify
-hands it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, eat all
+    python reward.py --response FILE --answer TEXT     # what was extracted and compared, and the verdict
+
+Why processes, and not a call, a thread or a signal: a response is text that a model wrote, and graders
+hand it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, eat all
 memory or crash the interpreter. Math-Verify's own timeouts are SIGALRM: main thread only, cancelling any
 other alarm, and not delivered while C code runs (with gmpy2 `(10^9)!` hangs past them). The one limit that
 always holds is SIGKILL, so the text is parsed by workers that can be killed and replaced. Only JSON comes
 back: unpickling a reply would let a compromised worker run code here.
 """
+import argparse
 import ctypes
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -28,13 +33,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from graders import KINDS, REASONS, judge, undollar
+
+MAX_REPLY = 8192        # bytes of a reply; a longer trace is cut
 MAX_CHARS = 50_000      # of a longer text only the end is graded: answers stand at the end
 STARTUP_S = 120.0       # importing sympy takes 0.5 s, but minutes for 200 workers on a cold network disk
 SEND_S = 2.0            # a worker that has not read its item by then is stuck
 MAX_FAILURES = 3        # workers lost in a row before they did anything: the installation, not a response
-REASONS = ("ok", "wrong", "no_box", "unclosed", "parse_fail", "timeout")    # what a worker may answer
+TEXTS = ("after_think", "whole", "require_think")
 
 
 @dataclass
@@ -43,30 +51,41 @@ class Verdict:
 
     ok          equal to the reference answer; the only reason with reward 1.0
     wrong       something was extracted, and it is not equal
-    no_box      nothing could be extracted, and there is no \boxed{...}
-    unclosed    nothing could be extracted, and the last \boxed{ is never closed; or a missing </think>
+    no_box      nothing could be extracted: no \boxed{...}, no letter
+    unclosed    the last \boxed{ is never closed; or no </think> where it is required
+    truncated   the generation hit its token limit, and such a one cannot score
     parse_fail  a closed box that is no mathematics, or a reference answer that cannot be parsed
-    timeout     stopped by Math-Verify's timeout, or killed at the deadline
+    timeout     stopped by a time limit, or killed at the deadline
     killed      the worker died on it (memory, crash) or answered nonsense
-    truncated   never from `Grader`: for callers who know that the generation hit its token limit
+
+    `extracted` is the answer found in the response (its first 200 characters), `trace` one line for each
+    comparison tried, for a person to read.
     """
     reward: float
     reason: str
     ms: float
+    extracted: str = ""
+    trace: list = field(default_factory=list)
 
 
-def answer_text(response):
-    """The graded part of a response: what follows the last "</think>", or all of it if there is none."""
-    return response.rpartition("</think>")[2]
+def graded_text(response, text="after_think"):
+    """The part of a response that is graded. text: "after_think" or "require_think", what follows the last
+    "</think>", or all of it if there is none; "whole", always all of it."""
+    return response if text == "whole" else response.rpartition("</think>")[2]
 
 
 class Grader:
-    """Grades responses with Math-Verify in worker processes of its own; a context manager.
+    """Grades responses in worker processes of its own; a context manager.
 
+    kind        "math-verify" (training), "oat" (evaluation) or "choice"; `grade` can ask for another
     workers     processes that grade at the same time; default: CPUs / LOCAL_WORLD_SIZE (set by torchrun)
     deadline_s  a response unfinished after this is killed together with its worker: "timeout", reward 0.0
     memory_mb   address space of one worker; what needs more ends as parse_fail or killed
-    require_think_end   a response without "</think>" is "unclosed", reward 0.0 (LUFFY; not in A2)
+    text        what is graded, see graded_text; with "require_think" (LUFFY; not in A2) a response without
+                "</think>" is "unclosed", reward 0.0
+    strict_box  math-verify: only the last box counts. Off, Math-Verify searches all of the text: what is
+                called the answer, else the last number; then responses cut off in mid-thought score, too
+    score_unfinished    a response cut at its token limit is graded like any other; off: "truncated", 0.0
 
     n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s, provided a replacement
     can start (0.6 s of CPU) within half a deadline: for each response that has used half of its deadline a
@@ -75,10 +94,14 @@ class Grader:
     that started them.
     """
 
-    def __init__(self, workers=None, deadline_s=10.0, memory_mb=2048, require_think_end=False):
+    def __init__(self, kind="math-verify", workers=None, deadline_s=10.0, memory_mb=1000,
+                 text="after_think", strict_box=True, score_unfinished=False):
+        if kind not in KINDS or text not in TEXTS:
+            raise ValueError(f"Grader: kind {kind!r} must be one of {KINDS}, text {text!r} one of {TEXTS}")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = workers or max(1, len(os.sched_getaffinity(0)) // ranks_here)
-        self.deadline_s, self.memory_mb, self.require_think_end = deadline_s, memory_mb, require_think_end
+        self.kind, self.deadline_s, self.memory_mb = kind, deadline_s, memory_mb
+        self.text, self.strict_box, self.score_unfinished = text, strict_box, score_unfinished
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False
         self._selector = selectors.DefaultSelector()
         self._refill()          # launches, without waiting: they import sympy while the model loads
@@ -100,28 +123,35 @@ class Grader:
             except subprocess.TimeoutExpired:
                 pass                    # stuck in the kernel; SIGKILL is pending, and no one can do more
 
-    def grade(self, responses, answers):
+    def grade(self, responses, answers, finished=None, kind=None):
         """list[str], list[str] -> list[Verdict], in order. No content makes it raise.
 
-        ValueError: lengths differ. TypeError: not all str. RuntimeError: workers cannot start, or it
-        is closed. After any exception but the last, Ctrl-C included, `grade` can be called again.
+        finished: list[bool], False for a response cut at its token limit; default: all True.
+        ValueError: lengths differ, or unknown kind. TypeError: not all str. RuntimeError: workers cannot
+        start, or it is closed. After any exception but the last, Ctrl-C included, `grade` works again.
         """
-        if len(responses) != len(answers):
-            raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers; one for each")
+        finished = [True] * len(responses) if finished is None else finished
+        if not len(responses) == len(answers) == len(finished):
+            raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers and "
+                             f"{len(finished)} finished; one for each")
         for i, pair in enumerate(zip(responses, answers)):
             if not all(isinstance(text, str) for text in pair):
                 raise TypeError(f"grade: item {i}: expected str, str; found {[type(t) for t in pair]}")
+        if (kind := kind or self.kind) not in KINDS:
+            raise ValueError(f"grade: kind {kind!r} must be one of {KINDS}")
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
-        texts = [answer_text(response)[-MAX_CHARS:] for response in responses]
-        unclosed = lambda response: self.require_think_end and "</think>" not in response
-        verdicts = [Verdict(0.0, "unclosed", 0.0) if unclosed(response) else None for response in responses]
+        items = [{"kind": kind, "response": graded_text(response, self.text)[-MAX_CHARS:], "answer": answer,
+                  "strict_box": self.strict_box} for response, answer in zip(responses, answers)]
+        verdicts = [Verdict(0.0, reason, 0.0) if reason else None
+                    for reason in map(self._ruled_out, responses, finished)]
         todo = deque(i for i, verdict in enumerate(verdicts) if verdict is None)
         left = len(todo)
 
-        def settle(worker, reason):
+        def settle(worker, reason, extracted="", trace=()):
             nonlocal left
-            verdicts[worker.item] = Verdict(float(reason == "ok"), reason, 1e3 * worker.age())
+            verdicts[worker.item] = Verdict(float(reason == "ok"), reason, 1e3 * worker.age(), extracted,
+                                            list(trace))
             worker.item, self._failures, left = None, 0, left - 1
 
         self._failures = 0
@@ -133,7 +163,7 @@ class Grader:
                 busy = sum(w.item is not None for w in self._pool)
                 for worker in [w for w in self._pool if w.ready and w.item is None][:self.workers - busy]:
                     if todo:
-                        self._hand_out(worker, todo, texts, answers, settle)
+                        self._hand_out(worker, todo, items, settle)
                 for key, _ in self._selector.select(self._time_to_next_event()):
                     self._take_reply(key.data, settle)
                 for worker in list(self._pool):     # after the replies: one that waited for us is not late
@@ -151,6 +181,19 @@ class Grader:
             for worker in [w for w in self._pool if w.item is not None]:
                 self._discard(worker)
         return verdicts
+
+    def check(self, answers, kind=None):
+        """Which reference answers cannot be matched even by themselves? dict index -> reason, empty if all
+        can. A problem with such an answer is lost: every response to it would earn 0."""
+        verdicts = self.grade([f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers], answers,
+                              kind=kind)
+        return {i: verdict.reason for i, verdict in enumerate(verdicts) if not verdict.reward}
+
+    def _ruled_out(self, response, finished):
+        """The reason for a verdict without looking for an answer, or None."""
+        if not finished and not self.score_unfinished:
+            return "truncated"
+        return "unclosed" if self.text == "require_think" and "</think>" not in response else None
 
     # A worker is starting (not ready), idle (ready, no item) or busy, a suspect once busy for half of the
     # deadline. One rule replaces the dead and provides the spares: at least workers + suspects processes.
@@ -171,10 +214,10 @@ class Grader:
         worker.proc.kill()
         self._dying.append(worker.proc)     # no wait: giving back gigabytes takes the kernel up to 0.5 s
 
-    def _hand_out(self, worker, todo, texts, answers, settle):
+    def _hand_out(self, worker, todo, items, settle):
         worker.item, worker.since = todo.popleft(), time.monotonic()
         try:
-            worker.send({"id": (i := worker.item), "response": texts[i], "answer": answers[i]})
+            worker.send({"id": worker.item} | items[worker.item])
         except TimeoutError:            # alive, but it does not read
             settle(worker, "killed")
             self._discard(worker)
@@ -192,7 +235,7 @@ class Grader:
         elif not worker.ready:
             worker.ready = True
         else:
-            settle(worker, reply["reason"])
+            settle(worker, reply["reason"], reply["extracted"], reply["trace"])
             if reply.get("retire"):
                 self._discard(worker)
 
@@ -206,13 +249,11 @@ class _Worker:
     """The parent's end of one worker: newline-delimited JSON over a socket pair."""
 
     def __init__(self, memory_mb, deadline_s):
-        # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
-        seconds = min(5, max(1, int(deadline_s / 2)))
         self.sock, theirs = socket.socketpair()
         with theirs:
             self.proc = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), "--worker",
-                 str(theirs.fileno()), str(memory_mb), str(seconds)],
+                 str(theirs.fileno()), str(memory_mb), str(deadline_s)],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.sock.settimeout(SEND_S)
@@ -227,10 +268,11 @@ class _Worker:
     def receive(self):
         """The next message, or None if the worker died or broke the protocol: no reply is trusted."""
         try:
-            message = json.loads(self.sock.recv(4096))          # 50 bytes: a message arrives in one piece
+            message = json.loads(self.sock.recv(MAX_REPLY))     # short: it arrives in one piece
             if not self.ready:
                 return message if message == {"ready": True} else None
-            valid = self.item is not None and message["id"] == self.item and message["reason"] in REASONS
+            valid = (self.item is not None and message["id"] == self.item and message["reason"] in REASONS
+                     and all(isinstance(text, str) for text in [message["extracted"], *message["trace"]]))
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return None
         return message if valid else None
@@ -245,76 +287,90 @@ class _Worker:
 
 # ---- In the worker ------------------------------------------------------------------------------------
 
-def _judge(response, answer, seconds):
-    """One of REASONS; `seconds` (int) limits each of: parse the answer, parse the response, compare."""
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-    try:
-        # The reference as inline math: suits numbers and LaTeX, but would end at a newline. Else as it is.
-        gold = (parse(f"${' '.join(answer.split())}$", parsing_timeout=seconds)
-                or parse(answer, parsing_timeout=seconds))
-        if not gold:
-            return "parse_fail"
-        prediction = parse(response, parsing_timeout=seconds, raise_on_error=True)
-        if not prediction:
-            return _why_nothing(response)
-        start = time.monotonic()
-        if verify(gold, prediction, timeout_seconds=seconds):   # asymmetric: the reference comes first
-            return "ok"
-        return "timeout" if time.monotonic() - start >= seconds else "wrong"    # verify hides its timeouts
-    except TimeoutException:            # derives from BaseException
-        return "timeout"
-    except Exception:                   # what sympy raises on nonsense; MemoryError, RecursionError
-        return "parse_fail"
-
-
-def _why_nothing(text):
-    """no_box, unclosed or parse_fail, for a text from which nothing could be extracted."""
-    boxes = list(re.finditer(r"\\boxed\s*\{", text))
-    if not boxes:
-        return "no_box"
-    depth = 1
-    for token in re.findall(r"\\.|[{}]", text[boxes[-1].end():], re.DOTALL):    # \{ and \} are not braces
-        depth += {"{": 1, "}": -1}.get(token, 0)
-        if depth == 0:
-            return "parse_fail"
-    return "unclosed"
-
-
 def _address_space():
     """Bytes that count against RLIMIT_AS. (Not ru_maxrss, which starts at the size of the parent.)"""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
-def _worker_main(fd, memory_mb, seconds):
+def _forbid(event, args):
+    """Audit hook: what sympy's parser evaluates may compute, and nothing else: no network, no processes."""
+    if event.startswith(("socket.", "subprocess.", "ctypes.", "shutil.", "os.")) and event != "os.listdir":
+        raise PermissionError(f"a grader must not: {event}")
+    if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        raise PermissionError("a grader must not write files")
+
+
+def _limit(which, value):
+    hard = resource.getrlimit(which)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (value, hard if which == resource.RLIMIT_CPU else value))
+
+
+def _worker_main(fd, memory_mb, deadline_s):
     """Answers the items that arrive on socket `fd`, until the parent closes it."""
     for ignored in (signal.SIGINT, signal.SIGTERM):         # the parent handles them, and kills us
         signal.signal(ignored, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: die with it, mid-hang too
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
         del sys.path[0]                                     # our data.py must not shadow a package's
-    memory, hard = memory_mb << 20, resource.getrlimit(resource.RLIMIT_AS)[1]
-    memory = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_AS, memory_mb << 20)
+    _limit(resource.RLIMIT_CORE, 0)
     logging.disable(logging.CRITICAL)
-    if _judge(r"$\boxed{\frac{1}{2}}$", "0.5", 60) != "ok":     # warms up; no run is lost to silent zeros
-        raise SystemExit("reward.py: Math-Verify denies 1/2 = 0.5: wrong version, or memory_mb too low")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))       # after the imports, which may write .pyc files
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))       # root is not bound by it
+    for kind in KINDS[:2]:                                  # warms up; no run is lost to silent zeros
+        half = {"response": r"\boxed{\frac{2}{4}}", "answer": r"\frac{1}{2}", "strict_box": True}
+        if (found := judge({"kind": kind} | half, 60))[0] != "ok":
+            raise SystemExit(f"reward.py: {kind} denies 2/4 = 1/2 ({found}): wrong version, or memory_mb "
+                             "too low")
+    _limit(resource.RLIMIT_FSIZE, 0)                        # after the imports, which may write .pyc files
+    _limit(resource.RLIMIT_NPROC, 0)                        # root is not bound by it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)            # start-up errors were shown; no more is wanted
+    # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
+    seconds = min(5, max(1, int(deadline_s / 2)))
     with socket.socket(fileno=fd) as sock:
+        sys.addaudithook(_forbid)
         sock.sendall(b'{"ready": true}\n')
         for line in sock.makefile("rb"):
             item = json.loads(line)
-            reason = _judge(item["response"], item["answer"], seconds)
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + 1)
+            reason, extracted, trace = judge(item, seconds)
             # Parser caches grow for days, and at the limit every answer would fail: ask to be replaced.
-            reply = {"id": item["id"], "reason": reason, "retire": _address_space() > memory // 2}
-            sock.sendall(json.dumps(reply).encode() + b"\n")
+            reply = {"id": item["id"], "reason": reason, "retire": _address_space() > memory_mb << 19,
+                     "extracted": extracted[:200], "trace": [step[:300] for step in trace[:20]]}
+            message = json.dumps(reply).encode() + b"\n"
+            if len(message) > MAX_REPLY:
+                message = json.dumps(reply | {"extracted": "", "trace": []}).encode() + b"\n"
+            sock.sendall(message)
+
+
+def explain(argv):
+    """`python reward.py --response FILE --answer TEXT`: why a response earns what it earns."""
+    parser = argparse.ArgumentParser(prog="reward.py", description="Grade one response and say why.")
+    parser.add_argument("--response", required=True, help="file that holds the response; -: standard input")
+    parser.add_argument("--answer", required=True, help="reference answer")
+    parser.add_argument("--grader", choices=KINDS, help="default: both math-verify and oat")
+    parser.add_argument("--grade_text", choices=TEXTS, default="after_think", help="what is graded")
+    parser.add_argument("--strict_box", action=argparse.BooleanOptionalAction, default=True,
+                        help="only the last box counts, for math-verify")
+    args = parser.parse_args(argv)
+    try:
+        with (sys.stdin if args.response == "-" else open(args.response, errors="replace")) as file:
+            response = file.read()
+    except OSError as error:
+        parser.exit(2, f"reward.py: --response: {error}\n")
+    text = graded_text(response, args.grade_text)
+    print(f"response   {len(response)} characters; graded are the last {min(len(text), MAX_CHARS)}")
+    with Grader(workers=1, text=args.grade_text, strict_box=args.strict_box) as grader:
+        for kind in [args.grader] if args.grader else KINDS[:2]:
+            verdict, = grader.grade([response], [args.answer], kind=kind)
+            print(f"\n{kind}\n  extracted  {verdict.extracted!r}")
+            for step in verdict.trace:
+                print(f"  tried      {step}")
+            print(f"  verdict    {verdict.reason}, reward {verdict.reward:.0f}, {verdict.ms:.0f} ms")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5 or sys.argv[1] != "--worker":
-        sys.exit("reward.py is a module: from reward import Grader")
-    _worker_main(*map(int, sys.argv[2:]))
+    if sys.argv[1:2] == ["--worker"]:
+        _worker_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    else:
+        explain(sys.argv[1:])

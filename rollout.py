@@ -1,20 +1,23 @@
 """The colocated vLLM engine: it samples the rollouts of Sec. 4.2 in the same processes, on the
 same GPUs, as training.
 
-    engine = RolloutEngine(folder, dtype="bfloat16", max_tokens=9216)  # one engine a rank, no weights yet
+    engine = RolloutEngine(config, tokenizer, torch.bfloat16, max_tokens=9216)  # one a rank, no weights yet
     engine.sync_weights(full_parameters(policy, dtype), version=0)     # straight from the FSDP2 shards
     rollouts = engine.generate(prompts, n=8, temperature=1.0, max_tokens=8192, seed=0, version=0)
     engine.sleep(); train(); engine.sync_weights(..., version=1)       # wakes by itself
 
-Only vLLM's public API is used, and no other file imports vllm. `folder` needs config and tokenizer only:
-the engine never reads weights from disk, so it can serve nothing but what the trainer sent. Each transfer
-carries a version, and asking for another version than the one loaded is an error: stale weights, the
+Only vLLM's public API is used, and no other file imports vllm. The engine never reads weights from disk,
+so it can serve nothing but what it was sent: by the trainer, or, in eval.py, by `stored_tensors`. Each
+transfer carries a version, and asking for another version than the one loaded is an error: stale weights, the
 classic silent bug of RL stacks, cannot happen.
 """
 import gc
 import os
+import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 # Read by vLLM at import. One engine in this very process; the trainer keeps its own threads on CPU;
 # only errors are logged.
@@ -26,7 +29,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch  # noqa: E402  (after the environment above)
 import torch._dynamo  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")      # of no use to our users
 if not torch.cuda.is_available():
@@ -54,10 +58,10 @@ class RolloutEngine:
     is a collective when the weights come from sharded parameters, since those are gathered as
     the engine reads them."""
 
-    def __init__(self, folder, dtype, max_tokens, max_sequences=256, gpu_memory_utilization=0.45,
+    def __init__(self, config, tokenizer, dtype, max_tokens, max_sequences=256, gpu_memory_utilization=0.45,
                  eager=None, seed=0):
-        """folder: config and tokenizer. max_tokens: longest prompt + response. max_sequences: decoded at
-        once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
+        """config, tokenizer: of transformers. max_tokens: longest prompt + response. max_sequences: decoded
+        at once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
         CUDA graphs; default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
         self.cuda = torch.cuda.is_available()
@@ -65,19 +69,23 @@ class RolloutEngine:
         # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the
         # embedding is not reloaded by name: it would go on serving its first, packed weights. On CPU the
         # engine therefore unties it.
-        self.untied = not self.cuda and AutoConfig.from_pretrained(folder).tie_word_embeddings
-        self.llm = LLM(
-            str(folder), load_format="dummy", dtype=dtype, max_model_len=max_tokens,
-            max_num_seqs=max_sequences, seed=seed, tensor_parallel_size=1,
-            distributed_executor_backend="external_launcher",
-            enforce_eager=not self.cuda if eager is None else eager, enable_sleep_mode=self.cuda,
-            gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True,
-            disable_log_stats=True, hf_overrides={"tie_word_embeddings": False} if self.untied else {},
-            logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
-        )
-        self.tokenizer = self.llm.get_tokenizer()
+        self.untied = not self.cuda and config.tie_word_embeddings
+        with tempfile.TemporaryDirectory() as folder:       # without weights: those come by sync_weights
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            self.llm = LLM(
+                folder, load_format="dummy", dtype=dtype, max_model_len=max_tokens,
+                max_num_seqs=max_sequences, seed=seed, tensor_parallel_size=1,
+                distributed_executor_backend="external_launcher",
+                enforce_eager=not self.cuda if eager is None else eager, enable_sleep_mode=self.cuda,
+                gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True,
+                disable_log_stats=True, hf_overrides={"tie_word_embeddings": False} if self.untied else {},
+                logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
+            )
+        self.tokenizer = tokenizer
 
-    def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0):
+    def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,
+                 progress=False):
         """Sample n responses to each prompt.
 
         prompts: list of token-id lists; seed: an int, or one for each prompt, from which each of its n
@@ -93,10 +101,12 @@ class RolloutEngine:
         if not prompts:
             return []
         seeds = seed if isinstance(seed, (list, tuple)) else [seed + i * n for i in range(len(prompts))]
+        bar = partial(tqdm, leave=False, position=1) if progress else False
         # logprobs=0: the sampled token's.
         params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens,
                                  seed=s % 2**63, logprobs=0, detokenize=False) for s in seeds]
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params,
+                                    use_tqdm=bar)
         samples = [sorted(o.outputs, key=lambda c: c.index) for o in outputs]
         texts = iter(self.tokenizer.batch_decode([list(c.token_ids) for cs in samples for c in cs],
                                                  skip_special_tokens=True))
@@ -146,3 +156,18 @@ class RolloutEngine:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
             gc.collect()
+
+
+def stored_tensors(folder):
+    """(Hugging Face name, tensor on CPU) of every weight in a folder's safetensors, one at a time.
+
+    Raises FileNotFoundError if there are none.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: holds no *.safetensors; save the model with transformers' "
+                                "save_pretrained")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)

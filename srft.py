@@ -11,9 +11,9 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 import model as M
 from analysis import RunLog, read_rows
-from config import Config, check_config, describe, parse_args
+from config import Config, check_config, environment, parse_args
 from data import Order, load_examples, tokenize
 from eval import evaluate
 from reward import Grader
@@ -245,6 +245,9 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
 # ----------------------------------------------------------------------------------------------------------
 # The training loop.
 
+FAILED = ("timeout", "killed")          # reasons that say nothing about the response
+
+
 @dataclass
 class Run:
     """What a training process holds."""
@@ -300,17 +303,19 @@ def setup(cfg):
         if name in heldout:
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
         heldout[name] = load(source, "--eval_data")
+    grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
+                    strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
+    prompts = check_answers(grader, "--data", prompts, rank, world, say)
+    for name, examples in heldout.items():             # named only: they stay in the denominator
+        check_answers(grader, f"--eval_data {name}", examples, rank, world, say)
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = M.load_policy(folder, config, mesh, device).requires_grad_(False) if cfg.kl_coef else None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with tempfile.TemporaryDirectory() as shell:   # config and tokenizer; weights come from the policy
-        config.save_pretrained(shell)
-        tokenizer.save_pretrained(shell)
-        engine = RolloutEngine(
-            shell, str(dtype).removeprefix("torch."), cfg.max_prompt_tokens + cfg.max_response_tokens,
-            cfg.engine_sequences, cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
+    engine = RolloutEngine(
+        config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
+        cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
     M.seed_everything(cfg.seed + rank)
     order, state = Order(len(prompts), cfg.seed), {"step": 0, "skipped": 0}
     if checkpoint:
@@ -325,12 +330,31 @@ def setup(cfg):
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(describe(cfg, world), indent=2))
-    grader = Grader(cfg.grader_workers or None, cfg.grader_deadline,
-                    require_think_end=cfg.require_think_end)
+        (out / "config.json").write_text(json.dumps(asdict(cfg) | {"ranks": world} | environment(), indent=2))
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
     return Run(rank, world, device, dtype, tokenizer, policy, reference, optimizer, engine, grader, prompts,
                heldout, order, log, state["step"], state["skipped"])
+
+
+def check_answers(grader, flag, prompts, rank, world, say):
+    """Name the prompts whose reference answer cannot be matched even by itself; return the others.
+
+    Such a prompt would count every right response as wrong, and Eq. 12 would push it down. A check that
+    ran out of time proves nothing (and would differ after a resume): its prompt stays. A collective.
+    """
+    mine, everyone = range(rank, len(prompts), world), [None] * world
+    bad = grader.check([prompts[i].example.answer for i in mine])
+    dist.all_gather_object(everyone, {mine[k]: reason for k, reason in bad.items()})
+    bad = {i: reason for part in everyone for i, reason in part.items()}
+    for i in sorted(bad)[:20]:
+        say(f"{flag} {prompts[i].example.id}: no response can match the reference answer "
+            f"{prompts[i].example.answer!r}, not even itself ({bad[i]})")
+    if bad:
+        say(f"{flag}: {len(bad)} of {len(prompts)} reference answers cannot be matched")
+    good = [prompt for i, prompt in enumerate(prompts) if bad.get(i) in (None, *FAILED)]
+    if not good:
+        raise ValueError(f"{flag}: no reference answer can be matched; is `answer` the final answer alone?")
+    return good
 
 
 def sample_and_grade(run, cfg, step, batch, demo_rewards):
@@ -339,8 +363,8 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
     then all ranks exchange.
 
     demo_rewards: rewards of demonstrations by id, so that each is graded once (again if grading failed).
-    Returns (sequences, the same list on every rank; rows for samples.jsonl; number of grader failures; time
-    when generation ended). A collective.
+    Returns (sequences, the same list on every rank; rows for samples.jsonl; Counter of the verdicts' reasons
+    and of "ms"; time when generation ended). A collective.
     """
     mine = range(len(batch) * run.rank // run.world, len(batch) * (run.rank + 1) // run.world)
     # What a prompt yields depends on (seed, step, its place in the step),
@@ -353,9 +377,12 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
 
     demos = {batch[g].example.id: batch[g].example for g in mine if batch[g].demo}
     new = [example for id, example in demos.items() if id not in demo_rewards]
-    texts = [(r.text, batch[g].example.answer) for g, group in zip(mine, rollouts) for r in group]
-    texts += [(example.demo, example.answer) for example in new]
-    verdicts = run.grader.grade([response for response, _ in texts], [answer for _, answer in texts])
+    texts = [(r.text, batch[g].example.answer, r.finished) for g, group in zip(mine, rollouts) for r in group]
+    texts += [(example.demo, example.answer, True) for example in new]
+    verdicts = run.grader.grade(*map(list, zip(*texts))) if texts else []
+    grading = Counter(verdict.reason for verdict in verdicts) + Counter(ms=sum(v.ms for v in verdicts))
+    of_demo = dict(zip((example.id for example in new), verdicts[len(verdicts) - len(new):]))
+    demo_rewards.update({id: v.reward for id, v in of_demo.items() if v.reason not in FAILED})
 
     row = lambda example, response, verdict, demo: {
         "step": step, "id": example.id, "demo": demo, "prompt": example.problem, "response": response,
@@ -368,24 +395,18 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
                 ints(prompt.ids), ints(r.tokens), group=g, reward=verdict.reward,
                 engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
             samples.append(row(prompt.example, r.text, verdict, demo=False))
+        if prompt.demo:                                                                         # Eq. 6
+            id = prompt.example.id
+            sequences.append(M.Sequence(
+                ints(prompt.ids), ints(prompt.demo), is_demo=True, group=g,
+                reward=of_demo[id].reward if id in of_demo else demo_rewards[id]))
     samples = samples[:cfg.log_samples] if run.rank == 0 else []
-    for example, verdict in zip(new, graded):         # the rest of the verdicts are of new demonstrations
-        demo_rewards[example.id] = verdict.reward
-        if not verdict.reward:                        # kept, but a person should know
-            samples.append(row(example, example.demo, verdict, demo=True))
-    for g in mine:
-        if batch[g].demo:                                                                       # Eq. 6
-            sequences.append(M.Sequence(ints(batch[g].ids), ints(batch[g].demo), is_demo=True, group=g,
-                                        reward=demo_rewards[batch[g].example.id]))
-    failed = lambda verdict: verdict.reason in ("timeout", "killed")
-    for example, verdict in zip(new, verdicts[len(verdicts) - len(new):]):
-        if failed(verdict):
-            del demo_rewards[example.id]
-    failures = sum(map(failed, verdicts))
+    samples += [row(example, example.demo, of_demo[example.id], demo=True)      # kept, but a person
+                for example in new if not of_demo[example.id].reward]           # should know
     everyone = [None] * run.world
-    dist.all_gather_object(everyone, (sequences, samples, failures))  # tokens, no model tensors: a few MB
+    dist.all_gather_object(everyone, (sequences, samples, grading))  # tokens, no model tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
-    return sequences, samples, sum(part[2] for part in everyone), generated
+    return sequences, samples, sum((part[2] for part in everyone), Counter()), generated
 
 
 def train(cfg, run):
@@ -418,7 +439,7 @@ def train(cfg, run):
         clock = [time.monotonic()]
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
         batch = [run.prompts[i] for i in run.order.take(cfg.prompts_per_step)]
-        sequences, samples, failures, generated = sample_and_grade(run, cfg, step, batch, demo_rewards)
+        sequences, samples, grading, generated = sample_and_grade(run, cfg, step, batch, demo_rewards)
         clock, memory = clock + [generated, time.monotonic()], [M.memory_gb(run.device)]
 
         # Advantages over the augmented group (Eq. 7).
@@ -445,8 +466,8 @@ def train(cfg, run):
         # Log; evaluate; stop where going on would only waste the machine.
         bad = sum(not np.isfinite(update["grad_norm"]) for update in updates)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad if bad == len(updates) else 0)
-        metrics = {"step": step} | summarize(run, cfg, sequences, updates, clock) | {
-            "grader/timeouts": failures, "steps_skipped": skipped,
+        metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | {
+            "steps_skipped": skipped,
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if step % cfg.eval_every == 0 or step == cfg.steps:
             metrics |= evaluation(step)
@@ -483,7 +504,7 @@ def train(cfg, run):
     return metrics
 
 
-def summarize(run, cfg, sequences, updates, clock):
+def summarize(run, cfg, sequences, grading, updates, clock):
     """The step's metrics from its sequences and updates; the README's glossary defines each."""
     rollouts, demos = [s for s in sequences if not s.is_demo], [s for s in sequences if s.is_demo]
     solved = np.zeros((cfg.prompts_per_step, 2))                # rewards and rollouts of each group
@@ -494,6 +515,10 @@ def summarize(run, cfg, sequences, updates, clock):
     flops = M.forward_backward_flops(run.policy.lm.config, parameters, sequences)
     peak = M.peak_flops(run.device)
     mean = lambda values: float(np.mean(list(values)))
+    gradings = grading.total() - grading["ms"]
+    failed = sum(grading[reason] for reason in FAILED)
+    if run.rank == 0 and not solved[:, 0].any() and failed > 0.005 * gradings:
+        warn_of_grader(failed, gradings)
     return {
         "reward/mean": mean(s.reward for s in rollouts),
         "reward/demo_mean": mean(s.reward for s in demos) if demos else None,
@@ -502,10 +527,19 @@ def summarize(run, cfg, sequences, updates, clock):
         "response_len/mean": mean(len(s.response) for s in rollouts),
         "response_len/max": max(len(s.response) for s in rollouts),
         "response_len/truncated": mean(not s.finished for s in rollouts),
+        "grader/timeouts": failed, "grader/ms": grading["ms"] / max(1, gradings),
+    } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
         "perf/mfu": flops / (times[2] * run.world * peak) if peak else None}
+
+
+def warn_of_grader(failed, gradings):
+    """Others trained for days on rewards that were 0 because grading had broken down."""
+    tqdm.write(f"WARNING: every reward is 0, and {failed} of {gradings:.0f} gradings were given up: the "
+               "grader may be at fault, not the policy. Look at the reasons in samples.jsonl and at the load "
+               "of this machine; raise --grader_deadline or --grader_workers", file=sys.stderr)
 
 
 def finish(run, cfg, exported):

@@ -1,7 +1,6 @@
 """What the distributed tests run on every rank: `python tests/ranks.py TASK ARGUMENTS`, started by conftest.run."""
 import pickle
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import rollout
 import srft
 from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
+from reward import Grader, Verdict
 
 
 def made_up_sequences():
@@ -61,10 +61,7 @@ def engine(out):
     config, tokenizer = M.load_config(TINY), tiny_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
-    with tempfile.TemporaryDirectory() as shell:
-        config.save_pretrained(shell)
-        tokenizer.save_pretrained(shell)
-        vllm = rollout.RolloutEngine(shell, "float32", 128, 32)
+    vllm = rollout.RolloutEngine(config, tokenizer, torch.float32, 128, 32)
     found = {}
 
     def compare(version):
@@ -131,5 +128,16 @@ def stale(*flags):
     srft.train(cfg, srft.setup(cfg))
 
 
+def graders_fail(*flags):
+    """A whole run whose every grading runs out of time."""
+    class Failing(Grader):
+        def grade(self, responses, *args, **kwargs):
+            return [Verdict(0.0, "timeout", 1.0) for _ in responses]
+
+    srft.Grader = Failing
+    cfg = parse_args(list(flags))
+    srft.train(cfg, srft.setup(cfg))
+
+
 if __name__ == "__main__":
-    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale}[sys.argv[1]](*sys.argv[2:])
+    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale, "graders_fail": graders_fail}[sys.argv[1]](*sys.argv[2:])

@@ -1,6 +1,6 @@
-"""reward.py: answers in their usual dresses, and the promise that no response can hurt the run.
+r"""reward.py: which responses earn a reward, and the promise that no response can hurt the run.
 
-    pytest tests/test_reward.py               # about a minute on 2 cores; -m "not slow" for the quick ones
+    pytest tests/test_reward.py               # 7 minutes on 2 cores; -m "not slow": half a minute
 """
 import json
 import math
@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 
 import reward
-from reward import Grader, answer_text
+from graders import KINDS, REASONS, repair_scientific
+from reward import Grader, graded_text
 
 ROOT = Path(reward.__file__).resolve().parent
-CASES = ROOT.parent / "shared" / "data" / "grader_cases.jsonl"
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not on this machine")
+KNOWN = {*REASONS, "truncated", "killed"}
 SLOW = r"$\boxed{9^{9^{9^{9}}}}$"       # Math-Verify spends its whole timeout on it: 5 s at deadline_s=10
 
 
@@ -27,6 +30,14 @@ SLOW = r"$\boxed{9^{9^{9^{9}}}}$"       # Math-Verify spends its whole timeout o
 def grader():
     with Grader(workers=2) as shared:
         yield shared
+
+
+def rows(name):
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+
+
+def boxed(text):
+    return rf"so it is $\boxed{{{text}}}$."
 
 
 def rewards(verdicts):
@@ -65,7 +76,7 @@ def signal_the_worker_of_item_0(grader, signum, delay_s=0.3):
 # ---- The reward of Eq. A2 ----------------------------------------------------------------------
 
 RIGHT = [
-    (r"The answer: $\boxed{1/2}$.", "0.5"), (r"\boxed{0.5}", r"\frac{1}{2}"), ("The answer is 42.", "42"),
+    (r"The answer: $\boxed{1/2}$.", "0.5"), (r"\boxed{0.5}", r"\frac{1}{2}"), ("It is 41, no: \\boxed{42}", "42"),
     (r"\boxed{\dfrac{14}{3}}", "14/3"), (r"\[\boxed{2\sqrt{3}}\]", r"\sqrt{12}"), (r"\boxed{\pi}", r"\pi"),
     (r"so $x = \boxed{x+1}$", "1+x"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{1,000}", "1000"),
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", "\\begin{pmatrix}\n1 \\\\ 2\n\\end{pmatrix}"),
@@ -79,10 +90,11 @@ def test_a_right_answer_in_another_dress_earns_one(grader, response, answer):
 
 
 @pytest.mark.parametrize("response, answer, reason", [
-    (r"\boxed{1/3}", "0.5", "wrong"), ("It is 41.", "42", "wrong"), (r"\boxed{x+2}", "1+x", "wrong"),
+    (r"\boxed{1/3}", "0.5", "wrong"), ("It is 42.", "42", "no_box"), (r"\boxed{x+2}", "1+x", "wrong"),
     ("I do not know", "42", "no_box"), ("", "42", "no_box"), (r"it is \boxed{\frac{x", "x", "unclosed"),
     (r"it is \boxed{\{x", "x", "unclosed"),
-    (r"it is \boxed{}", "2", "parse_fail"), (r"\boxed{2}", "", "parse_fail")])
+    (r"it is \boxed{}", "2", "parse_fail"), (r"\boxed{2}", "", "parse_fail"),
+    (r"\boxed{42} or rather \boxed{4", "42", "unclosed")])
 def test_a_response_that_earns_nothing_is_told_why(grader, response, answer, reason):
     verdict, = grader.grade([response], [answer])
     assert (verdict.reward, verdict.reason) == (0.0, reason)
@@ -94,7 +106,7 @@ def test_only_the_text_after_the_last_think_tag_is_graded(grader):
                  f"{right}</think>{right}</think>{wrong}", f"<think>{right}</think>",
                  f"<think>{right}", right]
     assert rewards(grader.grade(responses, ["42"] * 6)) == [0.0, 1.0, 0.0, 0.0, 1.0, 1.0]
-    assert answer_text("a</think>b</think>c") == "c" and answer_text("<think>a") == "<think>a"
+    assert graded_text("a</think>b</think>c") == "c" and graded_text("<think>a") == "<think>a"
 
 
 def test_only_the_end_of_a_very_long_response_is_graded(grader):
@@ -129,14 +141,184 @@ def test_misuse_raises_and_an_empty_batch_does_not(grader):
         closed.grade(["1"], ["1"])
 
 
+# ---- What counts is a choice -------------------------------------------------------------------
+
+def test_without_a_strict_box_an_answer_without_a_box_counts(grader):
+    responses = ["The answer is 42.", "It is 41.", boxed("42"), r"\boxed{42} or rather \boxed{4", "I do not know"]
+    assert reasons(grader.grade(responses, ["42"] * 5)) == ["no_box", "no_box", "ok", "unclosed", "no_box"]
+    with Grader(workers=1, strict_box=False) as loose:
+        assert reasons(loose.grade(responses, ["42"] * 5)) == ["ok", "wrong", "ok", "ok", "no_box"]
+        assert rewards(loose.grade([r for r, _ in RIGHT], [a for _, a in RIGHT])) == [1.0] * len(RIGHT)
+
+
+@pytest.mark.parametrize("text, want", [
+    ("after_think", ["ok", "wrong", "no_box", "ok", "no_box"]), ("whole", ["ok", "wrong", "ok", "ok", "no_box"]),
+    ("require_think", ["ok", "wrong", "no_box", "unclosed", "unclosed"])])
+def test_what_is_graded_is_what_follows_the_thought_or_everything(text, want):
+    responses = [r"<think>\boxed{1}</think>\boxed{42}", r"<think>\boxed{42}</think>\boxed{1}",
+                 r"<think>\boxed{42}</think>It is so.", r"<think>\boxed{42}", ""]
+    with Grader(workers=1, text=text) as grader:
+        assert reasons(grader.grade(responses, ["42"] * 5)) == want
+    assert graded_text("a</think>b", text) == ("a</think>b" if text == "whole" else "b")
+
+
+def test_a_response_cut_at_its_token_limit_earns_nothing_unless_it_is_to_be_graded(grader):
+    responses, finished = [boxed("5"), boxed("5"), boxed("6"), r"\boxed{5"], [True, False, False, False]
+    verdicts = grader.grade(responses, ["5"] * 4, finished)
+    assert reasons(verdicts) == ["ok", "truncated", "truncated", "truncated"]
+    assert rewards(verdicts) == [1.0, 0.0, 0.0, 0.0] and verdicts[1].ms == 0.0
+    with Grader(workers=1, score_unfinished=True) as lenient:
+        assert reasons(lenient.grade(responses, ["5"] * 4, finished)) == ["ok", "ok", "wrong", "unclosed"]
+
+
+def test_the_kind_is_that_of_the_grader_unless_the_call_asks_for_another(grader):
+    response, answer = boxed(r"\text{C) 204}"), "C"         # the OAT-Grader denies it
+    assert [rewards(grader.grade([response], [answer], kind=kind)) for kind in KINDS] == [[1.0], [0.0], [1.0]]
+    assert rewards(grader.grade([boxed(r"\frac{2}{4}")], ["0.5"])) == [1.0]
+    for kind in KINDS:
+        with Grader(kind, workers=1) as other:
+            verdict, = other.grade([response], [answer])
+            assert verdict.reward == (kind != "oat") and verdict.trace[0].startswith(
+                {"math-verify": "reference, parsed", "oat": "string", "choice": "letter"}[kind])
+
+
+def test_an_unknown_kind_or_text_is_refused(grader):
+    with pytest.raises(ValueError, match="'math'.*math-verify"):
+        Grader("math")
+    with pytest.raises(ValueError, match="'all'.*whole"):
+        Grader(text="all")
+    with pytest.raises(ValueError, match="'math'.*math-verify"):
+        grader.grade(["1"], ["1"], kind="math")
+    with pytest.raises(ValueError, match="1 finished"):
+        grader.grade(["1", "2"], ["1", "2"], [True])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_verdict_tells_what_was_extracted_and_what_was_tried_in_few_words(grader, kind):
+    responses = [boxed("C"), boxed("D"), boxed(r"C" + r"+\text{no, C}" * 2000), boxed("😀" * 3000), "", r"\boxed{C"]
+    verdicts = grader.grade(responses, ["C"] * 6, kind=kind)
+    assert [v.extracted for v in verdicts[:2]] == ["C", "D"] and all(v.trace for v in verdicts[:2])
+    assert reasons(verdicts)[:2] == ["ok", "wrong"] and {v.reason for v in verdicts} <= KNOWN - {"killed"}
+    for verdict in verdicts:
+        assert len(verdict.extracted) <= 200 and len(verdict.trace) <= 20
+        assert all(isinstance(step, str) and len(step) <= 300 for step in verdict.trace)
+
+
+# ---- Reference answers -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, bad", [
+    ("math-verify", [r"\frac{", "", r"\text{", " ", "{", r"\boxed{}", "$$", "~"]),
+    ("oat", [r"\frac{", r"\text{", "{"]), ("choice", ["5", "AC", "", r"\frac{", "K"]),
+    pytest.param("oat", ["", " ", r"\boxed{}"], marks=pytest.mark.xfail(strict=True, reason="empty equals empty"))])
+def test_check_names_the_references_that_cannot_be_matched_and_no_other(grader, kind, bad):
+    good = ["A", "J"] if kind == "choice" else ["5", r"\frac{1}{2}", "$x$", "4.5e33", "C", "x+$ $y", r"\text{yes}"]
+    answers = [good[0], *bad, *good[1:]]
+    found = grader.check(answers, kind)
+    assert sorted(found) == list(range(1, 1 + len(bad))) and "ok" not in found.values()
+    assert grader.check(good, kind) == {} == grader.check([], kind)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not CASES.exists(), reason=f"{CASES} is not on this machine")
-def test_the_reward_agrees_with_recorded_verdicts_of_math_verify():
-    cases = [json.loads(line) for line in CASES.read_text().splitlines()]
-    cases = random.Random(0).sample([case for case in cases if case["math_verify"] != "HANG"], 100)
-    with Grader(workers=2, deadline_s=4.0) as grader:
-        verdicts = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases])
-    assert sum(v.reward == float(case["math_verify"]) for v, case in zip(verdicts, cases)) >= 95
+@needs_data
+@pytest.mark.parametrize("name", ["aime24", "amc23", "math500", "minerva", "olympiad"])
+def test_every_reference_of_the_benchmarks_equals_itself(grader, name):
+    answers = [row["answer"] for row in rows(name)]
+    for kind in ("math-verify", "oat"):
+        assert {answers[i]: reason for i, reason in grader.check(answers, kind).items()} == {}, kind
+
+
+@needs_data
+def test_the_floats_of_minerva_are_matched_by_their_latex_spelling_and_by_no_zero(grader):
+    floats = [row["answer"] for row in rows("minerva") if repair_scientific(row["answer"]) != row["answer"]]
+    latex = [repair_scientific(answer) for answer in floats]
+    assert len(floats) == 58
+    for kind, answers in [("math-verify", floats), ("math-verify", latex), ("oat", latex)]:
+        assert sum(rewards(grader.grade([boxed(text) for text in latex], answers, kind=kind))) == 58, kind
+        assert sum(rewards(grader.grade([boxed("0")] * 58, answers, kind=kind))) == 0, kind
+
+
+@pytest.fixture(scope="module")
+def case_file():
+    """(cases, kind -> verdicts, seconds): the 750 cases graded once by each kind, by one worker."""
+    cases, start = rows("grader_cases"), time.monotonic()
+    finished = {"math-verify": ["truncated" not in case["note"] for case in cases]}
+    verdicts = {}
+    for kind, text in [("math-verify", "after_think"), ("oat", "whole"), ("choice", "after_think")]:
+        with Grader(kind, workers=1, deadline_s=4.0, text=text) as grader:
+            verdicts[kind] = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases],
+                                          finished.get(kind))
+    return cases, verdicts, time.monotonic() - start
+
+
+def different(cases, verdicts, want):
+    """The cases, to be read, whose reward is not what `want` says."""
+    return [(case["category"], case["gold"], case["response"][-80:], verdict.reason)
+            for case, verdict in zip(cases, verdicts) if verdict.reward != float(want(case))]
+
+
+@pytest.mark.slow
+@needs_data
+def test_the_training_reward_is_true_to_the_mathematics_of_the_case_file(case_file):
+    pairs = [(case, verdict) for case, verdict in zip(case_file[0], case_file[1]["math-verify"])
+             if not ("POLICY" in case["note"] or "AMBIGUOUS" in case["note"])]
+    cases, verdicts = zip(*pairs)
+    errors = different(cases, verdicts, lambda case: case["expected"])
+    assert len(cases) > 600 and len(errors) <= 0.05 * len(cases), errors
+    false = [(case, verdict) for case, verdict in pairs if not case["expected"]]
+    false_positives = different(*zip(*false), lambda case: False)
+    assert len(false) > 300 and len(false_positives) <= 0.015 * len(false), false_positives
+
+
+@pytest.mark.slow
+@needs_data
+def test_bombs_empty_and_truncated_responses_of_the_case_file_never_earn_anything(case_file):
+    cases = case_file[0]
+    bomb = [case["category"] == "bomb" and not case["expected"] for case in cases]
+    empty = [not case["response"].strip() for case in cases]
+    truncated = ["truncated" in case["note"] for case in cases]
+    assert sum(bomb) > 50 and sum(empty) >= 3 and sum(truncated) >= 7
+    for kind, verdicts in case_file[1].items():
+        assert not any(v.reward for v, is_bomb, is_empty in zip(verdicts, bomb, empty) if is_bomb or is_empty), kind
+    assert {v.reason for v, cut in zip(case_file[1]["math-verify"], truncated) if cut} == {"truncated"}
+
+
+@pytest.mark.slow
+@needs_data
+def test_the_oat_kind_agrees_with_its_recorded_verdicts(case_file):
+    pairs = [pair for pair in zip(case_file[0], case_file[1]["oat"]) if pair[0]["oat"] != "HANG"]
+    deviations = different(*zip(*pairs), lambda case: case["oat"])
+    assert len(pairs) > 700 and len(deviations) <= 0.02 * len(pairs), deviations
+
+
+@pytest.mark.slow
+@needs_data
+def test_the_choice_kind_is_right_on_every_multiple_choice_case(case_file):
+    pairs = [pair for pair in zip(case_file[0], case_file[1]["choice"]) if pair[0]["category"] == "mcq"]
+    assert len(pairs) > 30 and different(*zip(*pairs), lambda case: case["expected"]) == []
+
+
+@pytest.mark.slow
+@needs_data
+def test_the_case_file_is_graded_in_time(case_file):
+    assert case_file[2] < 600
+    assert max(v.ms for verdicts in case_file[1].values() for v in verdicts) <= (4 + 1) * 1000
+
+
+@pytest.mark.slow
+@needs_data
+def test_two_workers_grade_300_responses_a_second():
+    answers = [row["answer"] for row in rows("math500")] * 2
+    responses = ["Therefore, we get the following. " * 30 + boxed(text) for text in answers[:500]]
+    responses += ["Therefore, we get the following. " * 30 + boxed(text) for text in answers[1:500] + answers[:1]]
+    rates = []
+    with Grader(workers=2) as grader:
+        grader.grade(responses[:20], answers[:20])
+        for _ in range(3):
+            start = time.monotonic()
+            total = sum(rewards(grader.grade(responses, answers)))
+            rates.append(len(answers) / (time.monotonic() - start))
+            assert 495 < total < 550
+    assert max(rates) >= 300, rates
 
 
 # ---- Hostile responses -------------------------------------------------------------------------
@@ -178,6 +360,76 @@ def test_64_hostile_responses_change_no_other_reward_and_keep_the_time_bound(tmp
         assert all(v.ms < deadline_s * 1e3 + 500 for v in verdicts)
         assert "timeout" in reasons(verdicts) and not marker.exists()
         assert rewards(grader.grade([r"\boxed{5}", r"\boxed{6}"], ["5", "5"])) == [1.0, 0.0]
+
+
+def hostile_strings(n, seed=0):
+    """Noise of many sorts: unicode, braces, code, formulas, terminal codes, broken surrogates; long ones, too."""
+    rng = random.Random(seed)
+
+    def some(words, most):
+        return "".join(rng.choices(words, k=rng.randint(1, most)))
+
+    def unicode():
+        return "".join(chr(rng.randrange(0x20, rng.choice([0x250, 0x110000]))) for _ in range(30))
+
+    def nested():
+        return r"\frac{1+" * (k := rng.randint(1, 300)) + "x" + "}{2}" * k
+
+    latex = [r"\sqrt", r"\int", r"\sum", r"\left(", r"\right]", "{", "}", "_", "^", r"\begin{pmatrix}", r"\end{cases}",
+             "&", r"\\", "x", "1", r"\frac", r"\boxed{"]
+    code = ["__import__('os')", ".system('id')", "lambda: 0", "eval(", "exec(", "print", ")", "\n", ";", "="]
+    sorts = [unicode, nested, lambda: some("{}{}()[]\\$", 80), lambda: some(latex, 25), lambda: some(code, 9),
+             lambda: some("0123456789.,+-*/^e !", 40), lambda: some("xyz01+-*^()=<>!|&", 40),
+             lambda: some("\0\a\b\r\x1b\x7f\u200b\u202e7", 30), lambda: some(["\ud800", "\udfff", "5", "é", "😀"], 30),
+             lambda: "\x1b[31m5\x1b[2J\x1b]0;" + some("ab;", 9) + "\a",
+             lambda: some(["1 ", "x+", r"\cdot ", "9", "()", r"\text{a}"], 5) * rng.randint(1000, 20_000)]
+    frames = ["%s", r"\boxed{%s}", r"$\boxed{%s}$", r"</think>\boxed{%s", "The answer is %s.", r"\boxed{5}%s\boxed{%s"]
+    return [rng.choice(frames).replace("%s", rng.choice(sorts)()) for _ in range(n)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_1000_hostile_strings_change_no_verdict_of_200_ordinary_pairs(kind):
+    rng, letters = random.Random(1), "ABCDEFGHIJ"
+    items = [(text, rng.choice(["5", "C", text[:300]]), None) for text in hostile_strings(1000)]
+    for i in range(100):
+        right, wrong = (letters[i % 10], letters[(i + 1) % 10]) if kind == "choice" else (f"{i}.5", f"{i + 1}.5")
+        items += [(boxed(right), right, 1.0), (boxed(wrong), right, 0.0)]
+    rng.shuffle(items)
+    with Grader(kind, workers=2, deadline_s=2.0) as grader:
+        verdicts = grader.grade([response for response, _, _ in items], [answer for _, answer, _ in items])
+    assert len(verdicts) == 1200 and {v.reason for v in verdicts} <= KNOWN
+    assert all(v.reward == float(v.reason == "ok") for v in verdicts)
+    assert [(r, v) for (r, _, want), v in zip(items, verdicts) if want is not None and v.reward != want] == []
+
+
+@pytest.mark.slow
+def test_a_worker_stays_below_a_gigabyte_whatever_it_grades():
+    n, peaks, done = 20_000, {}, threading.Event()
+    bombs = ["2^{10^9}", "(10^9)!", "9**9**9**9", "9^{9^{9^{9}}}", "2^{-10^{10}}", "1e999999999",
+             r"\binom{10^9}{5\cdot 10^8}", "(" * n + "1" + ")" * n, "{" * n + "1" + "}" * n,
+             r"\frac{1}{" * 5000 + "1" + "}" * 5000, r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{10^9}", "(x+1)^{10^6}",
+             "10^{10^{8}}", r"\prod_{n=1}^{10^8} n"]
+
+    def watch():
+        while not done.wait(0.01):
+            for worker in list(grader._pool):
+                try:
+                    status = Path(f"/proc/{worker.proc.pid}/status").read_text()
+                except OSError:
+                    continue
+                if "VmHWM" in status:
+                    kb = int(status.split("VmHWM:")[1].split()[0])
+                    peaks[worker.proc.pid] = max(kb, peaks.get(worker.proc.pid, 0))
+    with Grader(workers=2, deadline_s=3.0) as grader:
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for kind in ("math-verify", "oat"):
+            verdicts = grader.grade([boxed(bomb) for bomb in bombs], ["5"] * len(bombs), kind=kind)
+            assert not any(rewards(verdicts))
+        done.set()
+        watcher.join()
+    assert len(peaks) >= 2 and 20_000 < max(peaks.values()) < 1_000_000, peaks
 
 
 def test_the_time_bound_holds_when_every_response_must_be_killed():
@@ -290,8 +542,151 @@ def test_close_ends_every_process():
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
 
-def test_a_response_that_never_ends_its_thought_earns_nothing_where_that_is_required():
-    with Grader(workers=1, require_think_end=True) as grader:
-        verdicts = grader.grade([r"<think>\boxed{7}", r"<think>hm</think>\boxed{7}", r"\boxed{7}"], ["7"] * 3)
-    assert [v.reward for v in verdicts] == [0.0, 1.0, 0.0]
-    assert verdicts[0].reason == "unclosed"
+# ---- The sandbox -------------------------------------------------------------------------------
+
+ROGUE = """
+import sys
+sys.path.insert(0, {root!r})
+import reward
+honest = reward.judge
+def judge(item, seconds):
+    if not item["response"].startswith("run "):
+        return honest(item, seconds)
+    try:
+        found = eval(item["response"][4:], {{"os": reward.os, "reward": reward}})
+        return "ok", "ran", found if isinstance(found, list) else []
+    except Exception as error:
+        return "wrong", type(error).__name__, []
+reward.judge = judge
+reward._worker_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+"""
+
+
+@pytest.fixture(scope="module")
+def rogue_file(tmp_path_factory):
+    """A worker that runs any Python expression: as if a response had broken out of sympy's parser."""
+    path = tmp_path_factory.mktemp("rogue") / "rogue.py"
+    path.write_text(ROGUE.format(root=str(ROOT)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(rogue_file):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward, "__file__", str(rogue_file))
+        grader = Grader(workers=1)
+    with grader:
+        yield lambda code: grader.grade([f"run {code}"], ["5"])[0]
+
+
+def bug(code, reason):
+    """A way out that is still open; the test fails, so that this mark goes, once it is closed."""
+    return pytest.param(code, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@pytest.mark.parametrize("code", [
+    "__import__('socket').socket()", "__import__('subprocess').run(['touch', FILE])", "os.system('touch ' + FILE)",
+    "os.popen('touch ' + FILE)", "os.fork()", "os.posix_spawn('/bin/touch', ['touch', FILE], {})",
+    "os.execv('/bin/true', ['x'])", "os.kill(os.getppid(), 0)", "__import__('ctypes').CDLL(None)",
+    "__import__('ctypes').string_at(0, 1)",
+    "open(FILE, 'w')", "open(FILE, 'a')", "open(FILE, 'x')", "open(KEPT, 'r+')", "os.open(FILE, os.O_CREAT)",
+    "os.mkdir(FILE)", "os.symlink('a', FILE)", "os.remove(KEPT)", "os.rename(KEPT, FILE)", "os.truncate(KEPT, 0)",
+    "os.chmod(KEPT, 0)", "__import__('shutil').rmtree(KEPT)", "__import__('shutil').copy(KEPT, FILE)",
+    bug("os.open(KEPT, os.O_TRUNC)", "O_TRUNC empties a file without O_WRONLY"),
+    bug("os.mkfifo(FILE)", "has no audit event"), bug("__import__('sqlite3').connect(FILE)", "its own audit event"),
+    bug("__import__('_posixsubprocess').fork_exec([b'/bin/true'], [b'/bin/true'], True, (), None, None, -1, -1, -1,"
+        " -1, -1, -1, *os.pipe(), False, False, 0, None, None, None, -1, None, False)", "has no audit event")])
+def test_code_that_runs_in_a_worker_can_open_no_socket_process_library_or_file(run, tmp_path, code):
+    file, kept = tmp_path / "file", tmp_path / "kept"
+    kept.write_text("kept")
+    verdict = run(code.replace("FILE", repr(str(file))).replace("KEPT", repr(str(kept))))
+    assert (verdict.reason, verdict.extracted) == ("wrong", "PermissionError")
+    assert kept.read_text() == "kept" and not file.exists()
+
+
+@pytest.mark.parametrize("code", ["open('/proc/self/stat').read()", "os.listdir('/')", "__import__('wave')",
+                                  "__import__('sympy').factorint(12345)", "__import__('xml.dom.minidom')"])
+def test_a_worker_still_reads_files_imports_modules_and_computes(run, code):
+    assert run(code).extracted == "ran"
+
+
+def test_a_worker_cannot_take_more_memory_than_it_has(run):
+    assert run("len(bytearray(2 << 30))").extracted == "MemoryError"
+    assert run("len(bytearray(200 << 20))").extracted == "ran"
+
+
+def test_a_trace_too_long_for_a_reply_is_cut_and_the_verdict_arrives(run):
+    for length in [0, 1, *range(130, 170), 300]:                # around the limit of a reply: 4 * 300 * 6 + 6 * length
+        verdict = run(f"['\u00e9' * 300] * 4 + ['\u00e9' * {length}]")
+        assert verdict.reason == "ok" and len(verdict.trace) in (0, 5)
+    assert run("['x' * 10**6] * 10**4").trace == ["x" * 300] * 20 and run("['\u00e9' * 300] * 20").trace == []
+    assert len(run("['\u00e9' * 300] * 4").trace) == 4
+
+
+def test_a_worker_that_nobody_kills_ends_itself_at_its_cpu_limit(rogue_file, monkeypatch):
+    monkeypatch.setattr(reward, "__file__", str(rogue_file))
+    worker = reward._Worker(1000, 1.0)
+    worker.sock.settimeout(60)
+    assert worker.receive() == {"ready": True}
+    endless = "run all(iter(lambda: 1, 0))"
+    worker.send({"id": 0, "kind": "choice", "response": endless, "answer": "5", "strict_box": True})
+    try:
+        assert worker.proc.wait(30) == -signal.SIGXCPU
+    finally:
+        worker.proc.kill()
+        worker.sock.close()
+
+
+@pytest.mark.parametrize("strict_box", [True, False])
+def test_code_in_a_response_is_not_executed(tmp_path, strict_box):
+    marker = tmp_path / "executed"
+    codes = [code.replace("FILE", str(marker)) for code in [
+        "__import__('os').system('touch FILE')", '__import__("os").system("touch FILE")', "open('FILE', 'w')",
+        "eval(\"open('FILE', 'w')\")", "exec(\"open('FILE', 'w')\")", "(lambda: open('FILE', 'w'))()",
+        "[open(f, 'w') for f in ['FILE']]", "sympify(\"__import__('os').system('touch FILE')\")",
+        "().__class__.__base__.__subclasses__()[0]; open('FILE', 'w')", "Symbol('x').__init__.__globals__['os']",
+        "1 if open('FILE', 'w') else 2", "x=open('FILE','w')", "f'{open(\"FILE\", \"w\")}'", "$(touch FILE)"]]
+    responses = [frame.replace("%s", code) for code in codes
+                 for frame in ["%s", r"\boxed{%s}", r"$\boxed{\text{%s}}$", "The answer is $%s$.", r"\boxed{(%s, 1)}"]]
+    with Grader(workers=2, strict_box=strict_box) as grader:
+        for kind in KINDS:
+            for answers in (["5"] * len(responses), [text[:300] for text in responses]):
+                assert {v.reason for v in grader.grade(responses, answers, kind=kind)} <= KNOWN
+    assert not marker.exists()
+
+
+# ---- Why did this response earn nothing? -------------------------------------------------------
+
+def explained(*args, stdin=""):
+    return subprocess.run([sys.executable, ROOT / "reward.py", *map(str, args)], input=stdin, capture_output=True,
+                          text=True, timeout=120)
+
+
+def test_the_command_line_says_what_was_extracted_and_compared_and_the_verdict(tmp_path):
+    file = tmp_path / "response.txt"
+    file.write_text(r"<think>\boxed{3}</think> so \boxed{\frac12}")
+    done = explained("--response", file, "--answer", "0.5")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "43 characters; graded are the last 19" in done.stdout
+    math_verify, oat = done.stdout.split("\noat\n")
+    for part, tried in [(math_verify, "math_verify.verify: True"), (oat, "string: ")]:
+        lines = [line.split(maxsplit=1) for line in part.splitlines() if line.startswith("  ")]
+        assert lines[0] == ["extracted", r"'\\frac12'"]
+        assert lines[-1][0] == "verdict" and "ok, reward 1" in lines[-1][1]
+        assert any(word == "tried" and tried in what for word, what in lines)
+
+
+def test_the_command_line_reads_standard_input_and_takes_the_switches():
+    args = ["--response", "-", "--answer", "42", "--grader", "math-verify"]
+    done = explained(*args, stdin="The answer is 42.")
+    assert "no_box, reward 0" in done.stdout and "oat" not in done.stdout
+    done = explained(*args, "--no-strict_box", "--grade_text", "whole", stdin="The answer is 42.</think>")
+    assert "ok, reward 1" in done.stdout
+
+
+@pytest.mark.parametrize("file", ["missing.txt", "."])
+def test_the_command_line_names_a_file_that_it_cannot_read_in_one_line(tmp_path, file):
+    done = explained("--response", tmp_path / file, "--answer", "42")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("reward.py: --response: ") and str(tmp_path) in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import model as M
 from config import Config, check_config, parse_args
 
-METRICS = """reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
+METRICS = """grader/ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
 engine/logp_diff_mean engine/logp_diff_max tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
 time/step perf/tokens_per_s perf/mfu perf/peak_memory_gb""".split()
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_another_data_order_is_refused(whole_run):
 def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp_path):
     """One run with the switches that need machinery of their own; then one whose gradient is never finite."""
     run([*SMALL, "--out", tmp_path / "a", "--steps", "2", "--updates_per_rollout", "2", "--entropy_level", "batch", "--eq12_form",
-         "ratio", "--demo_in_group", "replaces", "--kl_coef", "0.1", "--require_think_end",
+         "ratio", "--demo_in_group", "replaces", "--kl_coef", "0.1", "--grade_text", "require_think",
          "--activation_checkpointing", "--n_rollouts", "5"])
     assert len(metrics(tmp_path / "a")) == 3
     output = run([*SMALL, "--out", tmp_path / "b", "--steps", "9", "--entropy_coef", "inf"], ok=False)
@@ -212,3 +212,32 @@ def test_the_defaults_are_the_papers_configuration():
     assert (cfg.steps, cfg.n_rollouts, cfg.prompts_per_step, cfg.updates_per_rollout) == (500, 8, 128, 1)
     assert (cfg.lr, cfg.max_response_tokens, cfg.rope_theta, cfg.window) == (1e-6, 8192, 40_000, 16_384)
     assert (cfg.temperature, cfg.eval_temperature, cfg.eval_top_p, cfg.tis_cap) == (1.0, 0.6, 1.0, 2.0)
+
+
+@pytest.mark.slow
+def test_a_step_without_any_reward_because_grading_broke_down_is_shouted_about(tmp_path):
+    done = run(["tests/ranks.py", "graders_fail", *SMALL[1:], "--steps", "1", "--out", tmp_path / "run"])
+    assert re.search(r"WARNING: every reward is 0, and 20 of 20 gradings were given up", done)
+    row = metrics(tmp_path / "run")[-1]
+    assert row["grader/timeouts"] == 20 and row["reward/mean"] == row["reward/demo_mean"] == 0
+
+
+@pytest.mark.slow
+def test_a_reference_that_nothing_can_match_is_named_and_left_out_of_training_but_stays_in_the_evaluation(tmp_path):
+    good = [{"id": f"good{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i)} for i in range(6)]
+    bad = {"id": "bad0", "problem": "11+11=?\n", "answer": r"\frac{"}
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, bad]))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good[:1], bad]))
+    done = run([*SMALL, "--steps", "2", "--data", tmp_path / "mine.jsonl", "--eval_data", tmp_path / "held.jsonl",
+                "--log_samples", "99", "--out", tmp_path / "run"], ranks=2)
+    assert done.count("bad0: no response can match the reference answer") == 2 and "1 of 7 reference answers" in done
+    samples = (tmp_path / "run" / "samples.jsonl").read_text()
+    assert "good" in samples and "bad0" not in samples
+    assert metrics(tmp_path / "run")[-1]["eval/held"] <= 0.5
+
+
+@pytest.mark.slow
+def test_data_whose_every_reference_is_unusable_is_refused(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"problem": "1+1=?\n", "answer": r"\frac{"}) + "\n")
+    done = run([*SMALL, "--steps", "1", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"], ok=False)
+    assert "no reference answer can be matched" in done and "Traceback" not in done

@@ -1,0 +1,268 @@
+r"""The verdict of the OAT-Grader on a math answer: the grader of the final evaluation (Sec. 5.1, App. B).
+
+    extract(r"so it is $\boxed{\frac12}$")      # '\\frac12'
+    equal(r"\frac12", "0.5")                    # True
+
+An answer equals the reference answer (gold) if one of three comparisons says so, the cheapest first:
+
+    string   one spelling of LaTeX, without units (a normalisation made for the MATH data set): same string
+    text     LaTeX turned into plain text (that of PRM800K): same string, or element by element by sympy
+    latex    Math-Verify parses and compares both. Not with fast=True
+
+It follows the behaviour of `math_grader.py` (github.com/sail-sg/understand-r1-zero), false verdicts included:
+only results of one grader can be compared. Where it differs:
+
+1. Every comparison has a limit of CPU time. There the second has none, and hangs on 9**9**9**9, 1e999999999.
+2. Math-Verify has one limit in all; there 1 s (by the clock) for each of: parse gold, parse answer, compare.
+3. All units are removed at once, not one unit after the other; a few that no answer contains are left out.
+4. The text comparison reads 1,000,000,000 as a number; there only numbers with at most two commas.
+5. Only the beginning of a long text is searched for repetitions.
+
+The text is untrusted: sympy's parser is `eval` behind a filter, no signal stops C code, and nothing here
+limits memory. So call `equal` in a process that may be killed (see reward.py), in its main thread; its first
+call takes 1 s (imports, Math-Verify's grammar). `extract` is safe anywhere.
+"""
+import math
+import re
+import signal
+import threading
+from contextlib import contextmanager
+from itertools import pairwise
+from os.path import commonprefix
+
+# What the string comparison takes for units, plurals included; many stem from the word problems of MathQA.
+# The single letters are the price: `12 m` equals `12`, but `x+a` equals `x+c` as well.
+UNITS = """
+    a c d g h l m o s t
+    acre cc cm cube cubic dm feet ft gal gallon hectare inch inches km liter litre meter metre mile mm mt mtr
+    rd sq square yard
+    am day hour hr min minute month noon pm sec second year yr
+    deg degree east west gm kg lb lt kmh kmph mp mph ohm
+    decrease excess gain increase less loss more percent profit pure ratio rise rs rupee
+    apple coin man mark men minw monkey number pie rounds soldier tile toy unit woman women
+    ab are bc by per prime st th way
+""".split()
+STRING_UNIT = re.compile(rf"(?<!\w)(?:{'|'.join(UNITS)})s?(?!\w)")
+LETTER_AND_ONE = re.compile(r"(?<!\w)[a-hq] .(?!\w)")   # meant for "a . m": so `b - 1` equals 1
+
+TEXT_UNIT = re.compile(                                 # inside words too: "sunday" is "sun"
+    "(?:centimeter|cm|day|degree|feet|foot|hour|inch|meter|mile|minute|month|second|week|yard|year)"
+    r"(?:es)?s? *(?:\^[0-9]+)?")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")      # the comma in 1,000
+FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")    # of integers: 3/4, -3./4.
+LONG = 128              # characters from which on a text is searched for repetitions, ...
+SEARCHED = 1024         # ... and as many of it are
+
+
+def extract(text):
+    r"""The content of the last \boxed{...}; None if there is none, or if it is never closed.
+
+    None too if anything but a brace follows the last \boxed, as in \boxed {5}. \fbox does not count.
+    """
+    start = text.rfind(r"\boxed")
+    if not text.startswith(r"\boxed{", start):
+        return None
+    start, depth = start + len(r"\boxed{"), 1
+    for brace in re.compile("[{}]").finditer(text, start):      # escaped ones (\{) too: they come in pairs
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start:brace.start()]
+    return None
+
+
+def equal(given, gold, fast=False, seconds=1, trace=None):
+    r"""Whether the answer `given` (from `extract`) equals the reference answer `gold`. str, str -> bool
+
+    gold     may contain a \boxed{...}; then its content is meant
+    fast     leaves out Math-Verify: faster on wrong answers, but denies that \frac{2}{4} is \frac{1}{2}
+    seconds  > 0, of CPU time, for each of the three comparisons; one that does not finish says no
+    trace    a list to which one line a comparison is appended, to see why an answer earned nothing
+    No text makes it raise. RuntimeError: called outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("equal: call it in the main thread: its time limits are signals")
+    # Here, and not at the top, because `extract` needs none of it; and on no comparison's time.
+    import math_verify, pylatexenc.latex2text, sympy.parsing.sympy_parser  # noqa: E401, F401
+    trace = [] if trace is None else trace
+    gold = extract(gold) if r"\boxed" in gold else gold
+    if gold is None:
+        trace.append("gold: its box is never closed")
+        return False
+    comparisons = [("string", _equal_strings), ("text", _equal_texts), ("latex", _equal_latex)]
+    return any(_in_time(name, compare, given, gold, seconds, trace)
+               for name, compare in comparisons[:2 if fast else 3])
+
+
+def _in_time(name, compare, given, gold, seconds, trace):
+    try:
+        with _time_limit(seconds):
+            return compare(given, gold, trace)
+    except _OutOfTime:
+        trace.append(f"{name}: out of time ({seconds} s of CPU)")
+    except Exception as error:      # parsers raise anything on nonsense, MemoryError and RecursionError too
+        trace.append(f"{name}: {type(error).__name__}")
+    return False
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception: sympy and Math-Verify catch those, and would carry on without a limit."""
+
+
+@contextmanager
+def _time_limit(seconds):
+    """Raises _OutOfTime in its block after `seconds` of CPU time: a busy machine changes no verdict.
+
+    Its signal is SIGPROF; an alarm (SIGALRM) of the caller is not touched.
+    """
+    def ring(signum, frame):
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, ring)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    finally:                            # apart, because it may ring during the line above
+        signal.signal(signal.SIGPROF, before)
+
+
+def _record(trace, comparison, given, gold, verdict):
+    short = lambda text: repr(text if len(text) <= 200 else text[:200] + "...")
+    trace.append(f"{comparison}: {short(given)} {'=' if verdict else '!='} {short(gold)}")
+    return verdict
+
+
+# ---- 1. string ----------------------------------------------------------------------------------------
+
+def _equal_strings(given, gold, trace):
+    given, gold = _one_spelling(given), _one_spelling(gold)
+    return _record(trace, "string", given, gold, given == gold)
+
+
+def _one_spelling(latex):
+    r"""One string for all usual spellings of an answer: "x = \dfrac12\text{ cm}" -> "\frac{1}{2}"."""
+    latex = re.sub(r"^\\text\{(.+)\}$", r"\1", latex.strip()).strip()
+    for pattern, spelling in [
+            (r"\n|\\!", ""), (r"\\\\", r"\\"),
+            (r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}"), (r"\\end\{array\}", r"\\end{pmatrix}"),
+            ("bmatrix", "pmatrix"), ("[td]frac", "frac"), (r"\\([nlg])eq", r"\\\1e"),
+            (r"\\left|\\right", "")]:
+        latex = re.sub(pattern, spelling, latex)
+    latex = re.sub(r"\\text{.*?}$", "", latex).strip() or latex     # "5\text{ cm}" -> "5"; "\text{B}" stays
+    for unit in (LETTER_AND_ONE, STRING_UNIT):
+        latex = unit.sub("", latex) or latex                        # an answer that is only a unit stays: "c"
+    latex = re.sub(r"\^\\circ|\^\{\\circ\}|\\\$|\\%", "", latex)
+    latex = re.sub(r"\\text\{ (?!.*\\text\{ ).*", "", latex)        # "5\text{ m}^2" -> "5"
+    latex = re.sub(r"(^|[ {])\.", r"\g<1>0.", latex)                # .5 -> 0.5
+    latex = re.sub("^[^=]{0,2}=([^=]*)$", r"\1", latex)             # x=5 -> 5
+    latex = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", latex).replace(" ", "")
+    latex = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", latex)
+    latex = re.sub(r"\\frac([^{]){", r"\\frac{\1}{", latex)
+    latex = re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", latex)
+    return r"\frac{1}{2}" if latex == "0.5" else latex
+
+
+# ---- 2. text ------------------------------------------------------------------------------------------
+
+def _equal_texts(given, gold, trace):
+    given, gold = _as_text(given), _as_text(gold)
+    same = _record(trace, "text", given, gold, given == gold)
+    if same:
+        return True
+    given_elements, gold_elements = _elements(given), _elements(gold)
+    if len(given_elements) != len(gold_elements):
+        return False
+    if len(gold_elements) > 1 and (given[0], given[-1]) != (gold[0], gold[-1]):
+        return False                                    # (0,1) is not [0,1]
+    return all(_equal_elements(*pair, trace) for pair in zip(given_elements, gold_elements))
+
+
+def _as_text(latex):
+    r"""Plain text that sympy may read: "$2 \frac{3}{4}$ miles" -> "2+3/4", "(1, \sqrt{2}]" -> "(1,sqrt(2)]".
+
+    Structure may get lost: \frac{x+1}{2} and x+\frac12 are both "x+1/2".
+    """
+    text = re.sub(r"\\?[$%]", "", latex)
+    text = re.sub(" (or|and) ", " , ", text)
+    for word, power in [("million", 6), ("billion", 9), ("trillion", 12)]:
+        text = text.replace(word, f"*10^{power}")
+    text = re.sub(r"\^ *\\circ", "", TEXT_UNIT.sub("", text))
+    text = re.sub(r",\\! *", "", text)
+    if "\\" in text:
+        text = _latex_to_text(text)
+    text = re.sub("([0-9]) +([0-9])", r"\1+\2", text)   # mixed numbers: 2 3/4 -> 2+3/4
+    text = re.sub("[ {}]", "", text).lower()
+    return _integer(text) or text
+
+
+def _latex_to_text(latex):
+    from pylatexenc.latex2text import LatexNodes2Text
+    latex = re.sub(r"\\[td]?frac", r" \\frac", latex)   # the space keeps 2\frac{3}{4} from becoming 23/4
+    names = {"√": "sqrt", "π": "pi", "∞": "inf", "∪": "U", "·": "*", "×": "*"}
+    return LatexNodes2Text().latex_to_text(latex).translate(str.maketrans(names))
+
+
+def _integer(text):
+    """"1,000.0" -> "1000", "1e3" -> "1000"; None for what is no integer."""
+    try:
+        number = float(THOUSANDS.sub("", text))
+    except ValueError:
+        return None
+    return str(round(number)) if math.isfinite(number) and abs(number - round(number)) <= 1e-7 else None
+
+
+def _elements(text):
+    """"(1,2]" -> ["1", "2"]. What is not inside one pair of brackets is one element: "1,2" -> ["1,2"]."""
+    text = THOUSANDS.sub("", text)
+    inside = re.fullmatch(r"[()\[\]]([^()\[\]]+)[()\[\]]", text)
+    return inside[1].split(",") if inside else [text]
+
+
+def _equal_elements(given, gold, trace):
+    if FRACTION.fullmatch(given) and FRACTION.fullmatch(gold):      # 2/4 for 1/2: it has to be reduced
+        return _record(trace, "fractions", given, gold, given == gold)
+    if bool(_integer(given)) != bool(_integer(gold)):               # 4/2 for 2: it has to be computed
+        return _record(trace, "only one is an integer", given, gold, False)
+    return _equal_by_sympy(f"({gold})-({given})", trace)
+
+
+def _equal_by_sympy(difference, trace):
+    from sympy import simplify
+    from sympy.parsing import sympy_parser as parser
+    letters = {c for c in re.sub("sqrt|frac", "", difference) if c.isalpha()}
+    huge = r"\^\(|\^[0-9]+\^|\^[0-9][0-9]|e[+-]?[0-9]{6}"           # the last: no signal stops 1e999999999
+    if len(letters) > 2 or re.search(huge, difference):             # more letters: a word, no formula
+        trace.append(f"sympy: {difference[:400]} is not parsed")
+        return False
+    transformations = parser.standard_transformations + (parser.implicit_multiplication_application,)
+    parsed = parser.parse_expr(difference.replace("^", "**"), transformations=transformations)
+    zero = bool(simplify(parsed) == 0)
+    trace.append(f"sympy: {difference[:400]} -> {'0' if zero else 'not 0'}")
+    return zero
+
+
+# ---- 3. latex -----------------------------------------------------------------------------------------
+
+def _equal_latex(given, gold, trace):
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+    if any(len(text) > LONG and _repetitive(text) for text in (given, gold)):
+        trace.append("latex: too repetitive")
+        return False
+    config = LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()
+    given_parsed, gold_parsed = (
+        parse(text if "$" in text else f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
+        for text in (given, gold))
+    return _record(trace, "latex", given, gold, verify(gold_parsed, given_parsed, timeout_seconds=None))
+
+
+def _repetitive(text):
+    """Whether over a fifth of all substrings are repeats, as in x+x+x+x...: no answer, and slow to parse.
+
+    Each of the sorted suffixes repeats as many substrings as it shares characters with the one before.
+    """
+    text = text[:SEARCHED]
+    suffixes = sorted(text[i:] for i in range(len(text)))
+    repeats = sum(len(commonprefix(pair)) for pair in pairwise(suffixes))
+    return repeats > 0.2 * len(text) * (len(text) + 1) / 2
