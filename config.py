@@ -174,6 +174,8 @@ def check_config(cfg, world, window):
          "--updates_per_rollout must lie between 1 and --prompts_per_step"),
         (cfg.entropy_coef and cfg.entropy_level == "batch",
          "--entropy_coef needs --entropy_level sequence or token: the step's mean has no gradient"),
+        (cfg.grader_workers < 0 or cfg.grader_deadline <= 0,
+         "--grader_workers must be at least 0, --grader_deadline above 0"),
         (cfg.temperature <= 0, "--temperature must be positive: rollouts are samples (Eq. 11)"),
         (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
          "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),

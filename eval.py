@@ -129,14 +129,14 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
     return rows
 
 
-def evaluate(engine, grader, prompts, n, temperature, top_p, max_tokens, seed, version):
+def evaluate(engine, grader, name, prompts, n, temperature, top_p, max_tokens, seed, version):
     """avg@n during training, by the training grader.
 
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns what
     `estimate` does, and "truncated", the share of responses cut at max_tokens. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    tasks = [Task("heldout", prompt, k) for prompt in prompts for k in range(n)]
+    tasks = [Task(name, prompt, k) for prompt in prompts for k in range(n)]
     rows = answer(engine, grader, tasks[rank::world], Sampling(temperature, top_p, max_tokens, seed),
                   ["math-verify"], version)
     everyone, found = [None] * world, np.zeros((2, len(tasks)))
@@ -309,6 +309,8 @@ def markdown(summary, label, kinds, notes):
                 f"{percent(one[view])} | {best + ': ' + percent(one[view], best) if n > 1 else ''} | "
                 f"{100 * one['truncated']:.1f} | {one['response_len']:.0f} | {reasons} |")
     lines += ["", "± is the standard error over problems, the samples' noise included."]
+    if "amc23" in summary:
+        lines[-1] += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
     if any(name in summary for name in COLUMNS[5:]):
         lines[-1] += " Multiple choice is graded by its letter, whatever the verifier."
     if any("oat/repaired" in one for one in summary.values()):
@@ -332,8 +334,6 @@ def departures(args, summary):
                          f"{expected.samples}")
     if "gsm8k" in summary:
         notes.append("GSM8K is not a benchmark of the paper")
-    if "amc23" in summary:
-        notes.append("the paper gives SRFT's AMC as 74.3 in Table 2 and as 72.2 in Table 3")
     return notes + (["no verdict of the OAT-Grader"] if args.grader == "math-verify" else [])
 
 
@@ -376,9 +376,12 @@ def parse(argv=None):
     flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0")
     args = parser.parse_args(argv)
-    for name, least in (("samples", 0), ("max_tokens", 1), ("engine_sequences", 1), ("temperature", 0.0)):
+    for name, least in (("samples", 0), ("max_tokens", 1), ("engine_sequences", 1), ("temperature", 0.0),
+                        ("seed", 0), ("grader_workers", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
+    if not 0 < args.top_p <= 1 or args.grader_deadline <= 0:
+        parser.error("--top_p must lie in (0, 1], --grader_deadline above 0")
     return args
 
 
@@ -391,29 +394,35 @@ def locate(args):
         args.out = args.out or str(path / "eval")
         args.template = args.template or json.loads((path / "config.json").read_text())["template"]
         return str(path / "hf")
+    if path.is_file():
+        raise ValueError(f"--model {path}: expected a folder, found a file")
     args.out = args.out or f"out/eval/{path.resolve().name if path.exists() else path.name}"
     args.template = args.template or "paper"
     return M.fetch(args.model, "model", "--model")
 
 
-SETTINGS = ("template", "grader", "temperature", "top_p", "max_tokens", "seed", "rope_theta", "window",
-            "grade_text", "strict_box", "score_unfinished")
+SETTINGS = ("model", "weights", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
+            "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
 
-def settle(args, folder):
-    """Write settings.json, or raise ValueError if --out holds results of another model or other settings."""
+def settle(args, folder, rank=0):
+    """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
+    settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
     weights = {file.name: [file.stat().st_size, int(file.stat().st_mtime)]
                for file in sorted(Path(folder).glob("*.safetensors"))}
-    settings = {"model": args.model, "weights": weights} | {name: getattr(args, name) for name in SETTINGS}
+    settings = vars(args) | {"weights": weights}
     path = Path(args.out) / "settings.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and (Path(args.out) / "results.jsonl").exists():
         known = json.loads(path.read_text())
-        changed = [name for name in settings if known.get(name) != settings[name]]
+        changed = [name for name in SETTINGS if known.get(name) != settings[name]]
         if changed:
             raise ValueError(f"{args.out} holds results of other settings; use another --out. " + "; ".join(
                 f"{name} was {known.get(name)}, is {settings[name]}" for name in changed))
-    path.write_text(json.dumps(settings | environment(), indent=2))
+    if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(settings | environment(), indent=2))
+        new.replace(path)                             # at once, for other ranks may be reading it
 
 
 def prepare(args, tokenizer, window, say):
@@ -424,11 +433,11 @@ def prepare(args, tokenizer, window, say):
         if name in seen:
             raise ValueError(f"--benchmarks: two are called {name}; rename one file")
         seen.add(name)
-        prompts = tokenize(problems, tokenizer, args.template, max(1, window - args.max_tokens),
-                           args.max_tokens, say)
-        if len(prompts) < len(problems):
-            raise ValueError(f"{name}: {len(problems) - len(prompts)} prompts leave less than --max_tokens "
-                             f"{args.max_tokens} of the window of {window}: lower it, or raise --window")
+        prompts = tokenize(problems, tokenizer, args.template, sys.maxsize, sys.maxsize, say)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if longest + args.max_tokens > window:
+            raise ValueError(f"{name}: a prompt of {longest} tokens and --max_tokens {args.max_tokens} "
+                             f"exceed the window of {window}: lower it, or raise --window")
         n = args.samples or (BENCHMARKS[name].samples if name in BENCHMARKS else 1)
         say(f"{name}: {len(problems)} problems x {n}")
         tasks += [Task(name, prompt, k) for prompt in prompts for k in range(n)]
@@ -443,8 +452,7 @@ def measure(args):
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
-    if rank == 0:
-        settle(args, folder)
+    settle(args, folder, rank)
     dist.barrier()
     kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)

@@ -567,6 +567,8 @@ def export_hf(folder, policy, tokenizer, dtype):
         shell.generation_config = GenerationConfig.from_model_config(config)
         shell.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():
+            file.chmod(0o644)                                  # safetensors are written for their owner alone
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     del state

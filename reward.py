@@ -98,6 +98,8 @@ class Grader:
                  text="after_think", strict_box=True, score_unfinished=False):
         if kind not in KINDS or text not in TEXTS:
             raise ValueError(f"Grader: kind {kind!r} must be one of {KINDS}, text {text!r} one of {TEXTS}")
+        if (workers is not None and workers < 1) or not deadline_s > 0:
+            raise ValueError(f"Grader: expected a worker and a deadline, found {workers}, {deadline_s} s")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.workers = workers or max(1, len(os.sched_getaffinity(0)) // ranks_here)
         self.kind, self.deadline_s, self.memory_mb = kind, deadline_s, memory_mb

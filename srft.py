@@ -428,8 +428,9 @@ def train(cfg, run):
                dynamic_ncols=True)
 
     def evaluation(step):
-        found = {name: evaluate(run.engine, run.grader, prompts, cfg.eval_samples, cfg.eval_temperature,
-                                cfg.eval_top_p, cfg.max_response_tokens, cfg.seed, version=step)
+        found = {name: evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples,
+                                cfg.eval_temperature, cfg.eval_top_p, cfg.max_response_tokens, cfg.seed,
+                                version=step)
                  for name, prompts in run.heldout.items()}
         return {f"eval/{name}": result["accuracy"] for name, result in found.items()}
 
