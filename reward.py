@@ -189,7 +189,8 @@ class Grader:
         can. A problem with such an answer is lost: every response to it would earn 0."""
         verdicts = self.grade([f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers], answers,
                               kind=kind)
-        return {i: verdict.reason for i, verdict in enumerate(verdicts) if not verdict.reward}
+        return {i: "parse_fail" if verdict.reward else verdict.reason for i, verdict in enumerate(verdicts)
+                if not verdict.reward or not verdict.extracted.strip()}     # oat: nothing equals nothing
 
     def _ruled_out(self, response, finished):
         """The reason for a verdict without looking for an answer, or None."""
@@ -296,10 +297,15 @@ def _address_space():
 
 
 def _forbid(event, args):
-    """Audit hook: what sympy's parser evaluates may compute, and nothing else: no network, no processes."""
-    if event.startswith(("socket.", "subprocess.", "ctypes.", "shutil.", "os.")) and event != "os.listdir":
-        raise PermissionError(f"a grader must not: {event}")
-    if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    """Audit hook: what sympy's parser evaluates may compute, and nothing else: no network, no processes.
+
+    A fence, not a wall: Python raises no event for a few calls, and none for what C code does. The filters in
+    front of the parsers, the limits of the process and its user's rights are the others.
+    """
+    if event.startswith(("socket.", "subprocess.", "ctypes.", "shutil.", "sqlite3.", "os.")):
+        if event != "os.listdir":                               # which imports need
+            raise PermissionError(f"a grader must not: {event}")
+    if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
         raise PermissionError("a grader must not write files")
 
 
