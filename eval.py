@@ -341,6 +341,7 @@ def departures(args, summary):
 # The command line.
 
 def parse(argv=None):
+    """The command line -> argparse.Namespace. Unknown flags are errors."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (--help lists all flags)\n")

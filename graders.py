@@ -35,6 +35,8 @@ def judge(item, seconds):
 
 
 def math_verify(text, answer, strict_box, seconds, trace):
+    """(reason, extracted text): Math-Verify's verdict, with its slips repaired before and after. seconds
+    limits each of: parse the reference, parse the response, compare. trace: a list that gets a line each."""
     from math_verify import parse, verify
     box = ""
     if strict_box:
@@ -90,6 +92,7 @@ def _other_base(gold, prediction):
 
 
 def oat_grader(text, answer, strict_box, seconds, trace):
+    """(reason, extracted text) by oat.py, for which only boxes count."""
     box = oat.extract(text)
     if box is None:
         return last_box(text)[1] or "no_box", ""
@@ -100,6 +103,7 @@ def oat_grader(text, answer, strict_box, seconds, trace):
 
 
 def choice(text, answer, strict_box, seconds, trace):
+    """(reason, letter): `answer` is a letter A-J."""
     letter = choice_letter(text)
     trace.append(f"letter: {letter}")
     if letter is None:

@@ -132,19 +132,10 @@ class Grader:
         ValueError: lengths differ, or unknown kind. TypeError: not all str. RuntimeError: workers cannot
         start, or it is closed. After any exception but the last, Ctrl-C included, `grade` works again.
         """
-        finished = [True] * len(responses) if finished is None else finished
-        if not len(responses) == len(answers) == len(finished):
-            raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers and "
-                             f"{len(finished)} finished; one for each")
-        for i, pair in enumerate(zip(responses, answers)):
-            if not all(isinstance(text, str) for text in pair):
-                raise TypeError(f"grade: item {i}: expected str, str; found {[type(t) for t in pair]}")
-        if (kind := kind or self.kind) not in KINDS:
-            raise ValueError(f"grade: kind {kind!r} must be one of {KINDS}")
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
-        items = [{"kind": kind, "response": graded_text(response, self.text)[-MAX_CHARS:], "answer": answer,
-                  "strict_box": self.strict_box} for response, answer in zip(responses, answers)]
+        finished = [True] * len(responses) if finished is None else finished
+        items = self._items(responses, answers, finished, kind or self.kind)
         verdicts = [Verdict(0.0, reason, 0.0) if reason else None
                     for reason in map(self._ruled_out, responses, finished)]
         todo = deque(i for i, verdict in enumerate(verdicts) if verdict is None)
@@ -191,6 +182,18 @@ class Grader:
                               kind=kind)
         return {i: "parse_fail" if verdict.reward else verdict.reason for i, verdict in enumerate(verdicts)
                 if not verdict.reward or not verdict.extracted.strip()}     # oat: nothing equals nothing
+
+    def _items(self, responses, answers, finished, kind):
+        if not len(responses) == len(answers) == len(finished):
+            raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers and "
+                             f"{len(finished)} finished; one for each")
+        for i, pair in enumerate(zip(responses, answers)):
+            if not all(isinstance(text, str) for text in pair):
+                raise TypeError(f"grade: item {i}: expected str, str; found {[type(t) for t in pair]}")
+        if kind not in KINDS:
+            raise ValueError(f"grade: kind {kind!r} must be one of {KINDS}")
+        return [{"kind": kind, "response": graded_text(response, self.text)[-MAX_CHARS:], "answer": answer,
+                 "strict_box": self.strict_box} for response, answer in zip(responses, answers)]
 
     def _ruled_out(self, response, finished):
         """The reason for a verdict without looking for an answer, or None."""

@@ -288,26 +288,9 @@ def setup(cfg):
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def load(name, flag):
-        source = name if name.startswith("tiny:") else M.fetch(name, "dataset", flag)
-        examples = load_examples(source, cfg.skip_bad_rows, say)
-        if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
-            examples = [replace(example, demo=None) for example in examples]
-        return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens,
-                        say)
-
-    prompts, heldout = load(cfg.data, "--data"), {}
-    for source in filter(None, cfg.eval_data.split(",")):
-        name = Path(source).stem.removeprefix("tiny:")
-        if name in heldout:
-            raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
-        heldout[name] = load(source, "--eval_data")
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
-    prompts = check_answers(grader, "--data", prompts, rank, world, say)
-    for name, examples in heldout.items():             # named only: they stay in the denominator
-        check_answers(grader, f"--eval_data {name}", examples, rank, world, say)
+    prompts, heldout = load_data(cfg, tokenizer, grader, rank, world, say)
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -334,6 +317,27 @@ def setup(cfg):
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
     return Run(rank, world, device, dtype, tokenizer, policy, reference, optimizer, engine, grader, prompts,
                heldout, order, log, state["step"], state["skipped"])
+
+
+def load_data(cfg, tokenizer, grader, rank, world, say):
+    """-> (the training prompts, dict name -> held-out prompts). A collective."""
+    def load(name, flag):
+        source = name if name.startswith("tiny:") else M.fetch(name, "dataset", flag)
+        examples = load_examples(source, cfg.skip_bad_rows, say)
+        if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
+            examples = [replace(example, demo=None) for example in examples]
+        return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens,
+                        say)
+
+    prompts, heldout = load(cfg.data, "--data"), {}
+    for source in filter(None, cfg.eval_data.split(",")):
+        name = Path(source).stem.removeprefix("tiny:")
+        if name in heldout:
+            raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
+        heldout[name] = load(source, "--eval_data")
+        # Named only: a problem whose answer cannot be matched stays in the denominator.
+        check_answers(grader, f"--eval_data {name}", heldout[name], rank, world, say)
+    return check_answers(grader, "--data", prompts, rank, world, say), heldout
 
 
 def check_answers(grader, flag, prompts, rank, world, say):

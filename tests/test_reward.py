@@ -62,12 +62,13 @@ def gone(pid, patience_s=5.0):
 
 
 def start_in_time(grader):
-    """Both workers are up. Skips where others use the CPUs: the bounds assume a replacement after half a deadline."""
+    """Waits for both workers; returns the seconds. Skips where others use the CPUs: the bounds do not hold there."""
     start = time.monotonic()
     while not all(worker.ready for worker in grader._pool):
         grader.grade(["1"] * 2, ["1"] * 2)
     if (took := time.monotonic() - start) > 1.2:
         pytest.skip(f"others load this machine: its workers start in {took:.1f} s, not in 0.7 s")
+    return took
 
 
 def signal_the_worker_of_item_0(grader, signum, delay_s=0.3):
@@ -224,6 +225,11 @@ def test_check_names_the_references_that_cannot_be_matched_and_no_other(grader, 
     found = grader.check(answers, kind)
     assert sorted(found) == list(range(1, 1 + len(bad))) and "ok" not in found.values()
     assert grader.check(good, kind) == {} == grader.check([], kind)
+
+
+@pytest.mark.xfail(strict=True, reason="what was extracted is dropped with the trace")
+def test_check_does_not_name_a_reference_whose_trace_is_too_long_for_a_reply(grader):
+    assert grader.check([r"\text{" + "😀" * 300 + "}"]) == {}
 
 
 @pytest.mark.slow
@@ -445,10 +451,10 @@ def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb):
 
 def test_the_time_bound_holds_when_every_response_must_be_killed():
     with Grader(workers=2, deadline_s=1.0) as grader:           # Math-Verify's own 1 s comes too late
-        start_in_time(grader)
+        late = max(0.0, start_in_time(grader) - 0.7)            # a spare is late by as much
         start = time.monotonic()
         verdicts = grader.grade([SLOW] * 8, ["5"] * 8)
-        assert time.monotonic() - start < 1.0 * 8 / 2 + 2       # without spares, 0.7 s more for every kill
+        assert time.monotonic() - start < (1.0 + late) * 8 / 2 + 2      # without spares, 0.7 s more for every kill
         assert reasons(verdicts) == ["timeout"] * 8
         assert len(grader._pool) <= 4                           # at most one spare a worker
 
