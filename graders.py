@@ -46,8 +46,6 @@ def math_verify(text, answer, strict_box, seconds, trace):
         text = f"\\boxed{{{_clean(box)}}}"
     gold = _parse_reference(answer, seconds)
     trace.append(f"reference, parsed: {gold}")
-    if not gold:
-        return "parse_fail", box
     prediction = parse(text, parsing_timeout=seconds, raise_on_error=True)
     trace.append(f"response, parsed: {prediction}")
     if not prediction:
@@ -72,8 +70,11 @@ def math_verify(text, answer, strict_box, seconds, trace):
 def _parse_reference(answer, seconds):
     """As inline math, which suits numbers and LaTeX but would end at a newline; else as it is."""
     from math_verify import parse
-    return (parse(f"${_clean(' '.join(undollar(answer).split()))}$", parsing_timeout=seconds)
-            or parse(answer, parsing_timeout=seconds))
+    parsed = (parse(f"${_clean(' '.join(undollar(answer).split()))}$", parsing_timeout=seconds)
+              or parse(answer, parsing_timeout=seconds))
+    if not parsed:                      # not returned: it may have been a timeout, and would be cached
+        raise ValueError("the reference answer cannot be parsed")
+    return parsed
 
 
 def _rounded_away(gold, prediction):
@@ -158,17 +159,26 @@ def undollar(answer):
 
 
 def _clean(text):
-    """A short answer in the notation that Math-Verify reads: typography, floats, what trails."""
-    def ascii(match):
-        char = match[0]
-        kind, plain = unicodedata.category(char), unicodedata.normalize("NFKC", char)
-        if kind == "Nd":
-            return str(unicodedata.decimal(char))               # full-width, Arabic-Indic, ...
-        if kind == "No" and "\u2044" in plain:
-            return r"\frac{%s}{%s}" % tuple(plain.split("\u2044"))          # one half
-        return "" if kind == "Cf" else {"\u00b0": r"^\circ", "\u00ba": r"^\circ"}.get(char, char)
+    """A short answer in the notation that Math-Verify reads: typography, thousands, floats, what trails."""
     text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+",         # superscripts
                   lambda run: "^{%s}" % unicodedata.normalize("NFKC", run[0]).replace("\u2212", "-"), text)
-    text = re.sub(r"[^\x00-\x7f]", ascii, text)
-    text = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))", "", text)   # 58\,500
-    return repair_scientific(re.sub(r"(?:\\[ ,;:!]|[\s~.,;:\u3002])+$", "", text))
+    text = re.sub(r"\u221a\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)
+    text = re.sub(r"[^\x00-\x7f]", _ascii, text)
+    text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:(?:\\[,!;: ]|\{,\})\d{3})+(?!\d)",
+                  lambda number: re.sub(r"\D", "", number[0]), text)         # 58\,500
+    while (shorter := re.sub(r"\\[ ,;:!]?$", "", text.rstrip(" \n\t~.,;:\u3002"))) != text:
+        text = shorter
+    return repair_scientific(text)
+
+
+def _ascii(match):
+    char, special = match[0], {"\u00b0": r"^\circ", "\u00ba": r"^\circ", "\u00b7": r"\cdot ",
+                               "\u221e": r"\infty ", "\u2013": "-"}
+    kind, plain = unicodedata.category(char), unicodedata.normalize("NFKC", char)
+    if kind == "Nd":
+        return str(unicodedata.decimal(char))                               # full-width, Arabic-Indic, ...
+    if kind == "No" and "\u2044" in plain:
+        return r"\frac{%s}{%s}" % tuple(plain.split("\u2044"))              # one half
+    if kind == "Cf":
+        return ""                                                           # zero-width space
+    return special.get(char, plain if plain.isascii() else char)

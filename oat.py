@@ -234,12 +234,12 @@ def _equal_by_sympy(difference, trace):
     letters = {c for c in re.sub("sqrt|frac", "", difference) if c.isalpha()}
     huge = r"\^\(|\^[0-9]+\^|\^[0-9][0-9]|e[+-]?[0-9]{6}"           # the last: no signal stops 1e999999999
     if len(letters) > 2 or re.search(huge, difference):             # more letters: a word, no formula
-        trace.append(f"sympy: {difference[:400]} is not parsed")
+        trace.append(f"sympy: {difference[:400]!r} is not parsed")
         return False
     transformations = parser.standard_transformations + (parser.implicit_multiplication_application,)
     parsed = parser.parse_expr(difference.replace("^", "**"), transformations=transformations)
     zero = bool(simplify(parsed) == 0)
-    trace.append(f"sympy: {difference[:400]} -> {'0' if zero else 'not 0'}")
+    trace.append(f"sympy: {difference[:400]!r} -> {'0' if zero else 'not 0'}")
     return zero
 
 

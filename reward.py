@@ -350,7 +350,7 @@ def _worker_main(fd, memory_mb, deadline_s):
                      "extracted": extracted[:200], "trace": [step[:300] for step in trace[:20]]}
             message = json.dumps(reply).encode() + b"\n"
             if len(message) > MAX_REPLY:
-                message = json.dumps(reply | {"extracted": "", "trace": []}).encode() + b"\n"
+                message = json.dumps(reply | {"trace": []}).encode() + b"\n"
             sock.sendall(message)
 
 
@@ -364,6 +364,8 @@ def explain(argv):
     parser.add_argument("--strict_box", action=argparse.BooleanOptionalAction, default=True,
                         help="only the last box counts, for math-verify")
     args = parser.parse_args(argv)
+    sys.stdin.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with (sys.stdin if args.response == "-" else open(args.response, errors="replace")) as file:
             response = file.read()
