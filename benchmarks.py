@@ -234,6 +234,8 @@ def _options(row):
         index = labels.index(row["answerkey"])
     elif "options" in row:
         options, index, letter = row["options"], row.get("answer_index"), row.get("answer")
+    elif "choices" in row:
+        raise ValueError("expected answerKey beside choices, or options and answer_index")
     else:
         return None, None
     if not (isinstance(options, list) and 2 <= len(options) <= len(LETTERS)

@@ -10,10 +10,12 @@ evaluation, to the same table. At the end, --out also holds summary.md and summa
 
 The figures: avg@n is the mean over problems of the share of n responses that are correct (pass@1 where
 n = 1); pass@k is the chance that one of k responses is correct, by the unbiased estimator. Each comes with
-its standard error. `evaluate` is the same measurement inside a training run.
+its standard error. `evaluate` is the same measurement inside a training run, but by Math-Verify alone, and a
+response cut off scores 0 there unless --score_unfinished says otherwise.
 """
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -34,37 +36,7 @@ from config import environment
 from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, stored_tensors
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Estimates from graded samples.
-
-def pass_at_k(correct, n, k):
-    """The unbiased estimate of P(one of k samples is correct) from `correct` of n: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, Eq. 1, https://arxiv.org/abs/2107.03374), as a product that cannot overflow."""
-    return 1.0 - float(np.prod([(n - correct - i) / (n - i) for i in range(k)]))
-
-
-def estimate(rewards):
-    """(P, n) rewards of n samples to each of P problems -> accuracy, pass@k and their standard errors.
-
-    accuracy        avg@n: the mean of all rewards
-    stderr          of accuracy as an estimate for problems of this kind: standard deviation of the
-                    problems' means / sqrt(P). It holds the samples' noise, too. None if P = 1
-    stderr_samples  of accuracy on exactly these problems: sqrt(sum_i p_i (1 - p_i) / (n - 1)) / P, the
-                    noise of sampling alone. None if n = 1
-    pass@k, pass@k/stderr   for k = 2, 4, 8, ... up to n
-    """
-    rewards = np.asarray(rewards, np.float64)
-    problems, n = rewards.shape
-    spread = lambda values: float(np.std(values, ddof=1) / np.sqrt(problems)) if problems > 1 else None
-    share = rewards.mean(1)
-    found = {"accuracy": float(share.mean()), "stderr": spread(share), "stderr_samples":
-             float(np.sqrt((share * (1 - share)).sum() / (n - 1)) / problems) if n > 1 else None}
-    for k in [2 ** i for i in range(1, n.bit_length())]:
-        passed = [pass_at_k(correct, n, k) for correct in rewards.sum(1)]
-        found |= {f"pass@{k}": float(np.mean(passed)), f"pass@{k}/stderr": spread(passed)}
-    return found
+from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -92,7 +64,8 @@ class Task:
 
     def seed(self, seed):
         """A function of what is asked alone: not of ranks, of --limit, or of the other benchmarks."""
-        words = [seed, zlib.crc32(self.benchmark.encode()), zlib.crc32(self.key[1].encode()), self.sample]
+        name, id = (zlib.crc32(text.encode(errors="surrogatepass")) for text in self.key[:2])
+        words = [seed, name, id, self.sample]
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
@@ -152,31 +125,25 @@ def evaluate(engine, grader, name, prompts, n, temperature, top_p, max_tokens, s
 # results.jsonl: written by all ranks, read when a killed evaluation continues.
 
 def read_results(path):
-    """The rows of results.jsonl; a last line cut short by a kill is cut off the file. [] if there is none.
-
-    Raises ValueError for a line that is broken otherwise.
-    """
-    if not path.exists():
-        return []
-    rows, good = [], 0
-    with path.open("rb+") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(good)
-                break
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not a result ({error}); delete that line") \
-                    from error
-            good += len(line)
+    """The rows of results.jsonl, [] if there is none. Lines that a kill or a full disk cut short are counted
+    and skipped: their responses are drawn again."""
+    rows, torn = [], 0
+    for line in path.open("rb") if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            torn += 1
+    if torn:
+        print(f"{path}: skipped {torn} torn lines")
     return rows
 
 
 def append_results(path, rows):
-    """One locked write for a chunk: ranks share the file, and a kill leaves at most one torn line."""
-    with path.open("ab") as file:
+    """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
+    with path.open("ab+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            file.write(b"\n")
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
@@ -185,8 +152,8 @@ def append_results(path, rows):
 def chunks(tasks, world, size):
     """Split the tasks into equally mixed chunks of at most `size`, a multiple of `world` of them.
 
-    The engine's arithmetic may depend on what it decodes together, so an evaluation is resumed chunk by whole
-    chunk: the same responses come out. Chunk c is work of rank c mod world.
+    What is decoded together may change the last bits of the engine's arithmetic. A chunk is written at once,
+    so a killed evaluation goes on with the very same chunks. Chunk c is work of rank c mod world.
     """
     count = -(-len(tasks) // size)
     count = min(len(tasks), -(-count // world) * world)
@@ -219,122 +186,17 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
                dynamic_ncols=True)
     right, seen = Counter(), Counter()
     for chunk in mine:
-        rows = [known[task.key] for task in chunk if task.key in known]
-        if len(rows) < len(chunk):
-            rows = answer(engine, grader, chunk, sampling, kinds, progress=rank == 0)
-            append_results(path, [row for task, row in zip(chunk, rows) if task.key not in known])
-        for row in rows:
+        new = [task for task in chunk if task.key not in known]
+        if new:
+            new = answer(engine, grader, new, sampling, kinds, progress=rank == 0)
+            append_results(path, new)
+        for row in new + [known[task.key] for task in chunk if task.key in known]:
             seen[row["benchmark"]] += 1
             right[row["benchmark"]] += verdict(row, kinds[0])["reward"]
         bar.update(len(chunk))
         bar.set_postfix({name: f"{100 * right[name] / seen[name]:.1f}" for name in seen})
     bar.close()
     dist.barrier()
-
-
-def verdict(row, kind):
-    """A row's verdict in the view of one verifier; multiple choice has one for both."""
-    return row["verdicts"].get("choice") or row["verdicts"][kind]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The tables.
-
-# Table 2, of which only rows that its authors measured themselves; App. B says which.
-COLUMNS = ("aime24", "amc23", "math500", "minerva", "olympiad", "arc_c", "gpqa", "mmlu_pro")
-TABLE_2 = {
-    "Qwen2.5-Math": (11.4, 32.6, 48.8, 8.7, 15.8, 18.2, 11.1, 16.9),
-    "SFT": (31.1, 62.8, 85.2, 39.1, 53.3, 76.2, 25.8, 45.7),
-    "SFT_KL": (13.0, 45.2, 70.2, 26.5, 36.3, 33.3, 22.2, 30.4),
-    "RL_GRPO": (24.7, 61.6, 79.2, 33.7, 47.1, 75.6, 31.3, 42.1),
-    "SFT -> RL": (32.5, 67.1, 84.2, 34.1, 54.6, 76.4, 37.9, 49.6),
-    "LUFFY": (29.4, 65.6, 87.6, 37.5, 57.2, 80.5, 39.9, 53.0),
-    "ReLIFT": (28.2, 64.8, 85.0, 37.1, 54.9, 74.9, 40.9, 51.9),
-    "SRFT": (35.3, 74.3, 89.8, 39.7, 58.3, 85.3, 46.4, 55.9),
-}
-GROUPS = {"Avg. of the five": COLUMNS[:5], "Avg. of the three": COLUMNS[5:]}   # in-, out-of-distribution
-
-
-def summarize(rows, kinds):
-    """Rows of results.jsonl (benchmark -> list, each with samples 0..n-1 of every problem) -> for each
-    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts."""
-    summary = {}
-    for name, part in rows.items():
-        part = sorted(part, key=lambda row: (row["id"], row["sample"]))
-        n = 1 + part[-1]["sample"]
-        views = list(kinds) + ["oat/repaired"] * any("oat/repaired" in row["verdicts"] for row in part)
-        by = {view: [row["verdicts"].get(view) or verdict(row, kinds[0]) for row in part] for view in views}
-        summary[name] = {
-            "problems": len(part) // n, "samples": n,
-            "truncated": float(np.mean([not row["finished"] for row in part])),
-            "response_len": float(np.mean([row["tokens"] for row in part])),
-            "graders_agree": float(np.mean([len({v["reward"] for v in vs}) == 1 for vs in
-                                            zip(*(by[kind] for kind in kinds))])),
-        } | {view: estimate(np.reshape([v["reward"] for v in vs], (-1, n)))
-             | {"reasons": dict(Counter(v["reason"] for v in vs))} for view, vs in by.items()}
-    return summary
-
-
-def percent(estimates, name="accuracy"):
-    error = estimates["stderr" if name == "accuracy" else f"{name}/stderr"]
-    return f"{100 * estimates[name]:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def markdown(summary, label, kinds, notes):
-    """The summary as Markdown: beside Table 2, then in detail, then every departure from the protocol."""
-    shown = [name for name in COLUMNS if name in summary] + [n for n in summary if n not in COLUMNS]
-    groups = {title: names for title, names in GROUPS.items() if all(name in summary for name in names)}
-    title = lambda name: BENCHMARKS[name].title if name in BENCHMARKS else name
-    lines = ["| model | " + " | ".join([*map(title, shown), *groups]) + " |",
-             "|---" * (1 + len(shown) + len(groups)) + "|"]
-    for kind in kinds:
-        cells = [percent(summary[name][kind]) for name in shown]
-        cells += [f"{100 * np.mean([summary[name][kind]['accuracy'] for name in names]):.1f}"
-                  for names in groups.values()]
-        lines.append(f"| **{label}** ({kind}) | " + " | ".join(cells) + " |")
-    for model, figures in TABLE_2.items() if set(shown) & set(COLUMNS) else ():
-        paper = dict(zip(COLUMNS, figures))
-        cells = [f"{paper[name]:.1f}" if name in paper else "" for name in shown]
-        cells += [f"{np.mean([paper[name] for name in names]):.1f}" for names in groups.values()]
-        lines.append(f"| {model} (paper) | " + " | ".join(cells) + " |")
-    lines += ["", "| benchmark | problems | metric | verifier | % | pass@n % | truncated % | tokens | "
-              "verdicts |", "|---" * 9 + "|"]
-    for name in shown:
-        one = summary[name]
-        n, best = one["samples"], f"pass@{2 ** (one['samples'].bit_length() - 1)}"
-        for view in [view for view in (*kinds, "oat/repaired") if view in one]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(one[view]["reasons"].items()))
-            lines.append(
-                f"| {title(name)} | {one['problems']} | {f'avg@{n}' if n > 1 else 'pass@1'} | {view} | "
-                f"{percent(one[view])} | {best + ': ' + percent(one[view], best) if n > 1 else ''} | "
-                f"{100 * one['truncated']:.1f} | {one['response_len']:.0f} | {reasons} |")
-    lines += ["", "± is the standard error over problems, the samples' noise included."]
-    if "amc23" in summary:
-        lines[-1] += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
-    if any(name in summary for name in COLUMNS[5:]):
-        lines[-1] += " Multiple choice is graded by its letter, whatever the verifier."
-    if any("oat/repaired" in one for one in summary.values()):
-        lines[-1] += (" oat/repaired also accepts references such as 4.5e33 written as LaTeX; the paper's "
-                      "figure is probably plain oat's.")
-    lines += ["", "Not as in the paper:", ""] * bool(notes) + [f"* {note}" for note in notes]
-    return "\n".join(lines) + "\n"
-
-
-def departures(args, summary):
-    """What keeps these figures from the paper's protocol (Sec. 5.1, App. B), one sentence each."""
-    notes = [f"--{name} {getattr(args, name)}, the paper: {paper}" for name, paper in
-             (("temperature", 0.6), ("top_p", 1.0), ("max_tokens", 8192), ("template", "paper"))
-             if getattr(args, name) != paper]
-    for name, one in summary.items():
-        expected = BENCHMARKS.get(name)
-        if expected and one["problems"] != expected.count:
-            notes.append(f"{expected.title}: {one['problems']} problems, the paper: {expected.count}")
-        if expected and one["samples"] != expected.samples:
-            notes.append(f"{expected.title}: {one['samples']} samples a problem, the paper: "
-                         f"{expected.samples}")
-    if "gsm8k" in summary:
-        notes.append("GSM8K is not a benchmark of the paper")
-    return notes + (["no verdict of the OAT-Grader"] if args.grader == "math-verify" else [])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -402,28 +264,53 @@ def locate(args):
     return M.fetch(args.model, "model", "--model")
 
 
-SETTINGS = ("model", "weights", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
+SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
             "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
 
 def settle(args, folder, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    weights = {file.name: [file.stat().st_size, int(file.stat().st_mtime)]
-               for file in sorted(Path(folder).glob("*.safetensors"))}
-    settings = vars(args) | {"weights": weights}
+    settings = vars(args) | environment() | {
+        "weights": {file.name: fingerprint(file) for file in sorted(Path(folder).glob("*.safetensors"))}}
     path = Path(args.out) / "settings.json"
-    if path.exists() and (Path(args.out) / "results.jsonl").exists():
-        known = json.loads(path.read_text())
+    if (Path(args.out) / "results.jsonl").exists():
+        known = json.loads(path.read_text()) if path.exists() else {}
         changed = [name for name in SETTINGS if known.get(name) != settings[name]]
         if changed:
             raise ValueError(f"{args.out} holds results of other settings; use another --out. " + "; ".join(
                 f"{name} was {known.get(name)}, is {settings[name]}" for name in changed))
     if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(settings | environment(), indent=2))
-        new.replace(path)                             # at once, for other ranks may be reading it
+        write_whole(path, json.dumps(settings, indent=2))
+
+
+def fingerprint(file):
+    """Of a weights file: size and a hash of its first and last megabyte. Training changes every weight."""
+    size, ends = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as content:
+        ends.update(content.read(1 << 20))
+        content.seek(max(0, size - (1 << 20)))
+        ends.update(content.read())
+    return f"{size} {ends.hexdigest()[:16]}"
+
+
+def write_whole(path, text):
+    """Write a file at once: no reader, and no kill, sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def claim(out):
+    """Hold --out for this evaluation alone while the returned file is open; ValueError if another does."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = (Path(out) / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out}: another evaluation is writing there; use another --out") from None
+    return lock
 
 
 def prepare(args, tokenizer, window, say):
@@ -439,22 +326,27 @@ def prepare(args, tokenizer, window, say):
         if longest + args.max_tokens > window:
             raise ValueError(f"{name}: a prompt of {longest} tokens and --max_tokens {args.max_tokens} "
                              f"exceed the window of {window}: lower it, or raise --window")
-        n = args.samples or (BENCHMARKS[name].samples if name in BENCHMARKS else 1)
+        n = args.samples or (BENCHMARKS[name].samples if name in BENCHMARKS and args.temperature else 1)
         say(f"{name}: {len(problems)} problems x {n}")
         tasks += [Task(name, prompt, k) for prompt in prompts for k in range(n)]
     return tasks
 
 
 def measure(args):
-    """The whole evaluation on this rank; rank 0 writes and returns the summary."""
+    """The whole evaluation on this rank; rank 0 writes and prints the summary."""
     rank, world, device, _ = M.init_distributed(timeout_minutes=7 * 24 * 60)        # ranks end hours apart
     say = print if rank == 0 else lambda *_: None
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
+    lock = claim(args.out) if rank == 0 else None
     settle(args, folder, rank)
     dist.barrier()
+    tensors = stored_tensors(folder)
+    generation = Path(folder) / "generation_config.json"
+    if generation.exists():                           # more tokens may end a response than the config names
+        config.eos_token_id = json.loads(generation.read_text()).get("eos_token_id", config.eos_token_id)
     kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = Path(args.out) / "results.jsonl"
@@ -467,7 +359,7 @@ def measure(args):
                 config, tokenizer, torch.bfloat16 if device.type == "cuda" else torch.float32,
                 max(len(task.prompt.ids) for task in tasks) + args.max_tokens, args.engine_sequences,
                 args.engine_memory, seed=args.seed)
-            engine.sync_weights(stored_tensors(folder), version=0)
+            engine.sync_weights(tensors, version=0)
             run(engine, grader, tasks, known, sampling, kinds, path, chunk_size=4 * args.engine_sequences)
             known = known_results(path, tasks)
             engine.close()                            # takes the process group with it
@@ -476,12 +368,14 @@ def measure(args):
         for task in tasks:
             rows.setdefault(task.benchmark, []).append(known[task.key])
         summary = summarize(rows, kinds)
-        table = markdown(summary, args.model, kinds, departures(args, summary))
-        (Path(args.out) / "summary.md").write_text(table)
-        (Path(args.out) / "summary.json").write_text(json.dumps(summary, indent=2))
+        table = markdown(summary, args.model, kinds, departures(args, summary), args.grade_text,
+                         args.template)
+        write_whole(Path(args.out) / "summary.md", table)
+        write_whole(Path(args.out) / "summary.json", json.dumps(summary, indent=2))
         print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")
     if dist.is_initialized():
         dist.destroy_process_group()
+    del lock
 
 
 def check_references(grader, tasks, kinds, say):
@@ -502,7 +396,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         measure(args)
-    except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
+    except (ValueError, OSError) as error:              # a mistake of the caller: one line, no traceback
         rank = os.environ.get("RANK")
         sys.exit(f"eval.py{f' (rank {rank})' if rank else ''}: {error}")
 

@@ -18,6 +18,7 @@ import unicodedata
 import oat
 
 KINDS = ("math-verify", "oat", "choice")
+DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5
 REASONS = ("ok", "wrong", "no_box", "unclosed", "parse_fail", "timeout")    # what `judge` may answer
 
 
@@ -43,7 +44,10 @@ def math_verify(text, answer, strict_box, seconds, trace):
         box, why = last_box(text)
         if why:
             return why, ""
-        text = f"\\boxed{{{_clean(box)}}}"
+        if re.search(DENIAL, box) and not re.search(DENIAL, answer):
+            trace.append(f"a denial is no answer: {box}")
+            return "wrong", box
+        text = "\\boxed{%s}" % _clean(box.replace("$", ""))
     gold = _parse_reference(answer, seconds)
     trace.append(f"reference, parsed: {gold}")
     prediction = parse(text, parsing_timeout=seconds, raise_on_error=True)
@@ -83,7 +87,7 @@ def _rounded_away(gold, prediction):
         a, b = (0.0 if abs(float(parsed[0])) < 1e-100 else float(parsed[0]) for parsed in (gold, prediction))
     except (TypeError, ValueError, OverflowError, AttributeError):
         return False                    # no real numbers. (Below 1e-100: sympy's value of sin(2 pi))
-    return abs(a) < 0.01 and not math.isclose(a, b, rel_tol=1e-4)
+    return abs(a) < 0.01 and not math.isclose(a, b, rel_tol=1e-3)
 
 
 def _other_base(gold, prediction):
@@ -132,15 +136,20 @@ def choice_letter(text):
     "answer is C", "option (C)", "Answer: C", where the letter must be a capital ("the answer is a planet").
     """
     box, why = last_box(text)
-    plain = re.sub(r"\\(?:text|math)\w*\b|\\[ ,;!()\[\]]|[{}$*]", " ", text if why == "no_box" else box)
+    plain = re.sub(r"\\(?:text|math)\w*\b|\\[ ,;!()\[\]]|[{}$*`\"]", " ", text if why == "no_box" else box)
     if why == "no_box":
-        said = re.findall(r"(?i:answer|option|choice)(?i:\s+is)?[\s:]*[(\[]?\s*([A-J])(?![\w'])"
-                          r"(?!\s*[)\]]?\s*(?:,|/|and|or)\s*[(\[]?\s*[A-J]\b(?! +[a-z]))", plain)
+        letter = (r"(?i:\s+is)?[\s:]*[(\[]?\s*([A-J])(?![\w'])"
+                  r"(?!\s*[)\]]?\s*(?:,|/|and|or)\s*[(\[]?\s*[A-J]\b(?! +[a-z]))"     # (A) or (C)
+                  r"(?!(?<=[AI]) +(?!(?:is|and|as|but|because|since)\b)[a-z])")           # A planet, I think
+        said = (re.findall("(?i:answer)" + letter, plain) or re.findall("(?i:option|choice)" + letter, plain))
         return said[-1] if said else None
     found = re.fullmatch(r"(?is)\s*(?:the\s+)?(?:correct\s+)?(?:(?:answer|option|choice)(?:\s+is)?)?[\s:]*"
                          r"[(\[]?\s*([A-J])\s*(?:[)\].:](.*))?", plain)
-    others = set(re.findall(r"\b([A-J])\s*[)\].:]", found[2] or "")) if found else set()
-    return found[1].upper() if found and others <= {found[1].upper()} else None
+    if not found:
+        return None
+    rest = (found[2] or "").strip()     # the option's text, which may hold letters: "C) P(A) = 0.5"
+    another = r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b"
+    return None if re.search(another, rest) else found[1].upper()
 
 
 def repair_scientific(text):

@@ -12,6 +12,7 @@ transfer carries a version, and asking for another version than the one loaded i
 classic silent bug of RL stacks, cannot happen.
 """
 import gc
+import json
 import os
 import tempfile
 import warnings
@@ -161,13 +162,21 @@ class RolloutEngine:
 def stored_tensors(folder):
     """(Hugging Face name, tensor on CPU) of every weight in a folder's safetensors, one at a time.
 
-    Raises FileNotFoundError if there are none.
+    Raises FileNotFoundError at once if files are missing: the engine would serve random numbers for them.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder}: holds no *.safetensors; save the model with transformers' "
-                                "save_pretrained")
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+    folder, index = Path(folder), Path(folder) / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: lacks {', '.join(missing[:3])}; expected a whole model as "
+                                "transformers' save_pretrained writes it, in safetensors")
+
+    def tensors():
+        for name in names:
+            with safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+
+    return tensors()

@@ -356,7 +356,7 @@ def check_answers(grader, flag, prompts, rank, world, say):
     if bad:
         say(f"{flag}: {len(bad)} of {len(prompts)} reference answers cannot be matched")
     good = [prompt for i, prompt in enumerate(prompts) if bad.get(i) in (None, *FAILED)]
-    if not good:
+    if not good and flag == "--data":
         raise ValueError(f"{flag}: no reference answer can be matched; is `answer` the final answer alone?")
     return good
 

@@ -48,6 +48,15 @@ def test_without_a_box_a_letter_counts_where_it_is_called_the_answer(dress):
         assert choice_letter("Option A is too short, and so on. " + dress % letter) == letter
 
 
+@pytest.mark.parametrize("text, letter", [
+    (r"\boxed{C) P(A) = 0.5}", "C"), (r"\boxed{B) 20 J.}", "B"), (r"\boxed{\text{D) } 25^\circ C.}", "D"),
+    (r"\boxed{A. Hepatitis B.}", "A"), (r"\boxed{A) not this. It is D}", None),
+    ("The correct answer is C. Option D is incorrect.", "C"), ("The answer is (C) because option A is wrong.", "C"),
+    ("Answer: I think D", None), ('The answer is "C".', "C"), ("The answer is A since it is.", "A")])
+def test_letters_in_the_options_text_or_of_other_options_do_not_count(text, letter):
+    assert choice_letter(text) == letter
+
+
 @pytest.mark.parametrize("box", [
     "AC", "A, C", "A and C", "(A) or (C)", r"\text{none}", "", "3", "K", "2C", "C_1", "A planet", "CD)",
     r"\text{(A) longer days (C) shorter days}"])
@@ -141,6 +150,7 @@ RIGHT = [(text, "4.5e33") for text in SCIENTIFIC] + [
     ("42...", "42"), ("2516_8", "2516_8"), ("2516_{8}", "2516_8"), ("2516_{ 8 }", "2516_8"), ("2516", "2516_8"),
     ("2516_{10}", "2516"), ("x_1", "x_1"),
     ("3√13", r"3\sqrt{13}"), ("3√(13)", r"3\sqrt{13}"), ("１／２", "0.5"), ("–5", "-5"), ("−5", "-5"), ("2·3", "6"),
+    ("0.001667", r"\frac{1}{600}"), (r"x \neq 5", r"x \ne 5"),
     ("C", "C"), ("c", "C"), ("(C)", "C"), (r"\text{C) longer days}", "C"), (r"\textbf{(C)}\ 204", "C"),
     ("Option I", "I"), ("E", "E"),
     (r"\text{Yes}", "yes"), (r"\{5,2\}", r"\{2,5\}"), (r"2\sqrt3", r"\sqrt{12}")]
@@ -148,6 +158,8 @@ WRONG = [
     ("4.6e33", "4.5e33"), (r"4.5 \times 10^{32}", "4.5e33"), ("4.5", "4.5e33"), ("0", "2.88e-19"),
     ("2.89e-19", "2.88e-19"), ("-2.88e-19", "2.88e-19"), ("0", r"\frac{1}{2^{99}}"),
     (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("1/2^98", "1/2^99"),
+    *((rf"{no} 5", "5") for no in [r"\neq", r"\ne", r"\neg", r"x \not=", r"6\equiv"]),
+    ("A) or B", "A"), ("A: B", "A"), ("C) or maybe (D)", "C"),
     ("0.0000001", "0"), (r"\frac{1}{2^{99}}", "0"), ("0.0033", r"\frac{1}{300}"), ("(10^{-9}, 1)", "(10^{-8}, 1)"),
     ("１２４", "123"), ("½", "2"), (r"58\,501", "58500"), (r"0{,}250", "250"), (r"4\,5", "45"), ("x³", "x^2"),
     ("2516_9", "2516_8"), ("2516_{9}", "2516_8"), ("2516_{ 9 }", "2516_8"), ("2516_8", "2516"),

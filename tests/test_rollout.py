@@ -1,8 +1,11 @@
 """rollout.py: what only a GPU would show is recorded from a stand-in for vLLM; the real engine is in test_distributed.py."""
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from rollout import RolloutEngine, StaleWeightsError
+from rollout import RolloutEngine, StaleWeightsError, stored_tensors
 
 
 class Recorder:
@@ -50,3 +53,16 @@ def test_where_the_engine_unties_the_head_it_gets_the_embedding_twice_and_each_o
     engine.untied = True
     engine.sync_weights([("model.embed_tokens.weight", torch.ones(1)), ("model.norm.weight", torch.zeros(1))], version=1)
     assert sorted(engine.llm.calls[0][1]) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
+
+
+def test_stored_weights_are_those_of_the_index_and_a_missing_file_is_refused_before_anything_is_read(tmp_path):
+    for name, key in (("a", "x"), ("b", "y"), ("consolidated", "z")):
+        save_file({key: torch.full((2,), ord(key))}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError, match="lacks model.safetensors"):
+        stored_tensors(tmp_path)
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {name: tensor[0].item() for name, tensor in stored_tensors(tmp_path)} == {"x": ord("x"), "y": ord("y")}
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks b.safetensors"):
+        stored_tensors(tmp_path)
