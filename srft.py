@@ -532,7 +532,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
         "response_len/mean": mean(len(s.response) for s in rollouts),
         "response_len/max": max(len(s.response) for s in rollouts),
         "response_len/truncated": mean(not s.finished for s in rollouts),
-        "grader/timeouts": failed, "grader/ms": grading["ms"] / max(1, gradings),
+        "grader/timeouts": failed, "perf/grader_ms": grading["ms"] / max(1, gradings),
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],

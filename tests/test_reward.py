@@ -252,12 +252,12 @@ def test_the_floats_of_minerva_are_matched_by_their_latex_spelling_and_by_no_zer
 
 @pytest.fixture(scope="module")
 def case_file():
-    """(cases, kind -> verdicts, seconds): the 750 cases graded once by each kind, by one worker."""
+    """(cases, kind -> verdicts, seconds): the 750 cases graded once by each kind. (One worker takes twice as long.)"""
     cases, start = rows("grader_cases"), time.monotonic()
     finished = {"math-verify": ["truncated" not in case["note"] for case in cases]}
     verdicts = {}
     for kind, text in [("math-verify", "after_think"), ("oat", "whole"), ("choice", "after_think")]:
-        with Grader(kind, workers=1, deadline_s=4.0, text=text) as grader:
+        with Grader(kind, workers=2, deadline_s=4.0, text=text) as grader:
             verdicts[kind] = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases],
                                           finished.get(kind))
     return cases, verdicts, time.monotonic() - start
@@ -313,7 +313,7 @@ def test_the_choice_kind_is_right_on_every_multiple_choice_case(case_file):
 @pytest.mark.slow
 @needs_data
 def test_the_case_file_is_graded_in_time(case_file):
-    assert case_file[2] < 600
+    assert case_file[2] < 300
     assert max(v.ms for verdicts in case_file[1].values() for v in verdicts) <= (4 + 1) * 1000
 
 
