@@ -303,12 +303,13 @@ def write_whole(path, text):
 
 
 def claim(out):
-    """Hold --out for this evaluation alone while the returned file is open; ValueError if another does."""
+    """Hold the folder --out for this process alone, until it ends; ValueError if another one does."""
     Path(out).mkdir(parents=True, exist_ok=True)
-    lock = (Path(out) / ".lock").open("w")
+    lock = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(lock)
         raise ValueError(f"{out}: another evaluation is writing there; use another --out") from None
     return lock
 
@@ -340,7 +341,8 @@ def measure(args):
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
-    lock = claim(args.out) if rank == 0 else None
+    if rank == 0:
+        claim(args.out)
     settle(args, folder, rank)
     dist.barrier()
     tensors = stored_tensors(folder)
@@ -375,7 +377,6 @@ def measure(args):
         print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")
     if dist.is_initialized():
         dist.destroy_process_group()
-    del lock
 
 
 def check_references(grader, tasks, kinds, say):

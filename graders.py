@@ -47,7 +47,7 @@ def math_verify(text, answer, strict_box, seconds, trace):
         if re.search(DENIAL, box) and not re.search(DENIAL, answer):
             trace.append(f"a denial is no answer: {box}")
             return "wrong", box
-        text = "\\boxed{%s}" % _clean(box.replace("$", ""))
+        text = "\\boxed{%s}" % _clean(re.sub(r"(?<!\\)\$", "", box))
     gold = _parse_reference(answer, seconds)
     trace.append(f"reference, parsed: {gold}")
     prediction = parse(text, parsing_timeout=seconds, raise_on_error=True)

@@ -172,8 +172,8 @@ def test_an_evaluation_holds_its_folder_alone(tmp_path):
     first = E.claim(tmp_path / "out")
     with pytest.raises(ValueError, match="another evaluation is writing there"):
         E.claim(tmp_path / "out")
-    first.close()
-    E.claim(tmp_path / "out").close()
+    os.close(first)
+    os.close(E.claim(tmp_path / "out"))
 
 
 def append_many(path, writer):
@@ -670,7 +670,7 @@ def sampled(model, *flags):
 
 
 def rows_of(out):
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return E.read_results(out / "results.jsonl")
 
 
 def responses(out):
@@ -730,7 +730,7 @@ def test_training_logs_what_an_evaluation_of_its_export_finds(trained, measured)
 
 
 @pytest.mark.slow
-def test_kill_nine_and_the_same_command_give_the_same_table_and_draw_nothing_twice(trained, measured, tmp_path):
+def test_kill_nine_and_the_same_command_on_two_ranks_give_the_same_table_and_draw_nothing_twice(trained, measured, tmp_path):
     out = tmp_path / "out"
     (process,) = start(sampled(trained, "--out", out))
     deadline = time.monotonic() + 120
@@ -743,21 +743,11 @@ def test_kill_nine_and_the_same_command_give_the_same_table_and_draw_nothing_twi
     assert 57 <= before.count(b"\n") < 400 and not (out / "summary.json").exists()
     (out / "results.jsonl").write_bytes(before + before[:100])                              # and torn, to be sure
 
-    run(sampled(trained, "--out", out))
+    assert "skipped 1 torn line" in run(sampled(trained, "--out", out), ranks=2)            # and on two ranks
     assert (out / "results.jsonl").read_bytes().startswith(before)
     assert responses(out) == responses(measured)
     for name in ("summary.json", "summary.md"):
         assert (out / name).read_bytes() == (measured / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_two_ranks_draw_the_responses_of_one_each_once_whatever_is_decoded_beside_them(trained, measured, tmp_path):
-    run(sampled(trained, "--limit", "60", "--out", tmp_path), ranks=2)
-    found, whole = responses(tmp_path), responses(measured)
-    assert len(found) == 120 and found == {key: whole[key] for key in found}
-    by = {(row["id"], row["sample"]): row["verdicts"]["oat"]["reward"] for row in rows_of(measured)}
-    summary = json.loads((tmp_path / "summary.json").read_text())["heldout"]
-    assert summary["oat"]["accuracy"] == statistics.fmean(by[id, k] for _, id, k in found)
 
 
 LM_EVAL_TASK = r"""

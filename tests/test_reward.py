@@ -257,7 +257,7 @@ def case_file():
     finished = {"math-verify": ["truncated" not in case["note"] for case in cases]}
     verdicts = {}
     for kind, text in [("math-verify", "after_think"), ("oat", "whole"), ("choice", "after_think")]:
-        with Grader(kind, workers=2, deadline_s=4.0, text=text) as grader:
+        with Grader(kind, workers=2, deadline_s=2.0, text=text) as grader:
             verdicts[kind] = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases],
                                           finished.get(kind))
     return cases, verdicts, time.monotonic() - start
@@ -314,7 +314,7 @@ def test_the_choice_kind_is_right_on_every_multiple_choice_case(case_file):
 @needs_data
 def test_the_case_file_is_graded_in_time(case_file):
     assert case_file[2] < 300
-    assert max(v.ms for verdicts in case_file[1].values() for v in verdicts) <= (4 + 1) * 1000
+    assert max(v.ms for verdicts in case_file[1].values() for v in verdicts) <= (2 + 1) * 1000
 
 
 @pytest.mark.slow
@@ -420,8 +420,7 @@ def test_1000_hostile_strings_change_no_verdict_of_200_ordinary_pairs(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory_mb", [400, 1000])
-def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb):
+def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000):
     n, peaks, done = 20_000, {}, threading.Event()
     bombs = ["2^{10^9}", "(10^9)!", "9**9**9**9", "9^{9^{9^{9}}}", "2^{-10^{10}}", "1e999999999",
              r"\binom{10^9}{5\cdot 10^8}", "(" * n + "1" + ")" * n, "{" * n + "1" + "}" * n,
