@@ -211,6 +211,7 @@ BOMBS = [
     r"\frac{1}{" * 5000 + "1" + "}" * 5000, r"\text{ " * 8000, "\0", "\ud800", "[1]*10**9"]
 
 
+@pytest.mark.slow
 def test_no_bomb_outlives_three_time_limits_or_needs_over_two_gigabytes():
     code = ("import json, oat, resource, sys, time\n"
             "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))\n"
@@ -264,6 +265,7 @@ def test_another_thread_is_refused():
 
 # ---- Agreement ---------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @needs_data
 def test_at_least_98_percent_of_the_recorded_verdicts_of_the_oat_grader_agree():
     cases = [case for case in rows("grader_cases") if case["oat"] != "HANG"]

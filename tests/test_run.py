@@ -182,6 +182,7 @@ def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
         check_config(parse_args(["--preset", "tiny", *flags]), world=2, window=512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, says", [
     (["--stepps", "3"], "unrecognized arguments: --stepps"),
     (["--max_response_tokens", "800"], "over the window of 512 tokens"),
@@ -194,6 +195,7 @@ def test_a_mistake_on_the_command_line_is_one_line_not_a_traceback(flags, says, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_network_the_default_flags_name_the_two_flags_to_set(tmp_path):
     output = run(["srft.py", "--out", tmp_path / "run"], ok=False, timeout=60)
     assert "--model DIR" in output and "--data FILE-or-DIR" in output and "Traceback" not in output
