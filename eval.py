@@ -102,7 +102,7 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
     return rows
 
 
-def evaluate(engine, grader, name, prompts, n, temperature, top_p, max_tokens, seed, version):
+def evaluate(engine, grader, name, prompts, n, sampling, version):
     """avg@n during training, by the training grader.
 
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns what
@@ -110,15 +110,30 @@ def evaluate(engine, grader, name, prompts, n, temperature, top_p, max_tokens, s
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tasks = [Task(name, prompt, k) for prompt in prompts for k in range(n)]
-    rows = answer(engine, grader, tasks[rank::world], Sampling(temperature, top_p, max_tokens, seed),
-                  ["math-verify"], version)
+    rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version)
     everyone, found = [None] * world, np.zeros((2, len(tasks)))
-    dist.all_gather_object(everyone, [(next(iter(row["verdicts"].values()))["reward"], not row["finished"])
+    dist.all_gather_object(everyone, [(verdict(row, "math-verify")["reward"], not row["finished"])
                                       for row in rows])
     for r, part in enumerate(everyone):
         found[:, r::world] = np.reshape(part, (-1, 2)).T
     rewards, truncated = found.reshape(2, len(prompts), n)
     return estimate(rewards) | {"truncated": float(truncated.mean())}
+
+
+def unmatchable(grader, name, prompts, say, kind="math-verify"):
+    """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
+    0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = [i for i in range(rank, len(prompts), world) if getattr(prompts[i].example, "order", None) is None]
+    bad, everyone = grader.check([prompts[i].example.answer for i in mine], kind), [None] * world
+    dist.all_gather_object(everyone, {mine[k]: reason for k, reason in bad.items()})
+    bad = {i: reason for part in everyone for i, reason in part.items()}
+    for i in sorted(bad)[:20]:
+        say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
+            f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
+    if bad:
+        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}")
+    return bad
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -354,7 +369,10 @@ def measure(args):
     path = Path(args.out) / "results.jsonl"
     with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
                 strict_box=args.strict_box, score_unfinished=args.score_unfinished) as grader:
-        check_references(grader, tasks, kinds, say)
+        for name in dict.fromkeys(task.benchmark for task in tasks):
+            for kind in kinds:
+                unmatchable(grader, name, [task.prompt for task in tasks
+                                           if task.benchmark == name and task.sample == 0], say, kind)
         known = known_results(path, tasks)
         if len(known) < len(tasks):
             engine = RolloutEngine(
@@ -377,20 +395,6 @@ def measure(args):
         print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def check_references(grader, tasks, kinds, say):
-    """Name the reference answers that cannot be matched even by themselves: their problems score 0."""
-    if dist.get_rank():
-        return
-    for kind in kinds:
-        answers = {(task.benchmark, e.id): e.answer for task in tasks
-                   if getattr(e := task.prompt.example, "order", None) is None}
-        bad = grader.check(list(answers.values()), kind)
-        for i, reason in bad.items():
-            name, id = list(answers)[i]
-            say(f"{name}, {id}: {kind} cannot match the reference answer {answers[name, id]!r} "
-                f"even by itself ({reason})")
 
 
 def main(argv=None):

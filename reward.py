@@ -178,6 +178,7 @@ class Grader:
     def check(self, answers, kind=None):
         """Which reference answers cannot be matched even by themselves? dict index -> reason, empty if all
         can. A problem with such an answer is lost: every response to it would earn 0."""
+        # </think>, as a response must have it where text is "require_think".
         verdicts = self.grade([f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers], answers,
                               kind=kind)
         return {i: "parse_fail" if verdict.reward else verdict.reason for i, verdict in enumerate(verdicts)

@@ -27,7 +27,7 @@ import model as M
 from analysis import RunLog, read_rows
 from config import Config, check_config, environment, parse_args
 from data import Order, load_examples, tokenize
-from eval import evaluate
+from eval import Sampling, evaluate, unmatchable
 from reward import Grader
 from rollout import RolloutEngine
 
@@ -290,7 +290,7 @@ def setup(cfg):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
-    prompts, heldout = load_data(cfg, tokenizer, grader, rank, world, say)
+    prompts, heldout = load_data(cfg, tokenizer, grader, say)
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -319,7 +319,7 @@ def setup(cfg):
                heldout, order, log, state["step"], state["skipped"])
 
 
-def load_data(cfg, tokenizer, grader, rank, world, say):
+def load_data(cfg, tokenizer, grader, say):
     """-> (the training prompts, dict name -> held-out prompts). A collective."""
     def load(name, flag):
         source = name if name.startswith("tiny:") else M.fetch(name, "dataset", flag)
@@ -336,29 +336,14 @@ def load_data(cfg, tokenizer, grader, rank, world, say):
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
         heldout[name] = load(source, "--eval_data")
         # Named only: a problem whose answer cannot be matched stays in the denominator.
-        check_answers(grader, f"--eval_data {name}", heldout[name], rank, world, say)
-    return check_answers(grader, "--data", prompts, rank, world, say), heldout
-
-
-def check_answers(grader, flag, prompts, rank, world, say):
-    """Name the prompts whose reference answer cannot be matched even by itself; return the others.
-
-    Such a prompt would count every right response as wrong, and Eq. 12 would push it down. A check that
-    ran out of time proves nothing (and would differ after a resume): its prompt stays. A collective.
-    """
-    mine, everyone = range(rank, len(prompts), world), [None] * world
-    bad = grader.check([prompts[i].example.answer for i in mine])
-    dist.all_gather_object(everyone, {mine[k]: reason for k, reason in bad.items()})
-    bad = {i: reason for part in everyone for i, reason in part.items()}
-    for i in sorted(bad)[:20]:
-        say(f"{flag} {prompts[i].example.id}: no response can match the reference answer "
-            f"{prompts[i].example.answer!r}, not even itself ({bad[i]})")
-    if bad:
-        say(f"{flag}: {len(bad)} of {len(prompts)} reference answers cannot be matched")
-    good = [prompt for i, prompt in enumerate(prompts) if bad.get(i) in (None, *FAILED)]
-    if not good and flag == "--data":
-        raise ValueError(f"{flag}: no reference answer can be matched; is `answer` the final answer alone?")
-    return good
+        unmatchable(grader, f"--eval_data {name}", heldout[name], say)
+    # Every right response would count as wrong, and Eq. 12 would push it down. A check that ran out of time
+    # proves nothing (and would differ after a resume): its prompt stays.
+    bad = unmatchable(grader, "--data", prompts, say)
+    prompts = [prompt for i, prompt in enumerate(prompts) if bad.get(i) in (None, *FAILED)]
+    if not prompts:
+        raise ValueError("--data: no reference answer can be matched; is `answer` the final answer alone?")
+    return prompts, heldout
 
 
 def sample_and_grade(run, cfg, step, batch, demo_rewards):
@@ -432,9 +417,8 @@ def train(cfg, run):
                dynamic_ncols=True)
 
     def evaluation(step):
-        found = {name: evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples,
-                                cfg.eval_temperature, cfg.eval_top_p, cfg.max_response_tokens, cfg.seed,
-                                version=step)
+        sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.max_response_tokens, cfg.seed)
+        found = {name: evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
                  for name, prompts in run.heldout.items()}
         return {f"eval/{name}": result["accuracy"] for name, result in found.items()}
 
@@ -474,6 +458,8 @@ def train(cfg, run):
         metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | {
             "steps_skipped": skipped,
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
+        if run.rank == 0:
+            warn_of_grader(metrics, grading)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
@@ -522,8 +508,6 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     mean = lambda values: float(np.mean(list(values)))
     gradings = grading.total() - grading["ms"]
     failed = sum(grading[reason] for reason in FAILED)
-    if run.rank == 0 and not solved[:, 0].any() and failed > 0.005 * gradings:
-        warn_of_grader(failed, gradings)
     return {
         "reward/mean": mean(s.reward for s in rollouts),
         "reward/demo_mean": mean(s.reward for s in demos) if demos else None,
@@ -540,8 +524,11 @@ def summarize(run, cfg, sequences, grading, updates, clock):
         "perf/mfu": flops / (times[2] * run.world * peak) if peak else None}
 
 
-def warn_of_grader(failed, gradings):
+def warn_of_grader(metrics, grading):
     """Others trained for days on rewards that were 0 because grading had broken down."""
+    failed, gradings = metrics["grader/timeouts"], grading.total() - grading["ms"]
+    if metrics["reward/mean"] or failed <= 0.005 * gradings:
+        return
     tqdm.write(f"WARNING: every reward is 0, and {failed} of {gradings:.0f} gradings were given up: the "
                "grader may be at fault, not the policy. Look at the reasons in samples.jsonl and at the load "
                "of this machine; raise --grader_deadline or --grader_workers", file=sys.stderr)

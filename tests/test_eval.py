@@ -339,7 +339,7 @@ def test_evaluation_in_training_gives_every_rank_the_estimate_of_all_responses(w
     monkeypatch.setattr(E, "dist", ranks)
     prompts = [Prompt(Example(f"{i}", "?", f"{i % 3}"), [i], None) for i in range(5)]
     say = lambda ids, seed: (f"{seed % 3}", seed % 5 > 0)
-    found = ranks.each(lambda: E.evaluate(Scripted(say), Exact(), "heldout", prompts, 4, 0.6, 1.0, 50, seed=8, version=1))
+    found = ranks.each(lambda: E.evaluate(Scripted(say), Exact(), "heldout", prompts, 4, E.Sampling(0.6, 1.0, 50, 8), 1))
     seeds = np.array([[E.Task("heldout", p, k).seed(8) for k in range(4)] for p in prompts], np.uint64)
     expected = scores.estimate(seeds % 3 == np.arange(5)[:, None] % 3) | {"truncated": np.mean(seeds % 5 == 0)}
     assert found == [expected] * world and 0 < expected["accuracy"] < 1 and expected["truncated"] > 0

@@ -1,0 +1,101 @@
+"""What the benches share: medians of alternating runs, peak memory, a table on the terminal, a JSON file with the machine.
+
+Memory is the kernel's own count (VmHWM, reset through /proc/self/clear_refs) on CPU, and torch's on a GPU.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                    # `python bench/x.py` finds the project's files
+
+import torch  # noqa: E402
+
+from config import environment  # noqa: E402
+
+
+def parser(doc, name):
+    """An ArgumentParser with what every bench takes: --out, --threads."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--out", default=f"out/bench/{name}.json", help="JSON file with all figures, versions and machine [%(default)s]")
+    p.add_argument("--threads", type=int, default=1, help="threads of this process [%(default)s]")
+    return p
+
+
+def start(args):
+    """Fix threads and seed; call it first. Returns the device of the bench."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine():
+    """Versions, commit and hardware: environment() of the project, the CPU's name, cores, memory."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*:\s*(.*)", info)
+    return environment() | {"cpu": name[1] if name else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+                            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)}
+
+
+def clock(device=None):
+    """Seconds, after the device has finished what it was given."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as m: ...` -> m.gb, the most this process held at once inside, above what it held before
+    (m.before_gb). Resident memory on CPU, allocated on a GPU."""
+
+    def __init__(self, device=None):
+        self.cuda = device is not None and device.type == "cuda"
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before_gb = torch.cuda.memory_allocated() / 1e9
+        else:
+            Path("/proc/self/clear_refs").write_text("5")           # the peak starts again from here
+            self.before_gb = resident("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else resident("VmHWM")
+        self.gb = peak - self.before_gb
+
+
+def resident(what):
+    """GB from /proc/self/status: "VmRSS", resident now, or "VmHWM", the most so far."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def alternate(a, b, pairs):
+    """Call a() and b() in turn, `pairs` times each -> (median of a, median of b, median of the pairs' ratios b/a).
+    Both return what they took; noise that lasts longer than a pair hits both."""
+    found = [(a(), b()) for _ in range(pairs)]
+    return (*map(statistics.median, zip(*found)), statistics.median(y / x for x, y in found))
+
+
+def show(title, header, rows):
+    """Print a Markdown table, so that it can go to BENCHMARKS.md as it is."""
+    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    line = lambda row: "| " + " | ".join(x.ljust(w) for x, w in zip(row, widths)) + " |"
+    print(f"\n{title}\n\n{line(cells[0])}\n|{'|'.join('-' * (w + 2) for w in widths)}|")
+    print("\n".join(map(line, cells[1:])), flush=True)
+
+
+def save(args, results):
+    """Write results, the flags and the machine to args.out."""
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"flags": vars(args), "machine": machine(), "results": results}, indent=1) + "\n")
+    print(f"\nwrote {path}")
