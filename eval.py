@@ -75,27 +75,30 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
     kinds: the verifiers, of "oat" and "math-verify". Multiple choice (an example with `order`) is graded by
     its letter instead; an example with a `repaired` reference gets a second verdict of "oat".
     """
-    rollouts = engine.generate([t.prompt.ids for t in tasks], 1, sampling.temperature, sampling.max_tokens,
-                               [t.seed(sampling.seed) for t in tasks], version, top_p=sampling.top_p,
-                               progress=progress)
-    rows, todo = [], {}                               # todo: kind -> (row, name of the verdict, reference)
-    for task, (rollout,) in zip(tasks, rollouts):
-        example = task.prompt.example
-        order, repaired = getattr(example, "order", None), getattr(example, "repaired", None)
-        rows.append({"benchmark": task.benchmark, "id": example.id, "sample": task.sample,
-                     "prompt": example.problem, "answer": example.answer, "response": rollout.text,
-                     "tokens": len(rollout.tokens), "finished": rollout.finished, "verdicts": {}}
-                    | ({"order": order} if order is not None else {}))
-        for kind in ["choice"] if order is not None else kinds:
-            todo.setdefault(kind, []).append((rows[-1], kind, example.answer))
-        if repaired is not None and "oat" in kinds:
-            todo["oat"].append((rows[-1], "oat/repaired", repaired))
-    for kind, jobs in todo.items():                   # one call a verifier: its workers stay busy
-        verdicts = grader.grade([row["response"] for row, _, _ in jobs], [gold for _, _, gold in jobs],
-                                [row["finished"] for row, _, _ in jobs], kind)
-        for (row, name, _), v in zip(jobs, verdicts):
-            row["verdicts"][name] = {"reward": v.reward, "reason": v.reason, "ms": round(v.ms, 1),
-                                     "extracted": v.extracted}
+    rows, jobs = [None] * len(tasks), []             # jobs: (row, name of the verdict), as they are submitted
+
+    def grade_finished(ended):                        # while the other responses are being decoded
+        grader.submit()
+        for i, _, rollout in ended:
+            task, example = tasks[i], tasks[i].prompt.example
+            order, repaired = getattr(example, "order", None), getattr(example, "repaired", None)
+            rows[i] = {"benchmark": task.benchmark, "id": example.id, "sample": task.sample,
+                       "prompt": example.problem, "answer": example.answer, "response": rollout.text,
+                       "tokens": len(rollout.tokens), "finished": rollout.finished, "verdicts": {}
+                       } | ({"order": order} if order is not None else {})
+            wanted = [(kind, kind, example.answer) for kind in (["choice"] if order is not None else kinds)]
+            if repaired is not None and "oat" in kinds:
+                wanted.append(("oat/repaired", "oat", repaired))
+            for name, kind, reference in wanted:
+                jobs.append((rows[i], name))
+                grader.submit([rollout.text], [reference], [rollout.finished], kind)
+
+    engine.generate([t.prompt.ids for t in tasks], 1, sampling.temperature, sampling.max_tokens,
+                    [t.seed(sampling.seed) for t in tasks], version, top_p=sampling.top_p, progress=progress,
+                    on_step=grade_finished)
+    for (row, name), v in zip(jobs, grader.collect()):
+        row["verdicts"][name] = {"reward": v.reward, "reason": v.reason, "ms": round(v.ms, 1),
+                                 "extracted": v.extracted}
     for row in rows:                                  # the repaired reference is a second right spelling
         if "oat/repaired" in row["verdicts"] and row["verdicts"]["oat"]["reward"]:
             row["verdicts"]["oat/repaired"] = row["verdicts"]["oat"]

@@ -8,6 +8,8 @@ for multiple choice, of comparing letters (graders.py). A2 has no reward for for
     with Grader() as grader:
         grader.grade([r"so it is $\boxed{\frac12}$", r"\boxed{7}"], ["0.5", "8"])
         # [Verdict(reward=1.0, reason='ok', ms=3.1, ...), Verdict(reward=0.0, reason='wrong', ms=2.2, ...)]
+        grader.submit([...], [...])     # the same without waiting, while the engine decodes other responses;
+        verdicts = grader.collect()     # waits for the rest
 
     python reward.py --response FILE --answer TEXT     # what was extracted and compared, and the verdict
 
@@ -47,7 +49,7 @@ TEXTS = ("after_think", "whole", "require_think")
 
 @dataclass
 class Verdict:
-    r"""`reward` is 1.0 or 0.0 (Eq. A2), `ms` the milliseconds from hand-out to verdict, `reason` one of
+    r"""`reward` is 1.0 or 0.0 (Eq. A2), `ms` the milliseconds it took, `reason` one of
 
     ok          equal to the reference answer; the only reason with reward 1.0
     wrong       something was extracted, and it is not equal
@@ -105,6 +107,7 @@ class Grader:
         self.kind, self.deadline_s, self.memory_mb = kind, deadline_s, memory_mb
         self.text, self.strict_box, self.score_unfinished = text, strict_box, score_unfinished
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False
+        self._forget()
         self._selector = selectors.DefaultSelector()
         self._refill()          # launches, without waiting: they import sympy while the model loads
 
@@ -130,50 +133,79 @@ class Grader:
 
         finished: list[bool], False for a response cut at its token limit; default: all True.
         ValueError: lengths differ, or unknown kind. TypeError: not all str. RuntimeError: workers cannot
-        start, or it is closed. After any exception but the last, Ctrl-C included, `grade` works again.
+        start, verdicts of `submit` are uncollected, or it is closed. After any exception but the last, Ctrl-C
+        included, `grade` works again.
+        """
+        if self._verdicts:
+            raise RuntimeError(f"grade: collect the {len(self._verdicts)} verdicts that were submitted first")
+        self.submit(responses, answers, finished, kind)
+        return self.collect()
+
+    def submit(self, responses=(), answers=(), finished=None, kind=None):
+        """Queue responses, as `grade` takes them, and return at once; `collect` gives the verdicts.
+
+        Workers get their next response, and late ones are killed, only in a call of this class: so call it
+        often while other work goes on, without arguments where nothing is new.
         """
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
         finished = [True] * len(responses) if finished is None else finished
         items = self._items(responses, answers, finished, kind or self.kind)
-        verdicts = [Verdict(0.0, reason, 0.0) if reason else None
-                    for reason in map(self._ruled_out, responses, finished)]
-        todo = deque(i for i, verdict in enumerate(verdicts) if verdict is None)
-        left = len(todo)
-
-        def settle(worker, reason, extracted="", trace=()):
-            nonlocal left
-            verdicts[worker.item] = Verdict(float(reason == "ok"), reason, 1e3 * worker.age(), extracted,
-                                            list(trace))
-            worker.item, self._failures, left = None, 0, left - 1
-
-        self._failures = 0
-        for worker in [w for w in self._pool if w.proc.poll() is not None]:     # died idle: costs no item
-            self._discard(worker)
-        try:
-            while left:
-                self._refill()
-                busy = sum(w.item is not None for w in self._pool)
-                for worker in [w for w in self._pool if w.ready and w.item is None][:self.workers - busy]:
-                    if todo:
-                        self._hand_out(worker, todo, items, settle)
-                for key, _ in self._selector.select(self._time_to_next_event()):
-                    self._take_reply(key.data, settle)
-                for worker in list(self._pool):     # after the replies: one that waited for us is not late
-                    if worker.item is not None and worker.age() >= self.deadline_s:
-                        settle(worker, "timeout")
-                        self._discard(worker)
-                    elif not worker.ready and worker.age() >= STARTUP_S:
-                        self._discard(worker, failed=True)
-                if self._failures >= MAX_FAILURES:
-                    raise RuntimeError(
-                        f"grade: {self._failures} workers in a row died before they worked (see stderr). "
-                        f"Check `{sys.executable} -c 'import math_verify'` and memory_mb={self.memory_mb}")
-            self._refill()      # replacements start now, in the time until the next call
-        finally:                # after an exception: a late reply must not answer an item of the next call
-            for worker in [w for w in self._pool if w.item is not None]:
+        if not self._left:
+            self._failures = 0
+            for worker in [w for w in self._pool if w.proc.poll() is not None]:  # died idle: costs no item
                 self._discard(worker)
+        for item, reason in zip(items, map(self._ruled_out, responses, finished)):
+            if reason is None:
+                self._todo.append(len(self._batch))
+                self._left += 1
+            self._batch.append(item)
+            self._verdicts.append(Verdict(0.0, reason, 0.0) if reason else None)
+        self._advance(wait=False)
+
+    def collect(self):
+        """Wait for all that was submitted since the last `collect` -> list[Verdict], in order of submission."""
+        while self._left:
+            self._advance(wait=True)
+        self._refill()          # replacements start now, in the time until the next call
+        verdicts = self._verdicts
+        self._forget()
         return verdicts
+
+    def _forget(self):
+        """Drop what was submitted. A late reply must not answer an item of the next batch."""
+        self._batch, self._verdicts, self._todo, self._left = [], [], deque(), 0
+        for worker in [w for w in self._pool if w.item is not None]:
+            self._discard(worker)
+
+    def _advance(self, wait):
+        """Hand out items, take replies, kill the late; `wait`: for the next thing to happen."""
+        try:
+            self._refill()
+            busy = sum(w.item is not None for w in self._pool)
+            for worker in [w for w in self._pool if w.ready and w.item is None][:self.workers - busy]:
+                if self._todo:
+                    self._hand_out(worker)
+            for key, _ in self._selector.select(self._time_to_next_event() if wait else 0):
+                self._take_reply(key.data)
+            for worker in list(self._pool):     # after the replies: one that waited for us is not late
+                if worker.item is not None and worker.age() >= self.deadline_s:
+                    self._settle(worker, "timeout")
+                    self._discard(worker)
+                elif not worker.ready and worker.age() >= STARTUP_S:
+                    self._discard(worker, failed=True)
+            if self._failures >= MAX_FAILURES:
+                raise RuntimeError(
+                    f"grade: {self._failures} workers in a row died before they worked (see stderr). "
+                    f"Check `{sys.executable} -c 'import math_verify'` and memory_mb={self.memory_mb}")
+        except BaseException:
+            self._forget()
+            raise
+
+    def _settle(self, worker, reason, ms=math.inf, extracted="", trace=()):
+        self._verdicts[worker.item] = Verdict(float(reason == "ok"), reason, min(ms, 1e3 * worker.age()),
+                                              extracted, list(trace))
+        worker.item, self._failures, self._left = None, 0, self._left - 1
 
     def check(self, answers, kind=None):
         """Which reference answers cannot be matched even by themselves? dict index -> reason, empty if all
@@ -221,28 +253,28 @@ class Grader:
         worker.proc.kill()
         self._dying.append(worker.proc)     # no wait: giving back gigabytes takes the kernel up to 0.5 s
 
-    def _hand_out(self, worker, todo, items, settle):
-        worker.item, worker.since = todo.popleft(), time.monotonic()
+    def _hand_out(self, worker):
+        worker.item, worker.since = self._todo.popleft(), time.monotonic()
         try:
-            worker.send({"id": worker.item} | items[worker.item])
+            worker.send({"id": worker.item} | self._batch[worker.item])
         except TimeoutError:            # alive, but it does not read
-            settle(worker, "killed")
+            self._settle(worker, "killed")
             self._discard(worker)
         except OSError:                 # died while idle, without having seen the item: that goes back
-            todo.appendleft(worker.item)
+            self._todo.appendleft(worker.item)
             self._discard(worker, failed=True)
 
-    def _take_reply(self, worker, settle):
+    def _take_reply(self, worker):
         reply = worker.receive()
         if reply is None and worker.item is not None:
-            settle(worker, "killed")
+            self._settle(worker, "killed")
             self._discard(worker)
         elif reply is None:
             self._discard(worker, failed=not worker.ready)
         elif not worker.ready:
             worker.ready = True
         else:
-            settle(worker, reply["reason"], reply["extracted"], reply["trace"])
+            self._settle(worker, reply["reason"], reply["ms"], reply["extracted"], reply["trace"])
             if reply.get("retire"):
                 self._discard(worker)
 
@@ -279,6 +311,7 @@ class _Worker:
             if not self.ready:
                 return message if message == {"ready": True} else None
             valid = (self.item is not None and message["id"] == self.item and message["reason"] in REASONS
+                     and isinstance(message["ms"], float) and message["ms"] >= 0
                      and all(isinstance(text, str) for text in [message["extracted"], *message["trace"]]))
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return None
@@ -345,10 +378,12 @@ def _worker_main(fd, memory_mb, deadline_s):
         for line in sock.makefile("rb"):
             item = json.loads(line)
             _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + 1)
+            start = time.monotonic()
             reason, extracted, trace = judge(item, seconds)
             # Parser caches grow for days, and at the limit every answer would fail: ask to be replaced.
-            reply = {"id": item["id"], "reason": reason, "retire": _address_space() > memory_mb << 19,
-                     "extracted": extracted[:200], "trace": [step[:300] for step in trace[:20]]}
+            reply = {"id": item["id"], "reason": reason, "ms": 1e3 * (time.monotonic() - start),
+                     "retire": _address_space() > memory_mb << 19, "extracted": extracted[:200],
+                     "trace": [step[:300] for step in trace[:20]]}
             message = json.dumps(reply).encode() + b"\n"
             if len(message) > MAX_REPLY:
                 message = json.dumps(reply | {"trace": []}).encode() + b"\n"

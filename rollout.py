@@ -17,7 +17,6 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 # Read by vLLM at import. One engine in this very process; the trainer keeps its own threads on CPU;
@@ -86,15 +85,16 @@ class RolloutEngine:
         self.tokenizer = tokenizer
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,
-                 progress=False):
+                 progress=False, on_step=None):
         """Sample n responses to each prompt.
 
         prompts: list of token-id lists; seed: an int, or one for each prompt, from which each of its n
-        requests derives its own, so that what a prompt yields depends on nothing but its seed. Returns,
+        samples derives its own, so that what a prompt yields depends on nothing but its seed. on_step: called
+        after every decoding step with [(index of the prompt, index of the sample, Rollout)] of the responses
+        that ended in it, often none: the place to grade them while others are still being decoded. Returns,
         for each prompt, its n Rollouts. Raises StaleWeightsError unless weights were synced and, if
         `version` is given, are of that version.
         """
-        from vllm import SamplingParams
         if self.weights_version is None or version not in (None, self.weights_version):
             raise StaleWeightsError(f"asked for rollouts of weights version {version}, but the engine "
                                     f"holds {self.weights_version}: call sync_weights after every "
@@ -102,18 +102,40 @@ class RolloutEngine:
         if not prompts:
             return []
         seeds = seed if isinstance(seed, (list, tuple)) else [seed + i * n for i in range(len(prompts))]
-        bar = partial(tqdm, leave=False, position=1) if progress else False
-        # logprobs=0: the sampled token's.
-        params = [SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens,
-                                 seed=s % 2**63, logprobs=0, detokenize=False) for s in seeds]
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params,
-                                    use_tqdm=bar)
-        samples = [sorted(o.outputs, key=lambda c: c.index) for o in outputs]
-        texts = iter(self.tokenizer.batch_decode([list(c.token_ids) for cs in samples for c in cs],
-                                                 skip_special_tokens=True))
-        return [[Rollout(tokens=list(c.token_ids), text=next(texts), finished=c.finish_reason == "stop",
-                         logprobs=[at[t].logprob for at, t in zip(c.logprobs, c.token_ids)]) for c in cs]
-                for cs in samples]
+        engine, rollouts, left = self.llm.llm_engine, [[None] * n for _ in prompts], {}
+        # One request a sample, not n samples a request: a response is then handed out when it ends, and not
+        # when the longest of its group does. The prompt they share is computed once, by prefix caching.
+        for i, k in ((i, k) for i in range(len(prompts)) for k in range(n)):
+            left[f"{i}/{k}"] = i, k
+            engine.add_request(f"{i}/{k}", {"type": "token", "prompt_token_ids": list(prompts[i])},
+                               self.sampling_params(temperature, top_p, max_tokens, seeds[i] + k))
+        bar = tqdm(total=len(left), desc="responses", leave=False, position=1, disable=not progress)
+        try:
+            while left:
+                ended = [(*left.pop(o.request_id), self._rollout(o)) for o in engine.step() if o.finished]
+                for i, k, rollout in ended:
+                    rollouts[i][k] = rollout
+                bar.update(len(ended))
+                if on_step:
+                    on_step(ended)
+        finally:
+            bar.close()
+            engine.abort_request(list(left))         # after an exception: nothing is left for the next call
+        return rollouts
+
+    def sampling_params(self, temperature, top_p, max_tokens, seed):
+        """vLLM's parameters of one sample. logprobs=0: the sampled token's own."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        return SamplingParams(temperature=temperature, top_p=top_p, top_k=0, max_tokens=max_tokens,
+                              seed=seed % 2**63, logprobs=0, detokenize=False,
+                              output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def _rollout(self, output):
+        sample = output.outputs[0]
+        tokens = list(sample.token_ids)
+        return Rollout(tokens, [at[token].logprob for at, token in zip(sample.logprobs, tokens)],
+                       self.tokenizer.decode(tokens, skip_special_tokens=True), sample.finish_reason == "stop")
 
     def sync_weights(self, named_tensors, version):
         """Load (Hugging Face name, full tensor) pairs, consumed lazily, one tensor at a time.

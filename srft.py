@@ -359,27 +359,34 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
     # What a prompt yields depends on (seed, step, its place in the step),
     # not on ranks or on what went before.
     seeds = np.random.SeedSequence([cfg.seed, step]).generate_state(len(batch), np.uint64).tolist()
-    rollouts = run.engine.generate(
-        [batch[g].ids for g in mine], cfg.n_rollouts - (cfg.demo_in_group == "replaces"), cfg.temperature,
-        cfg.max_response_tokens, [seeds[g] for g in mine], version=step - 1)
-    generated = time.monotonic()
-
     demos = {batch[g].example.id: batch[g].example for g in mine if batch[g].demo}
     new = [example for id, example in demos.items() if id not in demo_rewards]
-    texts = [(r.text, batch[g].example.answer, r.finished) for g, group in zip(mine, rollouts) for r in group]
-    texts += [(example.demo, example.answer, True) for example in new]
-    verdicts = run.grader.grade(*map(list, zip(*texts))) if texts else []
+    run.grader.submit([example.demo for example in new], [example.answer for example in new])
+    places = []                                # of the rollouts, in the order in which they were submitted
+
+    def grade_finished(ended):                 # hides grading behind the decoding of longer responses
+        places.extend((i, k) for i, k, _ in ended)
+        run.grader.submit([r.text for _, _, r in ended], [batch[mine[i]].example.answer for i, _, _ in ended],
+                          [r.finished for _, _, r in ended])
+
+    rollouts = run.engine.generate(
+        [batch[g].ids for g in mine], cfg.n_rollouts - (cfg.demo_in_group == "replaces"), cfg.temperature,
+        cfg.max_response_tokens, [seeds[g] for g in mine], version=step - 1, on_step=grade_finished)
+    generated = time.monotonic()
+    verdicts = run.grader.collect()
     grading = Counter(verdict.reason for verdict in verdicts) + Counter(ms=sum(v.ms for v in verdicts))
-    of_demo = dict(zip((example.id for example in new), verdicts[len(verdicts) - len(new):]))
+    of_demo = dict(zip((example.id for example in new), verdicts))
+    of_rollout = dict(zip(places, verdicts[len(new):]))
     demo_rewards.update({id: v.reward for id, v in of_demo.items() if v.reason not in FAILED})
 
     row = lambda example, response, verdict, demo: {
         "step": step, "id": example.id, "demo": demo, "prompt": example.problem, "response": response,
         "reward": verdict.reward, "reason": verdict.reason}
-    sequences, samples, graded, ints = [], [], iter(verdicts), lambda x: np.asarray(x, np.int32)
-    for g, group in zip(mine, rollouts):
+    sequences, samples, ints = [], [], lambda x: np.asarray(x, np.int32)
+    for i, (g, group) in enumerate(zip(mine, rollouts)):
         prompt = batch[g]
-        for r, verdict in zip(group, graded):
+        for k, r in enumerate(group):
+            verdict = of_rollout[i, k]
             sequences.append(M.Sequence(
                 ints(prompt.ids), ints(r.tokens), group=g, reward=verdict.reward,
                 engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))

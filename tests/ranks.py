@@ -91,6 +91,25 @@ def engine(out):
         found["refuses a version it does not hold"] = True
     vllm.sync_weights(M.full_parameters(policy, torch.float32), 1)
     found["after the next sync"] = compare(1)
+
+    ids, steps = [p.ids for p in prompts], []
+
+    def give_up(ended):
+        raise KeyboardInterrupt
+
+    try:
+        vllm.generate(ids, 4, 1.0, 64, seed=5, on_step=give_up)
+    except KeyboardInterrupt:
+        pass
+    rollouts = vllm.generate(ids, 4, 1.0, 64, seed=1, on_step=steps.append)
+    handed_out = [(i, k) for ended in steps for i, k, r in ended if r is rollouts[i][k]]
+    found["each response is handed out once, when it ends"] = (
+        sorted(handed_out) == [(i, k) for i in range(len(ids)) for k in range(4)] != handed_out
+        and len(steps) == max(len(r.tokens) for group in rollouts for r in group)
+        and all(len(r.tokens) <= t for t, ended in enumerate(steps, 1) for _, _, r in ended))
+    again = vllm.generate(ids[1:2], 4, 1.0, 64, seed=[1 + 4])
+    found["what a prompt yields depends on its seed alone"] = (
+        [r.tokens for r in again[0]] == [r.tokens for r in rollouts[1]])
     if rank == 0:
         torch.save(found, out)
     dist.barrier()
@@ -104,10 +123,12 @@ def recorded(tape, *flags):
     recording = {}
 
     class Tape(rollout.RolloutEngine):
-        def generate(self, prompts, *args, version=None, **kwargs):
+        def generate(self, prompts, *args, version=None, on_step=None, **kwargs):
             if known is not None:
-                return [known[version, tuple(p)] for p in prompts]
-            rollouts = super().generate(prompts, *args, version=version, **kwargs)
+                rollouts = [known[version, tuple(p)] for p in prompts]
+                on_step([(i, k, r) for i, group in enumerate(rollouts) for k, r in enumerate(group)])
+                return rollouts
+            rollouts = super().generate(prompts, *args, version=version, on_step=on_step, **kwargs)
             recording.update({(version, tuple(p)): r for p, r in zip(prompts, rollouts)})
             return rollouts
 
@@ -131,8 +152,8 @@ def stale(*flags):
 def graders_fail(*flags):
     """A whole run whose every grading runs out of time."""
     class Failing(Grader):
-        def grade(self, responses, *args, **kwargs):
-            return [Verdict(0.0, "timeout", 1.0) for _ in responses]
+        def collect(self):
+            return [Verdict(0.0, "timeout", 1.0) for _ in super().collect()]
 
     srft.Grader = Failing
     cfg = parse_args(list(flags))

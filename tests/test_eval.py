@@ -208,11 +208,15 @@ class Scripted:
     def __init__(self, say):
         self.say, self.calls = say, []
 
-    def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0, progress=False):
+    def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0, progress=False, on_step=None):
         self.calls.append({"prompts": prompts, "n": n, "temperature": temperature, "max_tokens": max_tokens,
                            "seed": seed, "version": version, "top_p": top_p})
         said = [self.say(tuple(p), s) for p, s in zip(prompts, seed)]
-        return [[Rollout([7] * 11, [0.0] * 11, text, finished)] for text, finished in said]
+        rollouts = [[Rollout([7] * 11, [0.0] * 11, text, finished)] for text, finished in said]
+        for i in reversed(range(len(rollouts))):          # the last one first: responses end in no particular order
+            on_step([(i, 0, rollouts[i][0])])
+            on_step([])
+        return rollouts
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +301,14 @@ def test_the_engine_is_asked_as_the_sampling_says_and_a_tasks_seed_does_not_depe
 class Exact:
     """Stands where the Grader does: right is what equals the reference letter by letter."""
 
-    def grade(self, responses, answers, finished, kind):
-        return [Verdict(float(r == a), "ok" if r == a else "wrong", 0.0) for r, a in zip(responses, answers)]
+    def __init__(self):
+        self.verdicts = []
+
+    def submit(self, responses=(), answers=(), finished=None, kind=None):
+        self.verdicts += [Verdict(float(r == a), "ok" if r == a else "wrong", 0.0) for r, a in zip(responses, answers)]
+
+    def collect(self):
+        return self.verdicts
 
 
 class Ranks:

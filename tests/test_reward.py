@@ -460,6 +460,55 @@ def test_the_time_bound_holds_when_every_response_must_be_killed():
         assert len(grader._pool) <= 4                           # at most one spare a worker
 
 
+def test_submitted_responses_are_graded_while_other_work_goes_on_and_collected_in_order():
+    with Grader(workers=2, deadline_s=10.0) as grader:
+        wait_until_up(grader)
+        start = time.monotonic()
+        for i in range(40):                                     # as a decoding engine does: a few now and then
+            grader.submit([boxed(str(i))], [str(i - i % 2)], [i % 5 > 0])
+            grader.submit()
+        assert time.monotonic() - start < 1.0                   # 40 gradings take longer than it may wait for
+        for _ in range(200):
+            time.sleep(0.01)
+            grader.submit()
+        start = time.monotonic()
+        found = reasons(grader.collect())
+        assert time.monotonic() - start < 0.1                   # nothing was left to wait for
+        assert found == ["truncated" if i % 5 == 0 else "wrong" if i % 2 else "ok" for i in range(40)]
+        assert grader.collect() == []
+        assert reasons(grader.grade([boxed("1"), boxed("2")], ["1", "1"])) == ["ok", "wrong"]
+
+
+def test_a_hung_response_that_was_submitted_is_killed_and_delays_no_other():
+    with Grader(workers=2, deadline_s=1.0) as grader:
+        wait_until_up(grader)
+        grader.submit([SLOW] + [boxed("5")] * 5, ["5"] * 6)
+        for _ in range(400):
+            time.sleep(0.01)
+            grader.submit()
+        start = time.monotonic()
+        assert reasons(grader.collect()) == ["timeout"] + ["ok"] * 5
+        assert time.monotonic() - start < 0.1
+
+
+def test_a_call_in_between_cannot_take_the_verdicts_of_what_was_submitted(grader):
+    grader.submit([boxed("1")], ["1"])
+    with pytest.raises(RuntimeError, match="collect the 1 verdicts"):
+        grader.grade([boxed("2")], ["1"])
+    with pytest.raises(TypeError):
+        grader.submit([boxed("1"), None], ["1", "1"])           # refused as a whole: nothing of it is graded
+    assert reasons(grader.collect()) == ["ok"]
+
+
+def test_milliseconds_are_those_of_the_grading_not_of_a_parent_that_was_busy():
+    with Grader(workers=1) as grader:
+        grader.grade([boxed("1")], ["1"])
+        grader.submit([boxed("1")], ["1"])
+        time.sleep(1.0)                                         # a decoding step in which no reply is read
+        verdict, = grader.collect()
+        assert verdict.reward == 1 and 0 < verdict.ms < 500
+
+
 def test_a_worker_in_which_no_alarm_can_fire_is_killed_at_the_deadline():
     with Grader(workers=2, deadline_s=2.0) as grader:
         wait_until_up(grader)
