@@ -93,6 +93,8 @@ class Config:
     micro_batch_tokens: int = opt(16_384, "optimization", "packed tokens per forward and rank, "
                                   "a hard limit")
     activation_checkpointing: bool = opt(True, "optimization", "recompute each block in backward")
+    offload: bool = opt(False, "optimization", "fp32 weights, gradients and AdamW's moments in host memory "
+                        "instead of the GPU's: slower, for few cards")
     # engine and grader
     engine_memory: float = opt(0.6, "engine", "share of each GPU for vLLM's weights and KV cache while "
                                "it is awake")

@@ -13,6 +13,7 @@ Letters: B sequences, T response tokens, N packed tokens, R response tokens in a
 vocabulary, D hidden size.
 """
 import gc
+import heapq
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, GenerationConfig
 
@@ -181,39 +182,56 @@ class Sequence:
         return len(self.prompt) + len(self.response)
 
 
-def pack(sequences, token_budget, multiple_of=1):
-    """Distribute sequences over micro-batches of at most `token_budget` tokens: first-fit
-    on decreasing lengths.
+def karmarkar_karp(costs, k):
+    """Indices of `costs` in k lists whose sums differ little: the largest differencing method, k-way.
 
-    Returns a list of lists; every sequence appears once. The number of micro-batches is a multiple of
-    `multiple_of` (the ranks), so that rank r trains on micro-batches r, r + ranks, ...; some may be empty.
-    Micro-batches are then evened out (each sequence to the lightest one) and sorted by size, so that ranks
-    work on equal loads side by side. Raises ValueError when one sequence alone is over the budget.
+    Every item starts as a partition of its own (k sums, all but one 0). The two partitions with the widest
+    spread are merged, largest sum with smallest, until one is left. Empty parts are not stored.
     """
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    if order and len(sequences[order[0]]) > token_budget:
-        raise ValueError(f"a sequence of {len(sequences[order[0]])} tokens exceeds "
-                         f"--micro_batch_tokens {token_budget}")
+    heap = [(-cost, i, [(cost, [i])]) for i, cost in enumerate(costs)]         # (-spread, tie-break, parts)
+    heapq.heapify(heap)
+    for tie in range(len(heap), 2 * len(heap) - 1):
+        a, b = heapq.heappop(heap)[2], heapq.heappop(heap)[2]                  # parts, the largest first
+        met = max(0, len(a) + len(b) - k)                                      # so many of each must share
+        a, small_a = a[:len(a) - met], a[len(a) - met:]
+        b, small_b = b[:len(b) - met], b[len(b) - met:]
+        parts = a + b + [(x + y, p + q) for (x, p), (y, q) in zip(small_a, reversed(small_b))]
+        parts.sort(key=lambda part: -part[0])
+        heapq.heappush(heap, (-parts[0][0] + (parts[-1][0] if len(parts) == k else 0), tie, parts))
+    parts = [indices for _, indices in heap[0][2]] if heap else []
+    return parts + [[] for _ in range(k - len(parts))]
 
-    def place(bins, choose):
-        loads = [0] * len(bins)
-        for i in order:
-            b = choose(loads, len(sequences[i]))
-            if b is None:
-                bins.append([])
-                loads.append(0)
-                b = len(bins) - 1
-            bins[b].append(i)
-            loads[b] += len(sequences[i])
-        return bins, loads
 
-    first_fit = place([], lambda loads, n: next((b for b, used in enumerate(loads)
-                                                 if used + n <= token_budget), None))
-    count = max(1, math.ceil(len(first_fit[0]) / multiple_of)) * multiple_of
-    even = place([[] for _ in range(count)], lambda loads, n: loads.index(min(loads)))
-    bins, loads = even if max(even[1]) <= token_budget else first_fit  # even may overflow, first-fit never
-    bins, loads = bins + [[] for _ in range(count - len(bins))], loads + [0] * (count - len(bins))
-    return [[sequences[i] for i in sorted(bins[b])] for b in sorted(range(count), key=lambda b: -loads[b])]
+def pack(sequences, token_budget, multiple_of=1, cost=len):
+    """Distribute sequences over micro-batches of at most `token_budget` tokens.
+
+    Returns a list of lists; every sequence appears once. The number of micro-batches is what first-fit on
+    decreasing lengths needs, rounded up to a multiple of `multiple_of` (the ranks), so that rank r trains on
+    micro-batches r, r + ranks, ...; some may be empty. Those of one round run side by side, and all ranks
+    wait for the costliest: of the distributions that keep the budget (Karmarkar-Karp on costs, on tokens,
+    first-fit) the one with the shortest rounds is taken. cost: of a sequence; the training loop passes FLOPs,
+    in which attention is quadratic. Raises ValueError when one sequence alone is over the budget.
+    """
+    tokens, costs = [len(s) for s in sequences], [cost(s) for s in sequences]
+    if tokens and max(tokens) > token_budget:
+        raise ValueError(f"a sequence of {max(tokens)} tokens exceeds --micro_batch_tokens {token_budget}")
+    first_fit, loads = [], []
+    for i in sorted(range(len(sequences)), key=lambda i: -tokens[i]):
+        b = next((b for b, used in enumerate(loads) if used + tokens[i] <= token_budget), len(loads))
+        if b == len(loads):
+            first_fit.append([])
+            loads.append(0)
+        first_fit[b].append(i)
+        loads[b] += tokens[i]
+    count = max(1, math.ceil(len(first_fit) / multiple_of)) * multiple_of
+    first_fit += [[] for _ in range(count - len(first_fit))]
+
+    total = lambda numbers, part: sum(numbers[i] for i in part)
+    rounds = lambda parts: sum(total(costs, part) for part in parts[::multiple_of])
+    candidates = [sorted(parts, key=lambda part: -total(costs, part))
+                  for parts in (karmarkar_karp(costs, count), karmarkar_karp(tokens, count), first_fit)
+                  if all(total(tokens, part) <= token_budget for part in parts)]
+    return [[sequences[i] for i in sorted(part)] for part in min(candidates, key=rounds)]
 
 
 @dataclass
@@ -318,10 +336,11 @@ def load_config(path, rope_theta=0.0, window=0):
     return config
 
 
-def build_policy(config, mesh, device, checkpointing=True, bf16=None):
+def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=False):
     """The sharded policy with uninitialized weights: fp32 master weights and gradient reduction
     everywhere; compute in bf16 on GPU, fp32 on CPU, unless `bf16` says otherwise. One FSDP2 unit a
-    decoder block, the rest in the root."""
+    decoder block, the rest in the root. offload: shards, their gradients and so the optimizer's state lie in
+    host memory; each block's shard crosses to the GPU when it is gathered."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
@@ -331,7 +350,9 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None):
     policy = Policy(lm.train())
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     bf16 = device.type == "cuda" if bf16 is None else bf16
-    kwargs = dict(mesh=mesh, mp_policy=mixed if bf16 else MixedPrecisionPolicy())
+    host = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    kwargs = dict(mesh=mesh, mp_policy=mixed if bf16 else MixedPrecisionPolicy(),
+                  offload_policy=host if offload else OffloadPolicy())
     for block in lm.base_model.layers:
         fully_shard(block, **kwargs)
     fully_shard(policy, **kwargs)
@@ -341,7 +362,7 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None):
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)     # a plain sum, which gloo knows too
-    policy.to_empty(device=device)
+    policy.to_empty(device="cpu" if offload else device)
     lm.tie_weights()
     for module in policy.modules():         # to_empty also emptied RoPE's frequencies, which no file holds
         if hasattr(module, "inv_freq"):
@@ -350,12 +371,12 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None):
     return policy
 
 
-def load_policy(path, config, mesh, device, checkpointing=True):
+def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
     """build_policy, with the weights read from the safetensors in `path`: each rank reads
     only its own shards."""
     if not list(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"{path}: no *.safetensors here; --model takes a Hugging Face model folder")
-    policy = build_policy(config, mesh, device, checkpointing)
+    policy = build_policy(config, mesh, device, checkpointing, offload=offload)
     # A tied head appears once.
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}
     try:
@@ -370,12 +391,12 @@ def full_parameters(policy, dtype):
     """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a
     tied tensor comes once.
 
-    A collective: every rank must consume the whole stream. Shards are cast before they are gathered, so
-    that bf16 moves half the bytes of the fp32 master weights.
+    A collective: every rank must consume the whole stream. Shards are cast before they are moved and
+    gathered, so that bf16 moves half the bytes of the fp32 master weights, each of them once.
     """
     policy.reshard()
     for name, p in policy.named_parameters():
-        yield name.removeprefix("lm."), p.detach().to(dtype).full_tensor()
+        yield name.removeprefix("lm."), p.detach().to(dtype).to(p.device_mesh.device_type).full_tensor()
 
 
 @torch.no_grad()

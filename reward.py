@@ -164,7 +164,7 @@ class Grader:
         self._advance(wait=False)
 
     def collect(self):
-        """Wait for all that was submitted since the last `collect` -> list[Verdict], in order of submission."""
+        """Wait for all that was submitted since the last `collect` -> list[Verdict], in that order."""
         while self._left:
             self._advance(wait=True)
         self._refill()          # replacements start now, in the time until the next call

@@ -134,8 +134,9 @@ class RolloutEngine:
     def _rollout(self, output):
         sample = output.outputs[0]
         tokens = list(sample.token_ids)
-        return Rollout(tokens, [at[token].logprob for at, token in zip(sample.logprobs, tokens)],
-                       self.tokenizer.decode(tokens, skip_special_tokens=True), sample.finish_reason == "stop")
+        return Rollout(tokens, logprobs=[at[token].logprob for at, token in zip(sample.logprobs, tokens)],
+                       text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+                       finished=sample.finish_reason == "stop")
 
     def sync_weights(self, named_tensors, version):
         """Load (Hugging Face name, full tensor) pairs, consumed lazily, one tensor at a time.

@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +259,7 @@ class Run:
     dtype: torch.dtype               # of the engine and of the exported model
     tokenizer: object
     policy: M.Policy
+    flops: Callable                  # of forward and backward over a list of sequences, without recomputation
     reference: M.Policy | None       # the frozen base model, only for kl_coef
     optimizer: torch.optim.Optimizer
     engine: RolloutEngine
@@ -291,10 +294,12 @@ def setup(cfg):
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, grader, say)
-    policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
+    policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    reference = M.load_policy(folder, config, mesh, device).requires_grad_(False) if cfg.kl_coef else None
+    reference = None
+    if cfg.kl_coef:
+        reference = M.load_policy(folder, config, mesh, device, offload=cfg.offload).requires_grad_(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = RolloutEngine(
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
@@ -315,8 +320,9 @@ def setup(cfg):
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg) | {"ranks": world} | environment(), indent=2))
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
-    return Run(rank, world, device, dtype, tokenizer, policy, reference, optimizer, engine, grader, prompts,
-               heldout, order, log, state["step"], state["skipped"])
+    flops = partial(M.forward_backward_flops, config, sum(p.numel() for p in policy.parameters()))
+    return Run(rank, world, device, dtype, tokenizer, policy, flops, reference, optimizer, engine, grader,
+               prompts, heldout, order, log, state["step"], state["skipped"])
 
 
 def load_data(cfg, tokenizer, grader, say):
@@ -448,7 +454,9 @@ def train(cfg, run):
         run.engine.sleep()
         shares = [[s for s in sequences if s.group % cfg.updates_per_rollout == u]
                   for u in range(cfg.updates_per_rollout)]
-        packs = [M.pack(share, cfg.micro_batch_tokens, run.world)[run.rank::run.world] for share in shares]
+        cost = lambda sequence: run.flops([sequence])
+        packs = [M.pack(share, cfg.micro_batch_tokens, run.world, cost)[run.rank::run.world]
+                 for share in shares]
         before = [forward_before_update(run, cfg, batches) for batches in packs]
         updates = [update_policy(run, cfg, batches, old, *counts(share, cfg.loss_norm))
                    for batches, old, share in zip(packs, before, shares)]
@@ -509,8 +517,6 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     for s in rollouts:
         solved[s.group] += s.reward, 1
     times, total = np.diff(clock).tolist(), clock[-1] - clock[0]
-    parameters = sum(p.numel() for p in run.policy.parameters())
-    flops = M.forward_backward_flops(run.policy.lm.config, parameters, sequences)
     peak = M.peak_flops(run.device)
     mean = lambda values: float(np.mean(list(values)))
     gradings = grading.total() - grading["ms"]
@@ -528,7 +534,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
-        "perf/mfu": flops / (times[2] * run.world * peak) if peak else None}
+        "perf/mfu": run.flops(sequences) / (times[2] * run.world * peak) if peak else None}
 
 
 def warn_of_grader(metrics, grading):

@@ -30,6 +30,12 @@ def test_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, flags):
 
 
 @pytest.mark.slow
+def test_offloading_changes_no_gradient(tmp_path):
+    """On CPU host and device memory are one: this runs FSDP2's offloading code, not the transfer."""
+    assert_same(gradients(tmp_path, 100, 2, flags=["--offload"]), gradients(tmp_path, 100, 2), "offload")
+
+
+@pytest.mark.slow
 def test_a_rank_without_work_still_joins_every_collective(tmp_path):
     assert_same(gradients(tmp_path, 4096, ranks=2, count=1), gradients(tmp_path, 4096, count=1), "one sequence, two ranks")
 
