@@ -28,6 +28,7 @@ from analysis import RunLog, read_rows
 from config import Config, check_config, environment, parse_args
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
+from processes import fetch, init_distributed, memory_gb, seed_everything
 from reward import Grader
 from rollout import RolloutEngine
 
@@ -272,7 +273,7 @@ class Run:
 def setup(cfg):
     """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
     --resume, the state of the newest whole checkpoint."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     say = print if rank == 0 else lambda *_: None
     out = Path(cfg.out)
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
@@ -282,7 +283,7 @@ def setup(cfg):
     dist.all_gather_object(found, checkpoint and str(checkpoint[0]))
     if len(set(found)) > 1:
         raise ValueError(f"ranks see different checkpoints ({found}): --out must lie on a shared file system")
-    folder = M.fetch(cfg.model, "model", "--model")
+    folder = fetch(cfg.model, "model", "--model")
     config = M.load_config(folder, cfg.rope_theta, cfg.window)
     check_config(cfg, world, config.max_position_embeddings)
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
@@ -299,7 +300,7 @@ def setup(cfg):
     engine = RolloutEngine(
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
-    M.seed_everything(cfg.seed + rank)
+    seed_everything(cfg.seed + rank)
     order, state = Order(len(prompts), cfg.seed), {"step": 0, "skipped": 0}
     if checkpoint:
         state = M.load_checkpoint(*checkpoint, policy, optimizer)
@@ -322,7 +323,7 @@ def setup(cfg):
 def load_data(cfg, tokenizer, grader, say):
     """-> (the training prompts, dict name -> held-out prompts). A collective."""
     def load(name, flag):
-        source = name if name.startswith("tiny:") else M.fetch(name, "dataset", flag)
+        source = name if name.startswith("tiny:") else fetch(name, "dataset", flag)
         examples = load_examples(source, cfg.skip_bad_rows, say)
         if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
             examples = [replace(example, demo=None) for example in examples]
@@ -429,7 +430,7 @@ def train(cfg, run):
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
         batch = [run.prompts[i] for i in run.order.take(cfg.prompts_per_step)]
         sequences, samples, grading, generated = sample_and_grade(run, cfg, step, batch, demo_rewards)
-        clock, memory = clock + [generated, time.monotonic()], [M.memory_gb(run.device)]
+        clock, memory = clock + [generated, time.monotonic()], [memory_gb(run.device)]
 
         # Advantages over the augmented group (Eq. 7).
         reward, group = (torch.tensor([getattr(s, name) for s in sequences])
@@ -446,7 +447,7 @@ def train(cfg, run):
         updates = [update_policy(run, cfg, batches, old, *counts(share, cfg.loss_norm))
                    for batches, old, share in zip(packs, before, shares)]
         clock.append(time.monotonic())
-        memory.append(M.memory_gb(run.device))
+        memory.append(memory_gb(run.device))
 
         # Send the new weights to the engine.
         run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)

@@ -13,6 +13,7 @@ import rollout
 import srft
 from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
+from processes import init_distributed
 from reward import Grader, Verdict
 
 
@@ -30,7 +31,7 @@ def made_up_sequences():
 
 def gradients(out, budget, count, *overrides):
     """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     cfg = parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False)
     got = {}
@@ -57,7 +58,7 @@ def gradients(out, budget, count, *overrides):
 
 def engine(out):
     """log p of engine and trainer: in step, after a change of the trainer alone, and after the next sync."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     config, tokenizer = M.load_config(TINY), tiny_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
