@@ -28,7 +28,8 @@ from analysis import RunLog, read_rows
 from config import Config, check_config, environment, parse_args
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
-from processes import fetch, init_distributed, memory_gb, seed_everything
+from processes import (fetch, hang_watch, init_distributed, memory_gb, phase, seed_everything, set_timeouts,
+                       start_profiler, write_profile)
 from reward import Grader
 from rollout import RolloutEngine
 
@@ -255,6 +256,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    mesh: object                     # torch's DeviceMesh
     dtype: torch.dtype               # of the engine and of the exported model
     tokenizer: object
     policy: M.Policy
@@ -291,17 +293,21 @@ def setup(cfg):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
+    phase("load data")
     prompts, heldout = load_data(cfg, tokenizer, grader, say)
+    phase("load model")
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = M.load_policy(folder, config, mesh, device).requires_grad_(False) if cfg.kl_coef else None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    phase("start engine")
     engine = RolloutEngine(
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
     seed_everything(cfg.seed + rank)
     order, state = Order(len(prompts), cfg.seed), {"step": 0, "skipped": 0}
+    phase("load checkpoint")
     if checkpoint:
         state = M.load_checkpoint(*checkpoint, policy, optimizer)
         if state["data"] != [cfg.data, len(prompts), cfg.seed]:
@@ -311,13 +317,14 @@ def setup(cfg):
         for group in optimizer.param_groups:                  # flags win over what the checkpoint recorded
             group.update(lr=cfg.lr, weight_decay=cfg.weight_decay)
         say(f"resumed {checkpoint[0]}")
+    phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg) | {"ranks": world} | environment(), indent=2))
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
-    return Run(rank, world, device, dtype, tokenizer, policy, reference, optimizer, engine, grader, prompts,
-               heldout, order, log, state["step"], state["skipped"])
+    return Run(rank, world, device, mesh, dtype, tokenizer, policy, reference, optimizer, engine, grader,
+               prompts, heldout, order, log, state["step"], state["skipped"])
 
 
 def load_data(cfg, tokenizer, grader, say):
@@ -364,6 +371,7 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
         [batch[g].ids for g in mine], cfg.n_rollouts - (cfg.demo_in_group == "replaces"), cfg.temperature,
         cfg.max_response_tokens, [seeds[g] for g in mine], version=step - 1)
     generated = time.monotonic()
+    phase("grade", step)
 
     demos = {batch[g].example.id: batch[g].example for g in mine if batch[g].demo}
     new = [example for id, example in demos.items() if id not in demo_rewards]
@@ -393,6 +401,7 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
     samples = samples[:cfg.log_samples] if run.rank == 0 else []
     samples += [row(example, example.demo, of_demo[example.id], demo=True)      # kept, but a person
                 for example in new if not of_demo[example.id].reward]           # should know
+    phase("exchange", step)
     everyone = [None] * run.world
     dist.all_gather_object(everyone, (sequences, samples, grading))  # tokens, no model tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
@@ -419,13 +428,18 @@ def train(cfg, run):
 
     def evaluation(step):
         sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.max_response_tokens, cfg.seed)
-        found = {name: evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
-                 for name, prompts in run.heldout.items()}
-        return {f"eval/{name}": result["accuracy"] for name, result in found.items()}
+        found = {}
+        for name, prompts in run.heldout.items():
+            phase(f"evaluate {name}", step)
+            result = evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
+            found[f"eval/{name}"] = result["accuracy"]
+        return found
 
     if run.step == 0:
         run.log.write({"step": 0} | evaluation(0))
     for step in range(run.step + 1, cfg.steps + 1):
+        profiler = start_profiler() if step == cfg.profile else None
+        phase("rollout", step)
         clock = [time.monotonic()]
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
         batch = [run.prompts[i] for i in run.order.take(cfg.prompts_per_step)]
@@ -439,6 +453,7 @@ def train(cfg, run):
             s.advantage = advantage
 
         # Pack into micro-batches, as many on every rank; loss (Eq. 13), backward, clip, AdamW.
+        phase("train", step)
         run.engine.sleep()
         shares = [[s for s in sequences if s.group % cfg.updates_per_rollout == u]
                   for u in range(cfg.updates_per_rollout)]
@@ -450,10 +465,14 @@ def train(cfg, run):
         memory.append(memory_gb(run.device))
 
         # Send the new weights to the engine.
+        phase("sync", step)
         run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)
         clock.append(time.monotonic())
 
         # Log; evaluate; stop where going on would only waste the machine.
+        phase("log", step)
+        if profiler:
+            write_profile(profiler, Path(cfg.out) / "profile")
         bad = sum(not np.isfinite(update["grad_norm"]) for update in updates)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad if bad == len(updates) else 0)
         metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | {
@@ -481,6 +500,7 @@ def train(cfg, run):
                 "and the pinned vllm version.")
 
         # Checkpoint.
+        phase("checkpoint", step)
         stop = torch.tensor(float(bool(stopping)))
         dist.all_reduce(stop, dist.ReduceOp.MAX)               # ranks may get the signal in different steps
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
@@ -489,7 +509,10 @@ def train(cfg, run):
             M.save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
             break
+        if step == run.step + 1:
+            set_timeouts(run.mesh, cfg.hang_minutes)
     else:
+        phase("export", cfg.steps)
         M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, run.dtype)
     bar.close()
     finish(run, cfg, exported=not stop)
@@ -556,16 +579,17 @@ def finish(run, cfg, exported):
 
 def main():
     cfg = parse_args(description=__doc__)
-    try:
-        if cfg.dry_run:
-            import plan
-            plan.show(cfg)
-            return
-        run = setup(cfg)
-    except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
-        rank = os.environ.get("RANK")
-        sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
-    train(cfg, run)
+    with hang_watch():
+        try:
+            if cfg.dry_run:
+                import plan
+                plan.show(cfg)
+                return
+            run = setup(cfg)
+        except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
+            rank = os.environ.get("RANK")
+            sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
+        train(cfg, run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the distributed tests run on every rank: `python tests/ranks.py TASK ARGUMENTS`, started by conftest.run."""
 import pickle
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,5 +141,20 @@ def graders_fail(*flags):
     srft.train(cfg, srft.setup(cfg))
 
 
+def sleeper(*flags):
+    """A whole run, from the command line on, in which rank 1 is slow in its first rollout and never ends its second."""
+    class Sleeper(rollout.RolloutEngine):
+        def generate(self, *args, version=None, **kwargs):
+            if dist.get_rank() == 1:
+                print("SLEEPS AT", time.monotonic(), flush=True)
+                time.sleep(600 if version == 1 else 8)
+            return super().generate(*args, version=version, **kwargs)
+
+    srft.RolloutEngine = Sleeper
+    sys.argv[1:] = flags
+    srft.main()
+
+
 if __name__ == "__main__":
-    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale, "graders_fail": graders_fail}[sys.argv[1]](*sys.argv[2:])
+    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale, "graders_fail": graders_fail,
+     "sleeper": sleeper}[sys.argv[1]](*sys.argv[2:])
