@@ -158,10 +158,11 @@ def set_timeouts(mesh, minutes):
 
 @contextmanager
 def hang_watch():
-    """Inside, a rank that stays in one phase over the limit ends the run, and errors say where each rank was.
+    """Inside, a rank that stays in one phase over the limit, or fails, ends the run on all ranks.
 
-    All ranks then write one message and their stacks to stderr, and exit with 1, within half a minute. What
-    is raised inside is raised again with a note: "srft.py (rank 2): phase 'train' of step 12 ...".
+    Each writes its stacks and one message to stderr and exits with 1, within half a minute: also those that
+    wait in an nccl collective, where neither the end of another rank nor SIGTERM reaches them. What is raised
+    inside is raised again with a note: "srft.py (rank 2): phase 'train' of step 12 for 0:00:03 ...".
     """
     done, _here.watched = threading.Event(), True
     phase("start")
@@ -170,6 +171,7 @@ def hang_watch():
         yield
     except BaseException as error:                   # CheckpointException derives from that
         if not isinstance(error, SystemExit):
+            _stop(f"{_name()} failed ({type(error).__name__})")
             error.add_note(f"{_name()}: {whereabouts()}")
         raise                                        # and the watch goes on: the way out may hang, too
     done.set()
@@ -226,15 +228,20 @@ def _ask(question):
         _here.store = None
 
 
+def _stop(why):
+    """Tell all ranks to end, unless one has told already. Returns the reason that was first."""
+    first = _ask(lambda store: store.compare_set("stop", "", why))
+    return first.decode() if first else why
+
+
 def _watch(done):
-    """The watch's thread: wait for this rank to hang, or for another to say that it does."""
+    """The watch's thread: wait for this rank to hang, or for another to hang or fail."""
     while not done.wait(_tick()):
-        if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["hang"])):
-            _ask(lambda store: store.set("hang", "1"))
+        if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["stop"])):
+            why = _stop(f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
+                        "(--hang_minutes; longer until the first step is done)")
             faulthandler.dump_traceback(all_threads=True)
-            limit = timedelta(seconds=_here.limit)
-            print(f"{_name()}: HANG: a rank was in one phase for over {limit} (--hang_minutes; longer until "
-                  f"the first step is done). Here: {whereabouts()}", file=sys.stderr, flush=True)
+            print(f"{_name()}: {why}. Here: {whereabouts()}", file=sys.stderr, flush=True)
             time.sleep(3 * _tick())                # all others look, and tell, before torchrun ends them
             os._exit(1)
 

@@ -30,6 +30,10 @@ def steps(task, minutes):
         if victim and task == "keep the GIL" and step == 2:
             re.match(r"(a+)+$", "a" * 40 + "b")          # for years, and no other thread gets to run
         phase("train", step)
+        if task == "raise" and step == 2:
+            if victim:
+                raise KeyError("a bug")
+            time.sleep(600)                              # as in a collective of nccl, which does not see that another rank is gone
         if step == 2 and task == f"kill {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from conftest import ENV, ROOT, SMALL, run, start
+from conftest import ENV, ROOT, SMALL, start
 
 import processes
 
@@ -52,7 +52,7 @@ def test_a_rank_that_sleeps_in_a_whole_run_ends_it_and_both_ranks_name_it(tmp_pa
                              "--out", tmp_path / "run"])
     assert codes == [1, 1], outputs
     for rank, output in enumerate(outputs):
-        assert output.count("HANG") == 1 and f"ranks.py (rank {rank}): HANG" in output
+        assert output.count("HANG") == 1 and f"ranks.py (rank {rank}): HANG: ranks.py (rank" in output
         assert "Behind the others: rank 1 in phase 'rollout' of step 2" in output
         assert "then rank 0 in phase 'exchange' of step 2" in output
     assert "in generate" in outputs[1] and "in all_gather_object" in outputs[0]             # the stacks
@@ -86,6 +86,13 @@ def test_when_a_rank_is_killed_the_error_of_the_other_names_its_own_rank_and_pha
 
 
 @pytest.mark.slow
+def test_an_error_on_one_rank_ends_the_others_too_which_name_it():
+    outputs, codes = finish(["tests/phases.py", "raise", 0.2])
+    assert codes == [1, 1] and "KeyError: 'a bug'" in outputs[1] and "phases.py (rank 1): phase 'train' of step 2" in outputs[1]
+    assert "phases.py (rank 0): phases.py (rank 1) failed (KeyError). Here: phase 'train' of step 2" in outputs[0], outputs[0]
+
+
+@pytest.mark.slow
 def test_one_process_without_torchrun_is_watched_too():
     done = subprocess.run([sys.executable, "tests/phases.py", "sleep", str(MINUTES)], env=ENV, cwd=ROOT, text=True,
                           capture_output=True, timeout=60)
@@ -93,11 +100,10 @@ def test_one_process_without_torchrun_is_watched_too():
 
 
 @pytest.mark.slow
-def test_a_profile_of_one_step_holds_its_phases_and_operators(tmp_path):
-    run([*SMALL, "--steps", "2", "--profile", "2", "--out", tmp_path / "run"])
-    folder = tmp_path / "run" / "profile"
+def test_a_profile_of_one_step_holds_its_phases_and_operators_and_no_other_step(whole_run):
+    folder = whole_run / "profile"
     with gzip.open(folder / "trace-rank0.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert all(names.count(name) >= 1 for name in ("rollout", "grade", "exchange", "train", "sync", "aten::mm"))
+    assert all(names.count(name) == 1 for name in ("rollout", "grade", "exchange", "train", "sync")) and "aten::mm" in names
     assert "checkpoint" not in names
     assert "aten::mm" in (folder / "operators-rank0.txt").read_text()
