@@ -293,7 +293,6 @@ def setup(cfg):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
-    phase("load data")
     prompts, heldout = load_data(cfg, tokenizer, grader, say)
     phase("load model")
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing)
@@ -329,6 +328,8 @@ def setup(cfg):
 
 def load_data(cfg, tokenizer, grader, say):
     """-> (the training prompts, dict name -> held-out prompts). A collective."""
+    phase("load data")
+
     def load(name, flag):
         source = name if name.startswith("tiny:") else fetch(name, "dataset", flag)
         examples = load_examples(source, cfg.skip_bad_rows, say)
