@@ -40,6 +40,11 @@ class Config:
                        "starts anew if there is none")
     save_every: int = opt(50, "run", "steps between checkpoints (one is always written at the end)")
     keep: int = opt(2, "run", "checkpoints kept")
+    hang_minutes: float = opt(30.0, "run", "a rank that spends more than this in one phase (rollout, train, "
+                              "checkpoint, ...) or waits that long for another ends the run, and the rank "
+                              "behind is named; until the first step is done, 120")
+    profile: int = opt(0, "run", "write a torch profiler trace of this step to profile/ in --out: open it in "
+                       "Perfetto or chrome://tracing; 0: none")
     dry_run: bool = opt(False, "run", "print parameters, memory and tokens a step of this "
                         "configuration, then stop")
     # data
@@ -178,6 +183,8 @@ def check_config(cfg, world, window):
          "--entropy_coef needs --entropy_level sequence or token: the step's mean has no gradient"),
         (cfg.grader_workers < 0 or cfg.grader_deadline <= 0,
          "--grader_workers must be at least 0, --grader_deadline above 0"),
+        (not 0 <= cfg.profile <= cfg.steps, "--profile must be one of the --steps, or 0 for none"),
+        (cfg.hang_minutes <= 0, "--hang_minutes must be above 0"),
         (cfg.temperature <= 0, "--temperature must be positive: rollouts are samples (Eq. 11)"),
         (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
          "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),

@@ -34,6 +34,7 @@ import model as M
 from benchmarks import BENCHMARKS, load_benchmark
 from config import environment
 from data import TEMPLATES, Prompt, tokenize
+from processes import fetch, init_distributed
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, stored_tensors
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
@@ -279,7 +280,7 @@ def locate(args):
         raise ValueError(f"--model {path}: expected a folder, found a file")
     args.out = args.out or f"out/eval/{path.resolve().name if path.exists() else path.name}"
     args.template = args.template or "paper"
-    return M.fetch(args.model, "model", "--model")
+    return fetch(args.model, "model", "--model")
 
 
 SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
@@ -353,7 +354,7 @@ def prepare(args, tokenizer, window, say):
 
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    rank, world, device, _ = M.init_distributed(timeout_minutes=7 * 24 * 60)        # ranks end hours apart
+    rank, world, device, _ = init_distributed(timeout_minutes=7 * 24 * 60)        # ranks end hours apart
     say = print if rank == 0 else lambda *_: None
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)

@@ -30,6 +30,8 @@ from analysis import RunLog, read_rows
 from config import Config, check_config, environment, parse_args
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
+from processes import (fetch, hang_watch, init_distributed, memory_gb, phase, seed_everything, set_timeouts,
+                       start_profiler, write_profile)
 from reward import Grader
 from rollout import RolloutEngine
 
@@ -256,6 +258,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    mesh: object                     # torch's DeviceMesh
     dtype: torch.dtype               # of the engine and of the exported model
     tokenizer: object
     policy: M.Policy
@@ -275,7 +278,7 @@ class Run:
 def setup(cfg):
     """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
     --resume, the state of the newest whole checkpoint."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     say = print if rank == 0 else lambda *_: None
     out = Path(cfg.out)
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
@@ -285,7 +288,7 @@ def setup(cfg):
     dist.all_gather_object(found, checkpoint and str(checkpoint[0]))
     if len(set(found)) > 1:
         raise ValueError(f"ranks see different checkpoints ({found}): --out must lie on a shared file system")
-    folder = M.fetch(cfg.model, "model", "--model")
+    folder = fetch(cfg.model, "model", "--model")
     config = M.load_config(folder, cfg.rope_theta, cfg.window)
     check_config(cfg, world, config.max_position_embeddings)
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
@@ -294,6 +297,7 @@ def setup(cfg):
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, grader, say)
+    phase("load model")
     policy = M.load_policy(folder, config, mesh, device, cfg.activation_checkpointing, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -301,34 +305,44 @@ def setup(cfg):
     if cfg.kl_coef:
         reference = M.load_policy(folder, config, mesh, device, offload=cfg.offload).requires_grad_(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    phase("start engine")
     engine = RolloutEngine(
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
-    M.seed_everything(cfg.seed + rank)
-    order, state = Order(len(prompts), cfg.seed), {"step": 0, "skipped": 0}
-    if checkpoint:
-        state = M.load_checkpoint(*checkpoint, policy, optimizer)
-        if state["data"] != [cfg.data, len(prompts), cfg.seed]:
-            raise ValueError(f"{checkpoint[0]}: was trained on {state['data']} (data, prompts, seed), now "
-                             f"{[cfg.data, len(prompts), cfg.seed]}; resume with the run's own flags")
-        order.position = state["position"]
-        for group in optimizer.param_groups:                  # flags win over what the checkpoint recorded
-            group.update(lr=cfg.lr, weight_decay=cfg.weight_decay)
-        say(f"resumed {checkpoint[0]}")
+    seed_everything(cfg.seed + rank)
+    order = Order(len(prompts), cfg.seed)
+    phase("load checkpoint")
+    state = restore(cfg, checkpoint, policy, optimizer, order, say) if checkpoint else {"step": 0, "skipped": 0}
+    phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg) | {"ranks": world} | environment(), indent=2))
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
     flops = partial(M.forward_backward_flops, config, sum(p.numel() for p in policy.parameters()))
-    return Run(rank, world, device, dtype, tokenizer, policy, flops, reference, optimizer, engine, grader,
-               prompts, heldout, order, log, state["step"], state["skipped"])
+    return Run(rank, world, device, mesh, dtype, tokenizer, policy, flops, reference, optimizer, engine,
+               grader, prompts, heldout, order, log, state["step"], state["skipped"])
+
+
+def restore(cfg, checkpoint, policy, optimizer, order, say):
+    """Put the run back to where `checkpoint` (path, manifest) was written; returns what was saved beside it."""
+    state = M.load_checkpoint(*checkpoint, policy, optimizer)
+    if state["data"] != [cfg.data, order.n, cfg.seed]:
+        raise ValueError(f"{checkpoint[0]}: was trained on {state['data']} (data, prompts, seed), now "
+                         f"{[cfg.data, order.n, cfg.seed]}; resume with the run's own flags")
+    order.position = state["position"]
+    for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
+        group.update(lr=cfg.lr, weight_decay=cfg.weight_decay)
+    say(f"resumed {checkpoint[0]}")
+    return state
 
 
 def load_data(cfg, tokenizer, grader, say):
     """-> (the training prompts, dict name -> held-out prompts). A collective."""
+    phase("load data")
+
     def load(name, flag):
-        source = name if name.startswith("tiny:") else M.fetch(name, "dataset", flag)
+        source = name if name.startswith("tiny:") else fetch(name, "dataset", flag)
         examples = load_examples(source, cfg.skip_bad_rows, say)
         if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
             examples = [replace(example, demo=None) for example in examples]
@@ -352,25 +366,23 @@ def load_data(cfg, tokenizer, grader, say):
     return prompts, heldout
 
 
-def sample_and_grade(run, cfg, step, batch, demo_rewards):
-    """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's
-    demonstration, with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts),
-    then all ranks exchange.
+def sample_and_grade(run, cfg, step, batch, mine, demo_rewards):
+    """This rank's rollouts: of the prompts batch[g] for g in mine, each graded as soon as it ends, which
+    hides grading behind the decoding of longer ones.
 
-    demo_rewards: rewards of demonstrations by id, so that each is graded once (again if grading failed).
-    Returns (sequences, the same list on every rank; rows for samples.jsonl; Counter of the verdicts' reasons
-    and of "ms"; time when generation ended). A collective.
+    Demonstrations whose reward is not in demo_rewards (id -> reward) are graded beside them; it is filled in,
+    unless grading failed. Returns, in the order of `mine`, groups of (Rollout, Verdict); id -> Verdict of the
+    demonstrations graded now; and the time when generation ended.
     """
-    mine = range(len(batch) * run.rank // run.world, len(batch) * (run.rank + 1) // run.world)
     # What a prompt yields depends on (seed, step, its place in the step),
     # not on ranks or on what went before.
     seeds = np.random.SeedSequence([cfg.seed, step]).generate_state(len(batch), np.uint64).tolist()
-    demos = {batch[g].example.id: batch[g].example for g in mine if batch[g].demo}
-    new = [example for id, example in demos.items() if id not in demo_rewards]
-    run.grader.submit([example.demo for example in new], [example.answer for example in new])
-    places = []                                # of the rollouts, in the order in which they were submitted
+    new = {batch[g].example.id: batch[g].example for g in mine
+           if batch[g].demo and batch[g].example.id not in demo_rewards}
+    run.grader.submit([e.demo for e in new.values()], [e.answer for e in new.values()])
+    places = []                                # of the rollouts, in the order in which they are submitted
 
-    def grade_finished(ended):                 # hides grading behind the decoding of longer responses
+    def grade_finished(ended):
         places.extend((i, k) for i, k, _ in ended)
         run.grader.submit([r.text for _, _, r in ended], [batch[mine[i]].example.answer for i, _, _ in ended],
                           [r.finished for _, _, r in ended])
@@ -379,32 +391,47 @@ def sample_and_grade(run, cfg, step, batch, demo_rewards):
         [batch[g].ids for g in mine], cfg.n_rollouts - (cfg.demo_in_group == "replaces"), cfg.temperature,
         cfg.max_response_tokens, [seeds[g] for g in mine], version=step - 1, on_step=grade_finished)
     generated = time.monotonic()
+    phase("grade", step)
     verdicts = run.grader.collect()
-    grading = Counter(verdict.reason for verdict in verdicts) + Counter(ms=sum(v.ms for v in verdicts))
-    of_demo = dict(zip((example.id for example in new), verdicts))
-    of_rollout = dict(zip(places, verdicts[len(new):]))
+    of_demo = dict(zip(new, verdicts))
     demo_rewards.update({id: v.reward for id, v in of_demo.items() if v.reason not in FAILED})
+    of_rollout = dict(zip(places, verdicts[len(new):]))
+    return [[(r, of_rollout[i, k]) for k, r in enumerate(group)] for i, group in enumerate(rollouts)
+            ], of_demo, generated
+
+
+def augmented_groups(run, cfg, step, batch, demo_rewards):
+    """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's demonstration,
+    with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts), then all exchange.
+
+    Returns (sequences, the same list on every rank; rows for samples.jsonl; Counter of the verdicts' reasons
+    and of "ms"; time when generation ended). A collective.
+    """
+    mine = range(len(batch) * run.rank // run.world, len(batch) * (run.rank + 1) // run.world)
+    groups, of_demo, generated = sample_and_grade(run, cfg, step, batch, mine, demo_rewards)
+    verdicts = [verdict for group in groups for _, verdict in group] + list(of_demo.values())
+    grading = Counter(verdict.reason for verdict in verdicts) + Counter(ms=sum(v.ms for v in verdicts))
 
     row = lambda example, response, verdict, demo: {
         "step": step, "id": example.id, "demo": demo, "prompt": example.problem, "response": response,
         "reward": verdict.reward, "reason": verdict.reason}
     sequences, samples, ints = [], [], lambda x: np.asarray(x, np.int32)
-    for i, (g, group) in enumerate(zip(mine, rollouts)):
-        prompt = batch[g]
-        for k, r in enumerate(group):
-            verdict = of_rollout[i, k]
+    for g, group in zip(mine, groups):
+        prompt, example = batch[g], batch[g].example
+        for r, verdict in group:
             sequences.append(M.Sequence(
                 ints(prompt.ids), ints(r.tokens), group=g, reward=verdict.reward,
                 engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
-            samples.append(row(prompt.example, r.text, verdict, demo=False))
+            if run.rank == 0 and len(samples) < cfg.log_samples:
+                samples.append(row(example, r.text, verdict, demo=False))
         if prompt.demo:                                                                         # Eq. 6
-            id = prompt.example.id
+            reward = of_demo[example.id].reward if example.id in of_demo else demo_rewards[example.id]
             sequences.append(M.Sequence(
-                ints(prompt.ids), ints(prompt.demo), is_demo=True, group=g,
-                reward=of_demo[id].reward if id in of_demo else demo_rewards[id]))
-    samples = samples[:cfg.log_samples] if run.rank == 0 else []
-    samples += [row(example, example.demo, of_demo[example.id], demo=True)      # kept, but a person
-                for example in new if not of_demo[example.id].reward]           # should know
+                ints(prompt.ids), ints(prompt.demo), is_demo=True, group=g, reward=reward))
+    examples = {batch[g].example.id: batch[g].example for g in mine}
+    samples += [row(examples[id], examples[id].demo, verdict, demo=True)        # kept, but a person
+                for id, verdict in of_demo.items() if not verdict.reward]       # should know
+    phase("exchange", step)
     everyone = [None] * run.world
     dist.all_gather_object(everyone, (sequences, samples, grading))  # tokens, no model tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
@@ -431,18 +458,23 @@ def train(cfg, run):
 
     def evaluation(step):
         sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.max_response_tokens, cfg.seed)
-        found = {name: evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
-                 for name, prompts in run.heldout.items()}
-        return {f"eval/{name}": result["accuracy"] for name, result in found.items()}
+        found = {}
+        for name, prompts in run.heldout.items():
+            phase(f"evaluate {name}", step)
+            result = evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
+            found[f"eval/{name}"] = result["accuracy"]
+        return found
 
     if run.step == 0:
         run.log.write({"step": 0} | evaluation(0))
     for step in range(run.step + 1, cfg.steps + 1):
+        profiler = start_profiler() if step == cfg.profile else None
+        phase("rollout", step)
         clock = [time.monotonic()]
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
         batch = [run.prompts[i] for i in run.order.take(cfg.prompts_per_step)]
-        sequences, samples, grading, generated = sample_and_grade(run, cfg, step, batch, demo_rewards)
-        clock, memory = clock + [generated, time.monotonic()], [M.memory_gb(run.device)]
+        sequences, samples, grading, generated = augmented_groups(run, cfg, step, batch, demo_rewards)
+        clock, memory = clock + [generated, time.monotonic()], [memory_gb(run.device)]
 
         # Advantages over the augmented group (Eq. 7).
         reward, group = (torch.tensor([getattr(s, name) for s in sequences])
@@ -451,6 +483,7 @@ def train(cfg, run):
             s.advantage = advantage
 
         # Pack into micro-batches, as many on every rank; loss (Eq. 13), backward, clip, AdamW.
+        phase("train", step)
         run.engine.sleep()
         shares = [[s for s in sequences if s.group % cfg.updates_per_rollout == u]
                   for u in range(cfg.updates_per_rollout)]
@@ -461,13 +494,17 @@ def train(cfg, run):
         updates = [update_policy(run, cfg, batches, old, *counts(share, cfg.loss_norm))
                    for batches, old, share in zip(packs, before, shares)]
         clock.append(time.monotonic())
-        memory.append(M.memory_gb(run.device))
+        memory.append(memory_gb(run.device))
 
         # Send the new weights to the engine.
+        phase("sync", step)
         run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)
         clock.append(time.monotonic())
 
         # Log; evaluate; stop where going on would only waste the machine.
+        phase("log", step)
+        if profiler:
+            write_profile(profiler, Path(cfg.out) / "profile")
         bad = sum(not np.isfinite(update["grad_norm"]) for update in updates)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad if bad == len(updates) else 0)
         metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | {
@@ -495,6 +532,7 @@ def train(cfg, run):
                 "and the pinned vllm version.")
 
         # Checkpoint.
+        phase("checkpoint", step)
         stop = torch.tensor(float(bool(stopping)))
         dist.all_reduce(stop, dist.ReduceOp.MAX)               # ranks may get the signal in different steps
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
@@ -503,7 +541,10 @@ def train(cfg, run):
             M.save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
             break
+        if step == run.step + 1:
+            set_timeouts(run.mesh, cfg.hang_minutes)
     else:
+        phase("export", cfg.steps)
         M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, run.dtype)
     bar.close()
     finish(run, cfg, exported=not stop)
@@ -568,16 +609,17 @@ def finish(run, cfg, exported):
 
 def main():
     cfg = parse_args(description=__doc__)
-    try:
-        if cfg.dry_run:
-            import plan
-            plan.show(cfg)
-            return
-        run = setup(cfg)
-    except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
-        rank = os.environ.get("RANK")
-        sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
-    train(cfg, run)
+    with hang_watch():
+        try:
+            if cfg.dry_run:
+                import plan
+                plan.show(cfg)
+                return
+            run = setup(cfg)
+        except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
+            rank = os.environ.get("RANK")
+            sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
+        train(cfg, run)
 
 
 if __name__ == "__main__":

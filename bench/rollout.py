@@ -17,6 +17,7 @@ from vllm import SamplingParams
 
 import model as M
 from config import TINY
+from processes import init_distributed
 from rollout import RolloutEngine
 
 
@@ -29,7 +30,7 @@ def main(argv=None):
     p.add_argument("--pairs", type=int, default=7, help="alternating measurements [%(default)s]")
     args = p.parse_args(argv)
     common.start(args)
-    _, _, device, mesh = M.init_distributed()
+    _, _, device, mesh = init_distributed()
     if args.model:
         config, tokenizer = M.load_config(args.model), AutoTokenizer.from_pretrained(args.model)
         policy = M.load_policy(args.model, config, mesh, device)

@@ -56,7 +56,7 @@ def metrics(out):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """One uninterrupted run of 6 steps on 1 rank; returns its folder."""
+    """One uninterrupted run of 6 steps on 1 rank, of which the second is profiled; returns its folder."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run([*SMALL, "--out", out, "--steps", "6"])
+    run([*SMALL, "--out", out, "--steps", "6", "--profile", "2"])
     return out

@@ -1,6 +1,7 @@
 """What the distributed tests run on every rank: `python tests/ranks.py TASK ARGUMENTS`, started by conftest.run."""
 import pickle
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import rollout
 import srft
 from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
+from processes import init_distributed
 from reward import Grader, Verdict
 
 
@@ -30,7 +32,7 @@ def made_up_sequences():
 
 def gradients(out, budget, count, *overrides):
     """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     cfg = parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False, offload=cfg.offload)
     got = {}
@@ -57,7 +59,7 @@ def gradients(out, budget, count, *overrides):
 
 def engine(out):
     """log p of engine and trainer: in step, after a change of the trainer alone, and after the next sync."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     config, tokenizer = M.load_config(TINY), tiny_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
@@ -160,5 +162,20 @@ def graders_fail(*flags):
     srft.train(cfg, srft.setup(cfg))
 
 
+def sleeper(*flags):
+    """A whole run, from the command line on, in which rank 1 is slow in its first rollout and never ends its second."""
+    class Sleeper(rollout.RolloutEngine):
+        def generate(self, *args, version=None, **kwargs):
+            if dist.get_rank() == 1:
+                print("SLEEPS AT", time.monotonic(), flush=True)
+                time.sleep(600 if version == 1 else 8)
+            return super().generate(*args, version=version, **kwargs)
+
+    srft.RolloutEngine = Sleeper
+    sys.argv[1:] = flags
+    srft.main()
+
+
 if __name__ == "__main__":
-    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale, "graders_fail": graders_fail}[sys.argv[1]](*sys.argv[2:])
+    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale, "graders_fail": graders_fail,
+     "sleeper": sleeper}[sys.argv[1]](*sys.argv[2:])

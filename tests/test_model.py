@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 import data
 import model as M
 from model import Sequence, collate, karmarkar_karp, pack, token_logprobs
+from processes import init_distributed, seed_everything
 
 CPU = torch.device("cpu")
 VOCAB = 97
@@ -216,7 +217,7 @@ def mesh():
     environment = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        rank, world, device, mesh = M.init_distributed()
+        rank, world, device, mesh = init_distributed()
         assert (rank, world, device.type) == (0, 1, "cpu")
         yield mesh
         dist.destroy_process_group()
@@ -470,7 +471,7 @@ def test_a_checkpoint_restores_weights_moments_generators_and_state_bit_by_bit(t
     one_step(policy, optimizer, 9)
     continued = everything(policy, optimizer)
     other, other_optimizer = trained(tmp_path / "model", mesh, steps=0, **spec)
-    M.seed_everything(5)
+    seed_everything(5)
     assert M.load_checkpoint(*M.newest_checkpoint(tmp_path / "c"), other, other_optimizer) == state
     assert draw() == drawn and same(everything(other, other_optimizer), saved)
     one_step(other, other_optimizer, 9)

@@ -177,6 +177,8 @@ def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp
     (["--temperature", "0"], "--temperature must be positive"),
     (["--entropy_coef", "0.1", "--entropy_level", "batch"], "--entropy_coef needs"),
     (["--eval_every", "0"], "--eval_every"),
+    (["--profile", "81"], "--profile must be one of the --steps"),
+    (["--hang_minutes", "0"], "--hang_minutes"),
 ])
 def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
     with pytest.raises(ValueError, match=re.escape(says)):

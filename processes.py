@@ -1,0 +1,270 @@
+"""The processes of a run: the group they form, where each of them is, and what to do when one hangs.
+
+    with hang_watch():                                               # inside, errors name rank and phase
+        rank, world, device, mesh = init_distributed()               # under torchrun, or alone
+        folder = fetch("Qwen/Qwen2.5-Math-7B", "model", "--model")   # one download a node
+        phase("train", step)                                         # what this process does from here on
+        set_timeouts(mesh, minutes=30)                               # short, once the first step is done
+
+A collective that times out on rank 2 because rank 5 is stuck says nothing about rank 5. So each rank notes
+its phase in the group's TCPStore, and the first to stay in one for too long makes all of them dump their
+Python stacks, say who is behind, and exit: torchrun tears the job down, a scheduler may start it again. The
+same phases are the named ranges of a profile (start_profiler, write_profile).
+"""
+import faulthandler
+import json
+import os
+import random
+import resource
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
+MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
+
+
+def init_distributed(timeout_minutes=START_MINUTES):
+    """Join the process group that torchrun describes (or a group of one) and build the device mesh.
+
+    Returns (rank, world, device, mesh). One node: a 1-D mesh, parameters sharded over all ranks. Several
+    nodes: a 2-D mesh for HSDP, sharded within a node (fast links) and replicated across nodes. CPU
+    collectives run on gloo beside nccl, for objects and checkpoint plans. timeout_minutes: see set_timeouts.
+    """
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
+                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
+        os.environ.setdefault(name, str(value))
+    if os.environ["MASTER_PORT"] == "0":                       # not under torchrun: any free port will do
+        import socket
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
+    if world > 1:      # a client of its own: that of the group is locked while a rank waits for another in it
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+        store.set_timeout(timedelta(seconds=5))
+        _here.store = dist.PrefixStore("phase", store)
+        _tell()
+    shape, names = (((world // local, local), ("replicate", "shard")) if world > local else
+                    ((world,), ("shard",)))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
+    return dist.get_rank(), world, device, mesh
+
+
+def fetch(name, repo_type, flag):
+    """A local folder for `name`: itself if it exists, else a snapshot from the Hugging Face hub.
+
+    One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag
+    when it cannot be had.
+    """
+    if Path(name).exists():
+        return str(name)
+    from huggingface_hub import snapshot_download
+    first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+    wanted = ["*.parquet", "*.jsonl"]
+    if repo_type == "model":
+        wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+    for my_turn in (first, not first):
+        if my_turn:
+            try:
+                folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
+                                           allow_patterns=wanted)
+            except Exception as e:                             # the hub's errors share no useful base class
+                error = e
+        if dist.is_initialized():
+            dist.barrier()
+    if error is not None:
+        raise FileNotFoundError(
+            f"{flag} {name}: no such local path, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). Without network, pass "
+            "local paths: --model DIR (config, tokenizer, safetensors) and --data FILE-or-DIR.")
+    return folder
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def memory_gb(device):
+    """GB of the GPU in use, by whomever (torch's own count would include vLLM's sleeping pages); on CPU the
+    most that this process has had resident."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Hang detection.
+
+@dataclass
+class _Here:
+    """Where this process is."""
+    place: tuple = (0, "start", None, time.time())   # phases entered so far, name, step, since when
+    since: float = time.monotonic()                  # the same moment by a clock that nobody sets
+    limit: float = 60.0 * START_MINUTES              # seconds in one phase
+    watched: bool = False
+    store: dist.Store | None = None                  # where ranks note their places; None: alone, or gone
+    span: torch.profiler.record_function | None = None
+
+
+_here = _Here()
+
+
+def phase(name, step=None):
+    """From here to the next call this process does `name` (of `step`; None before the first step)."""
+    if _here.span is not None:
+        _here.span.__exit__(None, None, None)
+    _here.place, _here.since = (_here.place[0] + 1, name, step, time.time()), time.monotonic()
+    _here.span = torch.profiler.record_function(name)
+    _here.span.__enter__()
+    _tell()
+    if _here.watched:          # should the watch not get to run (C code that keeps the GIL), this ends us
+        faulthandler.dump_traceback_later(_here.limit + 12 * _tick(), exit=True)
+
+
+def set_timeouts(mesh, minutes):
+    """Allow `minutes` to each phase from now on, and a little more to each collective. A collective itself.
+
+    Long at the start, short after the first step. First all ranks meet: none may still wait, by the old
+    timeout, for one that already counts by the new one.
+    """
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    for group in (None, *mesh.get_all_groups()):     # None is the default group; torch has no public setter
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes + MARGIN_MINUTES), group)
+    _here.since, _here.limit = time.monotonic(), 60.0 * minutes
+
+
+@contextmanager
+def hang_watch():
+    """Inside, a rank that stays in one phase over the limit, or fails, ends the run on all ranks.
+
+    Each writes its stacks and one message to stderr and exits with 1, within half a minute: also those that
+    wait in an nccl collective, where neither the end of another rank nor SIGTERM reaches them. What is raised
+    inside is raised again with a note: "srft.py (rank 2): phase 'train' of step 12 for 0:00:03 ...".
+    """
+    done, _here.watched = threading.Event(), True
+    phase("start")
+    threading.Thread(target=_watch, args=(done,), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:                   # CheckpointException derives from that
+        if not isinstance(error, SystemExit):
+            _stop(f"{_name()} failed ({type(error).__name__})")
+            error.add_note(f"{_name()}: {whereabouts()}")
+        raise                                        # and the watch goes on: the way out may hang, too
+    done.set()
+    _here.watched = False
+    faulthandler.cancel_dump_traceback_later()
+
+
+def whereabouts():
+    """One line: this rank's phase, step and time in it; then where all ranks are, those behind first."""
+    def describe(name, step, since):
+        of_step = "" if step is None else f" of step {step}"
+        return f"phase '{name}'{of_step} for {timedelta(seconds=round(max(0.0, time.time() - since)))}"
+
+    here, places = describe(*_here.place[1:]), {}
+    told = _ask(lambda store: store.multi_get([str(r) for r in range(int(os.environ["WORLD_SIZE"]))]))
+    if not told:
+        return here
+    for rank, text in enumerate(told):
+        count, name, step, since = json.loads(text)
+        places.setdefault((count, name, step), []).append((since, rank))
+    if len(places) == 1:
+        return f"{here}, like all ranks"
+    parts = [f"{_ranks([rank for _, rank in found])} in {describe(*place[1:], min(found)[0])}"
+             for place, found in sorted(places.items(), key=lambda item: item[0][0])]
+    return f"{here}. Behind the others: {'; then '.join(parts)}"
+
+
+def _ranks(ranks):
+    """[0, 1, 2, 4] -> "ranks 0-2, 4"."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda p: p[1] - p[0])]
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank{'s' * (len(ranks) > 1)} {text}"
+
+
+def _name():
+    rank = os.environ.get("RANK")
+    return Path(sys.argv[0]).name + (f" (rank {rank})" if rank else "")
+
+
+def _tick():
+    """Seconds between two looks of the watch."""
+    return min(5.0, _here.limit / 10)
+
+
+def _tell():
+    _ask(lambda store: store.set(os.environ["RANK"], json.dumps(_here.place)))
+
+
+def _ask(question):
+    """question(store), or None if there is no store or its server, in torchrun or rank 0, is gone."""
+    try:
+        return _here.store and question(_here.store)
+    except RuntimeError:                             # torch's DistError
+        _here.store = None
+
+
+def _stop(why):
+    """Tell all ranks to end, unless one has told already. Returns the reason that was first."""
+    first = _ask(lambda store: store.compare_set("stop", "", why))
+    return first.decode() if first else why
+
+
+def _watch(done):
+    """The watch's thread: wait for this rank to hang, or for another to hang or fail."""
+    while not done.wait(_tick()):
+        if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["stop"])):
+            why = _stop(f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
+                        "(--hang_minutes; longer until the first step is done)")
+            faulthandler.dump_traceback(all_threads=True)
+            print(f"{_name()}: {why}. Here: {whereabouts()}", file=sys.stderr, flush=True)
+            time.sleep(3 * _tick())                # all others look, and tell, before torchrun ends them
+            os._exit(1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A profile of one step.
+
+def start_profiler():
+    """A torch profiler that runs: CPU and, where there is one, GPU. phase() names its ranges."""
+    kinds = torch.profiler.ProfilerActivity
+    profiler = torch.profiler.profile(
+        activities=[kinds.CPU] + [kinds.CUDA] * torch.cuda.is_available())
+    profiler.start()
+    return profiler
+
+
+def write_profile(profiler, folder):
+    """Stop it; write folder/trace-rankN.json.gz and, on rank 0, folder/operators-rank0.txt: the operators
+    that took most time themselves."""
+    profiler.stop()
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"trace-rank{dist.get_rank()}.json.gz"))
+    if dist.get_rank() == 0:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=50)
+        (folder / "operators-rank0.txt").write_text(table)

@@ -1,0 +1,51 @@
+"""What test_processes.py runs on every rank, `python tests/phases.py TASK MINUTES`: a training run's skeleton, without a model."""
+import os
+import re
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from processes import hang_watch, init_distributed, phase, set_timeouts
+
+
+def timeouts(mesh):
+    """Of the default group and of the mesh's, in minutes."""
+    return {g._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60
+            for g in (dist.group.WORLD, *mesh.get_all_groups())}
+
+
+def steps(task, minutes):
+    rank, world, _, mesh = init_distributed()
+    assert timeouts(mesh) == {125}
+    victim = rank == world - 1                           # the one that gets into trouble
+    for step in (1, 2, 3):
+        phase("rollout", step)
+        if victim and task == "long first step" and step == 1:
+            time.sleep(60 * minutes + 2)
+        if victim and task == "sleep" and step == 2:
+            time.sleep(600)
+        if victim and task == "keep the GIL" and step == 2:
+            re.match(r"(a+)+$", "a" * 40 + "b")          # for years, and no other thread gets to run
+        phase("train", step)
+        if task == "raise" and step == 2:
+            if victim:
+                raise KeyError("a bug")
+            time.sleep(600)                              # as in a collective of nccl, which does not see that another rank is gone
+        if step == 2 and task == f"kill {rank}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+        if step == 1:
+            set_timeouts(mesh, minutes)
+            assert timeouts(mesh) == {5 + minutes}
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with hang_watch():
+        steps(sys.argv[1], float(sys.argv[2]))
+    time.sleep(1)                                        # nothing is left that could end a process
+    print("DONE")

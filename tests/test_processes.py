@@ -1,0 +1,109 @@
+"""processes.py: a run that hangs ends by itself and names the rank that is behind; errors name rank and phase; profiles.
+
+    pytest tests/test_processes.py
+"""
+import gzip
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+from conftest import ENV, ROOT, SMALL, start
+
+import processes
+
+MINUTES = 0.04                    # 2.4 s in one phase
+
+
+def finish(args, ranks=2, per_node=None, limit_s=240):
+    """Start, wait; returns (outputs, exit codes). Fails if a rank does not end by itself."""
+    started = start(args, ranks, per_node)
+    try:
+        outputs = [p.communicate(timeout=limit_s)[0] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    return outputs, [p.returncode for p in started]
+
+
+def test_where_all_ranks_are_is_one_line_that_names_those_behind(monkeypatch):
+    now, store = time.time(), dist.HashStore()
+    for rank in range(8):
+        place = (57, "rollout", 12, now - 1860) if rank == 3 else (59, "exchange", 12, now - 1800 - rank)
+        store.set(str(rank), json.dumps(place))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(processes._here, "store", store)
+    monkeypatch.setattr(processes._here, "place", (59, "exchange", 12, now - 1800))
+    assert processes.whereabouts() == (
+        "phase 'exchange' of step 12 for 0:30:00. Behind the others: rank 3 in phase 'rollout' of step 12 for 0:31:00; "
+        "then ranks 0-2, 4-7 in phase 'exchange' of step 12 for 0:30:07")
+    store.set("3", json.dumps((59, "exchange", 12, now)))
+    assert processes.whereabouts().startswith("phase 'exchange' of step 12 for 0:30:00, like all ranks")
+    monkeypatch.setattr(processes._here, "store", None)                   # alone, or rank 0 is gone
+    assert processes.whereabouts() == "phase 'exchange' of step 12 for 0:30:00"
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_in_a_whole_run_ends_it_and_both_ranks_name_it(tmp_path):
+    outputs, codes = finish(["tests/ranks.py", "sleeper", *SMALL[1:], "--steps", "3", "--hang_minutes", "0.1",
+                             "--out", tmp_path / "run"])
+    assert codes == [1, 1], outputs
+    for rank, output in enumerate(outputs):
+        assert output.count("HANG") == 1 and f"ranks.py (rank {rank}): HANG: ranks.py (rank" in output
+        assert "Behind the others: rank 1 in phase 'rollout' of step 2" in output
+        assert "then rank 0 in phase 'exchange' of step 2" in output
+    assert "in generate" in outputs[1] and "in all_gather_object" in outputs[0]             # the stacks
+    slept = float(re.findall(r"SLEEPS AT ([\d.]+)", outputs[1])[-1])
+    assert time.monotonic() - slept < 6 + 20                             # the limit; looking, telling, ending
+
+
+@pytest.mark.slow
+def test_a_run_that_only_starts_slowly_goes_through_on_two_nodes():
+    outputs, codes = finish(["tests/phases.py", "long first step", MINUTES], per_node=1)         # its groups' timeouts are asserted there
+    assert codes == [0, 0], outputs
+    assert all("DONE" in output and "HANG" not in output for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_rank_whose_c_code_keeps_the_gil_ends_too_and_the_other_names_it():
+    outputs, codes = finish(["tests/phases.py", "keep the GIL", MINUTES])
+    assert codes == [1, 1], outputs
+    assert "Behind the others: rank 1 in phase 'rollout' of step 2" in outputs[0]
+    assert "Timeout" in outputs[1] and "in match" in outputs[1]                             # faulthandler's stack
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])                                  # rank 0 takes the store with it
+def test_when_a_rank_is_killed_the_error_of_the_other_names_its_own_rank_and_phase(victim):
+    outputs, codes = finish(["tests/phases.py", f"kill {victim}", MINUTES])
+    other = 1 - victim
+    assert codes[victim] == -9 and codes[other] == 1, outputs
+    assert "Traceback" in outputs[other] and "in steps" in outputs[other]
+    assert re.search(rf"phases.py \(rank {other}\): phase 'train' of step 2 for 0:00:0\d", outputs[other], re.M)
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_the_others_too_which_name_it():
+    outputs, codes = finish(["tests/phases.py", "raise", 0.2])
+    assert codes == [1, 1] and "KeyError: 'a bug'" in outputs[1] and "phases.py (rank 1): phase 'train' of step 2" in outputs[1]
+    assert "phases.py (rank 0): phases.py (rank 1) failed (KeyError). Here: phase 'train' of step 2" in outputs[0], outputs[0]
+
+
+@pytest.mark.slow
+def test_one_process_without_torchrun_is_watched_too():
+    done = subprocess.run([sys.executable, "tests/phases.py", "sleep", str(MINUTES)], env=ENV, cwd=ROOT, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 1 and re.search(r"HANG.* Here: phase 'rollout' of step 2 for 0:00:0\d$", done.stderr, re.M)
+
+
+@pytest.mark.slow
+def test_a_profile_of_one_step_holds_its_phases_and_operators_and_no_other_step(whole_run):
+    folder = whole_run / "profile"
+    with gzip.open(folder / "trace-rank0.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert all(names.count(name) == 1 for name in ("rollout", "grade", "exchange", "train", "sync")) and "aten::mm" in names
+    assert "checkpoint" not in names
+    assert "aten::mm" in (folder / "operators-rank0.txt").read_text()
