@@ -21,6 +21,7 @@ import resource
 import shutil
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -260,19 +261,22 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
     query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash
     kernel that ships with torch, told where sequences start, so that no layer waits for the device; on
-    CPU one call a sequence.
+    CPU one call for each run of sequences of one length.
     """
+    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]                               # (N, heads, d)
+    gqa = query.shape[1] != key.shape[1]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                   # (N, heads, d)
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        out = varlen_attn(*qkv, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                          window_size=(-1, 0), enable_gqa=gqa)
         return out[None], None
-    bounds = cu_seq_lens_q.tolist()
-    parts = [F.scaled_dot_product_attention(
-                 query[:, :, s:e], key[:, :, s:e], value[:, :, s:e], is_causal=True, scale=scaling,
-                 enable_gqa=query.shape[1] != key.shape[1]) for s, e in zip(bounds, bounds[1:])]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    runs = [(len(list(run)), length) for length, run in groupby(cu_seq_lens_q.diff().tolist())]
+    # split, not slices: the gradient of each slice would be a tensor of all N tokens.
+    parts = zip(*(x.split([count * length for count, length in runs]) for x in qkv))
+    outs = [F.scaled_dot_product_attention(*(x.unflatten(0, run).transpose(1, 2) for x in part),
+                                           is_causal=True, scale=scaling, enable_gqa=gqa)
+            for run, part in zip(runs, parts)]                                     # (count, heads, length, d)
+    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outs])[None], None
 
 
 AttentionInterface.register("packed", packed_attention)
