@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -36,23 +37,33 @@ from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, G
 # ----------------------------------------------------------------------------------------------------------
 # Log-probabilities and entropy without ever holding (N, V).
 
+def _addmm_fp32(out, a, b, beta=1.0, alpha=1.0):
+    """out = beta * out + alpha * a @ b, in place; out is fp32 whatever a and b are."""
+    if a.is_cuda and a.dtype != torch.float32:     # one kernel: neither a rounded product nor a copy of it
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
+    else:
+        out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Forward keeps only the log-normalizer of each token; backward recomputes the
-    logits chunk by chunk."""
+    """Forward keeps only the log-normalizer and the entropy of each token; backward recomputes the logits
+    chunk by chunk. All chunks write to the same (chunk, V) blocks: on a CPU, a fresh block costs more time in
+    page faults than softmax takes on it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk, entropy_grad):
         logp = hidden.new_empty(len(hidden), dtype=torch.float32)
         logz, entropy = torch.empty_like(logp), torch.empty_like(logp)
+        blocks = hidden.new_empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32)
         for s in range(0, len(hidden), chunk):
-            c = slice(s, s + chunk)
-            logits = (hidden[c] @ weight.T).float().div_(temperature)               # (chunk, V)
-            top = logits.amax(-1, keepdim=True)
-            p = (logits - top).exp_()
-            z = p.sum(-1)
-            logz[c] = z.log() + top[:, 0]
+            c = slice(s, min(s + chunk, len(hidden)))
+            logits, p = blocks[:, :c.stop - s]
+            _addmm_fp32(logits, hidden[c], weight.T, beta=0, alpha=1 / temperature)
+            torch.softmax(logits, -1, out=p)
+            z = p.sum(-1)                                   # 1, but for the rounding of softmax's own sum
+            logz[c] = logits.amax(-1) + (z / p.amax(-1)).log_()
             logp[c] = logits.gather(-1, targets[c, None])[:, 0] - logz[c]
-            entropy[c] = logz[c] - torch.linalg.vecdot(p, logits) / z               # H = log Z - E[logit]
+            entropy[c] = logz[c] - p.mul_(logits).sum(-1) / z                       # H = log Z - E[logit]
         ctx.save_for_backward(hidden, weight, targets, logz, entropy)
         ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
         if not entropy_grad:
@@ -64,38 +75,37 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, targets, logz, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        blocks = hidden.new_empty(1 + ctx.entropy_grad, min(ctx.chunk, len(hidden)), len(weight),
+                                  dtype=torch.float32)
         for s in range(0, len(hidden), ctx.chunk):
-            c = slice(s, s + ctx.chunk)
-            log_p = (hidden[c] @ weight.T).float().div_(ctx.temperature).sub_(logz[c, None])    # (chunk, V)
+            c = slice(s, min(s + ctx.chunk, len(hidden)))
+            log_p, scale = blocks[0, :c.stop - s], blocks[-1, :c.stop - s]
+            _addmm_fp32(log_p, hidden[c], weight.T, beta=0, alpha=1 / ctx.temperature)
+            log_p.sub_(logz[c, None])
             # d logp_y / d logits = onehot(y) - p.      d H / d logits = -p (log p + H).
+            g, e = grad_logp[c, None] / ctx.temperature, grad_entropy[c, None] / ctx.temperature
             if ctx.entropy_grad:
-                scale = (log_p.add(entropy[c, None]).mul_(grad_entropy[c, None])
-                         .add_(grad_logp[c, None]).neg_())
-                d = log_p.exp_().mul_(scale)
+                torch.add(log_p, entropy[c, None], out=scale).mul_(-e).sub_(g)
             else:
-                d = log_p.exp_().mul_(-grad_logp[c, None])
-            d.scatter_add_(-1, targets[c, None], grad_logp[c, None])
-            d = d.div_(ctx.temperature).to(hidden.dtype)
+                scale = -g
+            d = log_p.exp_().mul_(scale).scatter_add_(-1, targets[c, None], g).to(hidden.dtype)
             grad_hidden[c] = d @ weight
             if grad_weight is not None:
-                if d.dtype == torch.float32:
-                    grad_weight.addmm_(d.T, hidden[c])
-                elif d.is_cuda:  # a bf16 product added to the fp32 sum in one kernel: no (V, D) temporary
-                    torch.addmm(grad_weight, d.T, hidden[c], out_dtype=torch.float32, out=grad_weight)
-                else:
-                    grad_weight.addmm_(d.T.float(), hidden[c].float())
+                _addmm_fp32(grad_weight, d.T, hidden[c])
         return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
                 None, None, None, None)
 
 
-def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=1024, entropy_grad=False):
+def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, entropy_grad=False):
     """log softmax(hidden @ head_weight.T / temperature)[targets] and the entropy of that softmax.
 
     hidden (N,D), head_weight (V,D), targets (N,) int64 -> logp (N,) with gradient, entropy (N,); nats,
     fp32. The entropy has no gradient unless `entropy_grad` (an entropy bonus). Peak extra memory is
-    two (chunk, V) fp32 blocks, whatever N is; the gradient of head_weight is summed over chunks in
-    fp32 and rounded once.
+    two (chunk, V) fp32 blocks, whatever N is; by default `chunk` is 1024 tokens, or fewer where the two
+    would take more than 1 GiB. The gradient of head_weight is summed over chunks in fp32 and rounded once.
     """
+    if chunk is None:
+        chunk = min(1024, max(64, 2**27 // len(head_weight) // 64 * 64))
     return _ChunkedLogProbs.apply(hidden, head_weight, targets, temperature, chunk, entropy_grad)
 
 
@@ -205,19 +215,22 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
     query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash
     kernel that ships with torch, told where sequences start, so that no layer waits for the device; on
-    CPU one call a sequence.
+    CPU one call for each run of sequences of one length.
     """
+    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]                               # (N, heads, d)
+    gqa = query.shape[1] != key.shape[1]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                   # (N, heads, d)
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        out = varlen_attn(*qkv, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                          window_size=(-1, 0), enable_gqa=gqa)
         return out[None], None
-    bounds = cu_seq_lens_q.tolist()
-    parts = [F.scaled_dot_product_attention(
-                 query[:, :, s:e], key[:, :, s:e], value[:, :, s:e], is_causal=True, scale=scaling,
-                 enable_gqa=query.shape[1] != key.shape[1]) for s, e in zip(bounds, bounds[1:])]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    runs = [(len(list(run)), length) for length, run in groupby(cu_seq_lens_q.diff().tolist())]
+    # split, not slices: the gradient of each slice would be a tensor of all N tokens.
+    parts = zip(*(x.split([count * length for count, length in runs]) for x in qkv))
+    outs = [F.scaled_dot_product_attention(*(x.unflatten(0, run).transpose(1, 2) for x in part),
+                                           is_causal=True, scale=scaling, enable_gqa=gqa)
+            for run, part in zip(runs, parts)]                                     # (count, heads, length, d)
+    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outs])[None], None
 
 
 AttentionInterface.register("packed", packed_attention)

@@ -310,9 +310,10 @@ def setup(cfg):
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
     seed_everything(cfg.seed + rank)
-    order = Order(len(prompts), cfg.seed)
+    order, state = Order(len(prompts), cfg.seed), {"step": 0, "skipped": 0}
     phase("load checkpoint")
-    state = restore(cfg, checkpoint, policy, optimizer, order, say) if checkpoint else {"step": 0, "skipped": 0}
+    if checkpoint:
+        state = restore(cfg, checkpoint, policy, optimizer, order, say)
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
@@ -325,7 +326,7 @@ def setup(cfg):
 
 
 def restore(cfg, checkpoint, policy, optimizer, order, say):
-    """Put the run back to where `checkpoint` (path, manifest) was written; returns what was saved beside it."""
+    """Put the run back to where `checkpoint` (path, manifest) was written; returns its `state`."""
     state = M.load_checkpoint(*checkpoint, policy, optimizer)
     if state["data"] != [cfg.data, order.n, cfg.seed]:
         raise ValueError(f"{checkpoint[0]}: was trained on {state['data']} (data, prompts, seed), now "

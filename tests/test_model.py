@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import data
@@ -97,24 +97,32 @@ def test_in_bf16_the_head_s_gradient_is_as_exact_in_many_chunks_as_in_one():
     assert many <= 1.05 * one
 
 
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
+def peak_bytes(n, vocab, dtype=torch.float32, width=16, **kwargs):
+    """Most bytes of tensors alive at once in forward and backward, less the gradients (that of the head in fp32) and inputs."""
+    inputs = head_inputs(n, width, vocab, dtype)
+    with MemTracker() as tracker:
+        head_gradients(token_logprobs, *inputs, **kwargs)
+    copies = sum(x.nbytes for x in inputs[:2])                           # head_gradients clones the inputs
+    gradients = inputs[0].nbytes + 4 * vocab * width
+    return tracker.get_tracker_snapshot("peak")[CPU]["Total"] - copies - gradients
 
 
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_of_all_tokens_by_the_vocabulary_ever_exists(entropy_grad, dtype):
-    inputs = head_inputs(n=200, dtype=dtype)
-    with Largest() as largest:
-        head_gradients(token_logprobs, *inputs, chunk=16, entropy_grad=entropy_grad)
-    assert largest.numel == max(16 * 1003, 1003 * 16)
+def test_memory_is_two_blocks_of_a_chunk_by_the_vocabulary_whatever_the_number_of_tokens(entropy_grad, dtype):
+    block, vocab = 4 * 16 * 10_007, 10_007
+    few, many = (peak_bytes(n, vocab, dtype, width=4, chunk=16, entropy_grad=entropy_grad) for n in (48, 160))
+    assert few < (2.1 if dtype == torch.float32 else 4.1) * block        # bf16 on a CPU: copies of operands in fp32
+    assert many < few + 0.1 * block                                      # (160, vocab) would be 10 blocks
+
+
+@pytest.mark.parametrize("vocab", [2_000, 32_000, 151_936, 600_000])
+def test_the_default_chunk_keeps_the_two_blocks_under_1_gib_and_is_at_most_1024_tokens(monkeypatch, vocab):
+    seen = []
+    monkeypatch.setattr(M._ChunkedLogProbs, "apply", lambda *args: seen.append(args[4]))
+    token_logprobs(None, torch.empty(vocab, 1), None)
+    assert seen[0] == 1024 or 2**29 < 2 * 4 * (seen[0] + 64) * vocab and 2 * 4 * seen[0] * vocab <= 2**30
+    assert 64 <= seen[0] <= 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------
