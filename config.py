@@ -42,6 +42,8 @@ class Config:
     keep: int = opt(2, "run", "checkpoints kept")
     dry_run: bool = opt(False, "run", "print parameters, memory and tokens a step of this "
                         "configuration, then stop")
+    dry_run_ranks: int = opt(8, "run", "GPUs that --dry_run plans for, 8 a node; a run itself takes those "
+                             "that torchrun starts")
     # data
     template: str = opt("paper", "data", "prompt template: Fig. A3, Fig. A4, none, LUFFY's, "
                         "or the tokenizer's own", tuple(TEMPLATES))
@@ -93,6 +95,7 @@ class Config:
     micro_batch_tokens: int = opt(16_384, "optimization", "packed tokens per forward and rank, "
                                   "a hard limit")
     activation_checkpointing: bool = opt(True, "optimization", "recompute each block in backward")
+    offload: bool = opt(False, "optimization", "keep master weights, gradients and optimizer in host memory")
     # engine and grader
     engine_memory: float = opt(0.6, "engine", "share of each GPU for vLLM's weights and KV cache while "
                                "it is awake")
