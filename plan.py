@@ -118,7 +118,7 @@ def simulate(config, cfg, world=8, per_node=NODE):
         device = torch.device("cpu")
         policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
         optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=cfg.weight_decay, fused=True)
-        batch = M.collate(_full_micro_batch(cfg), device)
+        batch = M.collate(full_micro_batch(cfg), device)
 
         def micro_batch():
             policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))[0].sum().backward()
@@ -148,7 +148,7 @@ def simulate(config, cfg, world=8, per_node=NODE):
             "reference": weights + 2 * vocabulary if cfg.kl_coef else 0}
 
 
-def _full_micro_batch(cfg):
+def full_micro_batch(cfg):
     """Sequences of half a prompt and a full response, the last one cut, that fill --micro_batch_tokens."""
     size = (prompt := max(1, cfg.max_prompt_tokens // 2)) + cfg.max_response_tokens
     sizes = cfg.micro_batch_tokens // size * [size] + [cfg.micro_batch_tokens % size]

@@ -54,11 +54,10 @@ def test_shards_are_an_eighth_of_what_the_formulas_say(small):
 
 
 def test_shards_shrink_with_the_ranks_of_a_node_and_not_with_nodes(small):
-    two, eight, nodes = simulate(small, 2), simulate(small), simulate(small, 16)
+    two, eight, nodes = simulate(small, 2), simulate(small), simulate(small, 4, per_node=2)
     for part in ("weights", "optimizer", "gradients"):
         assert two[part] == pytest.approx(4 * eight[part], rel=0.01)
-        assert nodes[part] == eight[part] == simulate(small, 8, per_node=8)[part]
-    assert simulate(small, 8, per_node=2)["weights"] == two["weights"]
+        assert nodes[part] == two[part]
 
 
 def test_offload_moves_the_three_parts_to_the_host_and_nothing_else(small):
