@@ -112,36 +112,39 @@ def padded(shape, n):
 
 
 def sizes(policy, w):
-    """(B, R), rows filled up to multiples of w, from the sharded policy."""
+    """(B, R, T) from the sharded policy: parameters of blocks and root, rows filled up to multiples of w; tensors."""
     blocks = [p for block in policy.lm.base_model.layers for p in block.parameters()]
     inside = {id(p) for p in blocks}
     rest = [p for p in policy.parameters() if id(p) not in inside]
-    return sum(padded(p.shape, w) for p in blocks), sum(padded(p.shape, w) for p in rest)
+    return sum(padded(p.shape, w) for p in blocks), sum(padded(p.shape, w) for p in rest), len(blocks) + len(rest)
 
 
-def formula(B, R, w, nodes=1):
-    """(bytes of one micro-batch, bytes of one weight sync), as {(kind, n): bytes of the full tensors}.
+def formula(B, R, T, w, nodes=1):
+    """Bytes of (one micro-batch, one clip and AdamW, one weight sync), each {(kind, n): bytes of the full tensors}.
 
       all-gather      bf16: each block in forward and again in backward, the root once        2 (2B + R)
       reduce-scatter  fp32 gradients, in every micro-batch                                    4 (B + R)
       all-reduce      with several nodes, each shard across nodes, in every micro-batch       4 (B + R) / w
-      sync            bf16, parameter by parameter, within each node                          2 (B + R)
+      clip            one fp32 norm a tensor, each in a collective of its own                 4 T
+      sync            bf16, tensor by tensor, within each node                                2 (B + R)
     """
-    micro_batch = {("all-gather", w): 2 * (2 * B + R), ("reduce-scatter", w): 4 * (B + R)} if w > 1 else {}
+    if w == 1:
+        return {}, {}, {}
+    micro_batch = {("all-gather", w): 2 * (2 * B + R), ("reduce-scatter", w): 4 * (B + R)}
     if nodes > 1:
         micro_batch["all-reduce", nodes] = 4 * (B + R) // w
-    return micro_batch, {("all-gather", w): 2 * (B + R)} if w > 1 else {}
+    return micro_batch, {("all-reduce", w): 4 * T}, {("all-gather", w): 2 * (B + R)}
 
 
 def simulated_traffic(config, cfg, world, per_node=plan.NODE):
-    """(phases of `step`, B, R) of rank 0 of `world` ranks that do not exist."""
+    """(phases of `step`, (B, R, T)) of rank 0 of `world` ranks that do not exist."""
     with plan.simulated_gpus(world, per_node) as mesh:
         device = torch.device("cpu")
         policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         batch = M.collate(plan.full_micro_batch(replace(cfg, micro_batch_tokens=1024, max_prompt_tokens=128,
                                                          max_response_tokens=896)), device)   # bytes do not depend on it
-        return step(policy, optimizer, batch, cfg, Traffic()), *sizes(policy, min(world, per_node))
+        return step(policy, optimizer, batch, cfg, Traffic()), sizes(policy, min(world, per_node))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,17 +168,16 @@ def worker(out):
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         batch = M.collate(plan.full_micro_batch(cfg), device)
         step(policy, optimizer, batch, cfg, Traffic())                  # the first step makes the optimizer's state
-        traffic = Traffic()
-        return step(policy, optimizer, batch, cfg, traffic), *sizes(policy, world), dict(traffic.calls)
+        return step(policy, optimizer, batch, cfg, Traffic()), sizes(policy, world)
 
     tiny = LlamaConfig.from_dict(SMALL.to_dict() | dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64))
     one_step(tiny)                                                      # libraries, threads and gloo allocate first
     with common.PeakMemory(device) as memory:
-        phases, B, R, calls = one_step(SMALL)
+        phases, counts = one_step(SMALL)
     every = [None] * world
     dist.all_gather_object(every, memory.gb)
     if rank == 0:
-        torch.save({"phases": phases, "B": B, "R": R, "calls": calls, "gb": max(every)}, out)
+        torch.save({"phases": phases, "sizes": counts, "gb": max(every)}, out)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -201,20 +203,22 @@ def compare_measured():
     cfg, results, memory_rows, byte_rows = Config(**SMALL_CFG), {}, [], []
     for world in (1, 2):
         real, memory = measured(world), plan.simulate(SMALL, cfg, world)
-        (micro, _, sync), B, R = simulated_traffic(SMALL, cfg, world)
-        by_hand = 16 * (B + R) / world
+        phases, counts = simulated_traffic(SMALL, cfg, world)
+        by_hand = 16 * sum(counts[:2]) / world
         memory_rows.append([world, by_hand / 1e6, memory["peak"] / 1e6, real["gb"] * 1e3, real["gb"] * GB / memory["peak"] - 1])
-        for name, found, simulated, expected in (("a micro-batch", real["phases"][0][-1], micro[-1], formula(B, R, world)[0]),
-                                                 ("the weight sync", real["phases"][2], sync, formula(B, R, world)[1])):
-            for kind in sorted(expected) or [("all-gather", 1)]:
-                byte_rows.append([world, name, kind[0], *(x.get(kind, 0) / 1e6 for x in (found, simulated, expected))])
+        flat = lambda micro_batches, update, sync: (micro_batches[-1], update, sync)
+        for name, found, simulated, expected in zip(("a micro-batch", "clip, AdamW", "the weight sync"), flat(*real["phases"]),
+                                                    flat(*phases), formula(*counts, world)):
+            for key in sorted(expected) or [("none", 1)]:
+                byte_rows.append([world, name, key[0], *(f"{x.get(key, 0):,}" for x in (found, simulated, expected))])
         results[world] = {"measured_gb": real["gb"], "simulated_gb": memory["peak"] / GB, "formula_gb": by_hand / GB}
     parameters = memory["parameters"]
     common.show(f"Measured on CPU: a random Llama of {parameters / 1e6:.1f} M parameters, two micro-batches of "
                 f"{cfg.micro_batch_tokens:,} tokens, AdamW (MB a rank)",
                 ["ranks", "16P/w: weights, moments, gradients", "simulated peak", "measured peak", "measured / simulated - 1"],
                 [[*row[:4], f"{row[4]:+.1%}"] for row in memory_rows])
-    common.show("Bytes of the full tensors, MB", ["ranks", "phase", "collective", "measured", "simulated", "formula"], byte_rows)
+    common.show("Bytes of the full tensors, on real ranks, on simulated ones, by formula",
+                ["ranks", "phase", "collective", "measured", "simulated", "formula"], byte_rows)
     return results
 
 
@@ -226,12 +230,11 @@ def simulated(config, cfg, worlds=(8, 64), per_node=plan.NODE):
     memories, traffic, rows = {}, {}, []
     for world in worlds:
         memories[world] = plan.simulate(config, cfg, world, per_node)
-        (micro, update, sync), B, R = simulated_traffic(config, cfg, world, per_node)
+        (micro, update, sync), counts = simulated_traffic(config, cfg, world, per_node)
         traffic[world] = (micro[-1], update, sync)
         w, packs = min(world, per_node), plan.tokens_per_step(cfg, world, sum(plan.TYPICAL))[2]
-        expected = formula(B, R, w, world // w)
-        for name, found, by_hand, times in (("micro-batch", micro[-1], expected[0], packs), ("clip, AdamW", update, {}, 1),
-                                            ("weight sync", sync, expected[1], 1)):
+        for name, found, by_hand, times in zip(("micro-batch", "clip, AdamW", "weight sync"), traffic[world],
+                                               formula(*counts, w, world // w), (packs, 1, 1)):
             for key in sorted(found):
                 rows.append([world, name, f"{key[0]} over {key[1]}", found[key] / GB, by_hand.get(key, 0) / GB,
                              sent({key: found[key]}) / GB, times, times * sent({key: found[key]}) / GB])
@@ -298,26 +301,37 @@ GRADERS = 8                    # grading processes a rank
 HOST_ADAM = 100e9              # bytes a second that AdamW moves on the host, all ranks of a node together
 SPREAD = 0.8                   # sigma of the log-normal lengths
 
-ASSUMED = [
-    ("bf16 peak FLOP/s", "H100 989e12, A100 312e12", "data sheets, dense, SXM"),
-    ("memory, bytes/s", "H100 3.35e12, A100 2.04e12", "data sheets, 80 GB SXM"),
-    ("within a node, bytes/s", "H100 300e9, A100 200e9", "two thirds of one direction of NVLink (450e9, 300e9)"),
-    ("across nodes, bytes/s a GPU", "H100 40e9, A100 20e9", "80 % of one adapter a GPU, 400 and 200 Gbit/s"),
-    ("training, share of peak", "H100 0.40, A100 0.45", "recomputed FLOPs count; in model FLOPs 0.30, 0.34. Published: H100 0.33-0.39"),
-    ("recomputation", "4/3 of the model's FLOPs", "blocks and head run forward twice"),
-    ("decoding, share of memory bytes/s", "0.7", "all bf16 weights and the KV cache of all running sequences, each step"),
-    ("prefill, share of peak", "0.5", "each prompt once (prefix cache); preempted sequences again"),
-    ("a decoding step, s", "2e-3 + 20e-6 a sequence", "Python: scheduler, sampler, log-probs; CUDA graphs on"),
-    ("KV cache full", "the youngest sequence is dropped, prefilled later", "as the engine's scheduler does"),
-    ("lengths, typical", "256 + log-normal, sigma 0.8, cut at 8,192", "mean 2,000 unless --mean_response; demonstrations alike"),
-    ("lengths, worst", "1,024 + 8,192, all", "the limits"),
-    ("graders", "250 a second and process, 8 a rank", "after generation, not beside it; hung expressions (to 10 s) not counted"),
-    ("communication", "hidden behind compute, but for the root's", "its gather and reduction have nothing beside them"),
-    ("AdamW, clip", "40 bytes a parameter of the shard", "memory-bound"),
-    ("sync beside bytes, s", "2.0", "sleep, wake-up, loader; a published refit takes 4"),
-    ("--offload", "25e9 bytes/s to the host, AdamW at 100e9 a node", "PCIe 4/5 in use; eight memory channels, half used"),
-    ("not in it", "checkpoints, evaluation, start, stragglers", ""),
-]
+
+def assumptions(machines, cfg, mean):
+    """Rows (what, value, why) of everything that the times rest on, as it is in this call."""
+    each = lambda field: ", ".join(dict.fromkeys(f"{m.name.split()[2].strip(',')} {getattr(m, field):.3g}" for m in machines))
+    model = ", ".join(dict.fromkeys(f"{m.mfu * 3 / 4:.2f}" for m in machines))
+    first = machines[0]
+    return [
+        ("bf16 peak FLOP/s", each("flops"), "data sheets, dense, SXM"),
+        ("memory, bytes/s", each("hbm"), "data sheets, 80 GB SXM"),
+        ("within a node, bytes/s", each("nvlink"), "two thirds of one direction of NVLink (450e9, 300e9)"),
+        ("across nodes, bytes/s a GPU", each("network"), "80 % of one adapter a GPU, 400 and 200 Gbit/s"),
+        ("training, share of peak", each("mfu"), f"recomputed FLOPs count; {model} in model FLOPs. Published: H100 0.33-0.39"),
+        ("recomputation", "4/3 of the model's FLOPs", "blocks and head run forward twice"),
+        ("decoding, share of memory bytes/s", first.decode, "all bf16 weights and the running sequences' KV cache, each step"),
+        ("prefill, share of peak", first.prefill, "each prompt once (prefix cache); preempted sequences again"),
+        ("a decoding step, s", f"{STEP_OVERHEAD:g} + {SEQUENCE_OVERHEAD:g} a sequence", "scheduler, sampler; CUDA graphs"),
+        ("the engine",
+         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, {cfg.engine_sequences} sequences",
+         "flags; the rest beside bf16 weights is KV cache"),
+        ("KV cache full", "the youngest sequence is dropped, prefilled later", "as the engine's scheduler does"),
+        ("lengths, typical", f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
+         "long tail, as reasoning models have; demonstrations alike"),
+        ("lengths, worst", f"{cfg.max_prompt_tokens:,} + {cfg.max_response_tokens:,}, all", "the limits"),
+        ("graders", f"{GRADES_PER_SECOND} a second and process, {GRADERS} a rank",
+         "after generation; hung expressions (to 10 s) not in it"),
+        ("communication", "hidden behind compute, but for the root's", "its gather and reduction have nothing beside them"),
+        ("AdamW, clip", "40 bytes a parameter of the shard", "memory-bound"),
+        ("sync beside bytes, s", SYNC_OVERHEAD, "sleep, wake-up, loader; a published refit takes 4"),
+        ("--offload", f"{first.pcie:.3g} bytes/s to the host, AdamW at {HOST_ADAM:.3g} a node",
+         "PCIe; eight memory channels, half used"),
+        ("not in it", "checkpoints, evaluation, start, stragglers", "")]
 
 
 def lengths(count, mean, longest, seed=0):
@@ -392,7 +406,7 @@ def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, update
     mean: of the responses, None: all at the limit. prompt: tokens. demos: number, one a prompt unless given. forwards: further
     passes without backward over all sequences (the published runs compute log-probs so; this one does not need to)."""
     (B, R), parameters, shard = counts, sum(counts), min(m.cards, plan.NODE)
-    traffic, sync = formula(B, R, shard, m.cards // shard)
+    traffic, _, sync = formula(B, R, 0, shard, m.cards // shard)
     prompt = prompt or (cfg.max_prompt_tokens if mean is None else plan.TYPICAL[0])
     rollouts = cfg.n_rollouts - (cfg.demo_in_group == "replaces")
     response = lengths(cfg.prompts_per_step * rollouts, mean, cfg.max_response_tokens)
@@ -490,10 +504,11 @@ def main():
     cases = [(8, False, memories[8]), (64, False, memories[64]), (4, False, four), (4, True, offloaded)]
     results |= {"memory": memories, "bytes": {w: [{f"{k} over {n}": b for (k, n), b in part.items()} for part in parts]
                                               for w, parts in traffic.items()}, "fits": fits(config, cfg, cases)}
-    common.show("Assumptions of the times", ["what", "value", "why"], ASSUMED)
     R = memories[8]["vocabulary"] + config.hidden_size
     machines = [replace(m, decode=args.decode, **{"mfu": args.mfu} if args.mfu else {}) for m in MACHINES]
-    results |= {"machines": [asdict(m) for m in machines], "assumed": ASSUMED,
+    assumed = assumptions(machines, cfg, args.mean_response)
+    common.show("Assumptions of the times", ["what", "value", "why"], assumed)
+    results |= {"machines": [asdict(m) for m in machines], "assumed": assumed,
                 "times": times(config, cfg, (memories[8]["parameters"] - R, R), machines, args.mean_response),
                 "published": anchors(args.mfu)}
     common.save(args, results)
