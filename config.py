@@ -47,6 +47,8 @@ class Config:
                        "Perfetto or chrome://tracing; 0: none")
     dry_run: bool = opt(False, "run", "print parameters, memory and tokens a step of this "
                         "configuration, then stop")
+    dry_run_ranks: int = opt(8, "run", "GPUs that --dry_run plans for, 8 a node; a run itself takes those "
+                             "that torchrun starts")
     # data
     template: str = opt("paper", "data", "prompt template: Fig. A3, Fig. A4, none, LUFFY's, "
                         "or the tokenizer's own", tuple(TEMPLATES))

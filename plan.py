@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node=2 srft.py --dry_run              # the paper's 7B run on 8 x 80 GB
     python srft.py --dry_run --model DIR --n_rollouts 16       # DIR needs nothing but a config.json
+    python srft.py --dry_run --dry_run_ranks 64                # 8 nodes of 8: HSDP
 
 `simulate` runs the training path of model.py (FSDP2, packed forward, chunked head, accumulation, clip,
-AdamW) on fake tensors, which have shapes but no data, for 8 ranks of which one exists, while torch's
-FSDPMemTracker adds up what is allocated. `show` sets the result beside vLLM's share of the card.
+AdamW) on fake tensors, which have shapes but no data, for ranks of which one exists, while torch's
+FSDPMemTracker adds up what is allocated. `budget` sets the result beside vLLM's share of the card.
 """
 import json
 import math
@@ -30,6 +31,7 @@ GIB = 2**30
 CARD = 80e9              # bytes, as the name "80 GB" promises
 RESIDUAL = 2 * GIB       # assumed, in both phases: CUDA context, NCCL buffers, the engine's CUDA graphs
 WORKSPACE = 2 * GIB      # assumed, out of vLLM's share: activations of the engine's largest batch
+NODE = 8                 # cards a node, as far as a plan goes; a run asks torchrun
 TYPICAL = (256, 2000)    # prompt and response tokens of the "typical" row
 
 # config.json of Qwen/Qwen2.5-Math-7B on the Hugging Face hub, for machines without network.
@@ -74,11 +76,14 @@ def _hub_config(name):
 
 
 @contextmanager
-def _simulated_gpus(world):
-    """A mesh of `world` ranks that exist in name only, and fake tensors that take model.py's GPU paths."""
+def simulated_gpus(world, per_node=NODE):
+    """A mesh of `world` ranks that exist in name only, and fake tensors that take model.py's GPU paths.
+    Of the shape that processes.init_distributed makes: (world,), or (nodes, per_node) on several nodes."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+        shape, names = (((world // per_node, per_node), ("replicate", "shard")) if world > per_node else
+                        ((world,), ("shard",)))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         # A CPU build of torch cannot index fake CUDA tensors. So these lie on "cpu" but claim `is_cuda`, for
         # which model.py takes the flash kernel (linear in N) and the head gradient without a temporary.
         gpu = mock.patch.object(FakeTensor, "is_cuda", True)
@@ -88,26 +93,32 @@ def _simulated_gpus(world):
         dist.destroy_process_group()
 
 
-def simulate(config, cfg, world=8):
+def simulate(config, cfg, world=8, per_node=NODE):
     """Memory of a rank in training, in bytes of tensors: fragmentation and scratch in kernels come on top.
+    Parameters are sharded over w = min(world, per_node) ranks, a node.
 
-      weights      4P/world for P parameters, the fp32 master weights
-      optimizer    8P/world, the two moments of AdamW
-      gradients    4P/world, fp32, there from the first micro-batch of a step to its end
+      weights      4P/w for P parameters, the fp32 master weights
+      optimizer    8P/w, the two moments of AdamW
+      gradients    4P/w, fp32, there from the first micro-batch of a step to its end
       peak         highest sum in the second step: two full micro-batches, clip, AdamW
       activations  peak less these three: activations, gathered bf16 weights, unsharded gradients, buffers of
                    collectives, the head's (chunk, V) blocks and its fp32 (V, D) gradient
       reference    with kl_coef: shards of the frozen model, and its root, which stays gathered in bf16
+      host         with offload: the first three, 16P/w, which then lie in host memory and count 0 here
 
-    and two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg config.Config.
+    Fake tensors that claim to be on a GPU cannot be offloaded. The simulation therefore runs without, and its
+    activations, peak less the three, are taken over; on top, unseen, comes the fp32 shard of the one unit (a
+    block or the root) that is just being copied.
+
+    And two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg config.Config.
     The first step, untracked, creates the optimizer's state and fills DTensor's cache of output shapes. It
     finds them with unsharded fakes, which the tracker would count: AdamW at 7B would "need" 120 GiB.
     """
-    with _simulated_gpus(world) as mesh:
+    with simulated_gpus(world, per_node) as mesh:
         device = torch.device("cpu")
         policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
         optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=cfg.weight_decay, fused=True)
-        batch = M.collate(_full_micro_batch(cfg), device)
+        batch = M.collate(full_micro_batch(cfg), device)
 
         def micro_batch():
             policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))[0].sum().backward()
@@ -130,12 +141,14 @@ def simulate(config, cfg, world=8):
         moments = sum(s["exp_avg"].to_local().nbytes * 2 for s in optimizer.state.values())
         parameters = sum(p.numel() for p in policy.parameters())
     vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return {"weights": weights, "optimizer": moments, "gradients": gradients, "peak": peak,
-            "activations": peak - weights - moments - gradients, "parameters": parameters,
-            "vocabulary": vocabulary, "reference": weights + 2 * vocabulary if cfg.kl_coef else 0}
+    kept, here = weights + moments + gradients, 0 if cfg.offload else 1
+    return {"weights": here * weights, "optimizer": here * moments, "gradients": here * gradients,
+            "activations": peak - kept, "peak": peak - kept + here * kept, "host": kept - here * kept,
+            "parameters": parameters, "vocabulary": vocabulary,
+            "reference": here * weights + 2 * vocabulary if cfg.kl_coef else 0}
 
 
-def _full_micro_batch(cfg):
+def full_micro_batch(cfg):
     """Sequences of half a prompt and a full response, the last one cut, that fill --micro_batch_tokens."""
     size = (prompt := max(1, cfg.max_prompt_tokens // 2)) + cfg.max_response_tokens
     sizes = cfg.micro_batch_tokens // size * [size] + [cfg.micro_batch_tokens % size]
@@ -150,13 +163,37 @@ def tokens_per_step(cfg, world, length):
     return sequences, sequences * length, cfg.updates_per_rollout * math.ceil(packs / world)
 
 
-def show(cfg, world=8):
-    """Print the plan of `cfg` on `world` cards of 80 GB and return what `simulate` returns; on rank 0 only.
+def kv_bytes(config):
+    """KV cache of one token: 2 (K, V) x layers x KV heads x head width x 2 bytes."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4 * config.num_hidden_layers * config.num_key_value_heads * width
 
-    Raises FileNotFoundError without a model config, ValueError for a configuration that could not run.
+
+def budget(cfg, memory):
+    """(rows of name, bytes in training, bytes generating; their two sums; bytes left for the KV cache).
+
+    The engine sleeps in training. Awake it takes its share of the card, for a bf16 copy of all the model
+    (tensor parallel 1), its workspace and, with what is left, the KV cache.
     """
+    share, both = cfg.engine_memory * CARD, lambda name: [memory[name]] * 2
+    rows = [("weights: fp32 shards", *both("weights")), ("reference model", *both("reference")),
+            ("optimizer: two moments of AdamW", *both("optimizer")),
+            ("gradients: fp32 shards", memory["gradients"], 0),
+            ("activations, temporaries at peak", memory["activations"], 0),
+            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, share),
+            ("CUDA, NCCL, graphs (assumed)", RESIDUAL, RESIDUAL)]
+    used = [sum(row[phase] for row in rows) for phase in (1, 2)]
+    return rows, used, max(0.0, share - 2 * memory["parameters"] - WORKSPACE)
+
+
+def show(cfg):
+    """Print the plan of `cfg` on --dry_run_ranks cards of 80 GB and return what `simulate` returns; on rank 0
+    only. Raises FileNotFoundError without a model config, ValueError for what could not run."""
     if int(os.environ.get("RANK", 0)) != 0:
         return None
+    world = cfg.dry_run_ranks
+    if world < 1 or world > NODE and world % NODE:
+        raise ValueError(f"--dry_run_ranks {world}: up to {NODE} cards on one node, or whole nodes of {NODE}")
     config, source = read_config(cfg.model, cfg.rope_theta, cfg.window)
     check_config(cfg, world, config.max_position_embeddings)
     print(f"simulating two training steps on {world} ranks (half a minute at 7B) ...", flush=True)
@@ -166,16 +203,18 @@ def show(cfg, world=8):
 
 
 def report(config, cfg, memory, source, world=8):
-    """The lines of the plan. KV cache of a token: 2 (K, V) x layers x KV heads x head width x 2 bytes."""
+    """The lines of the plan."""
     cut = (cfg.max_prompt_tokens, cfg.max_response_tokens)
     lengths = {"worst case": cut, "typical": tuple(map(min, TYPICAL, cut))}
     sequences = tokens_per_step(cfg, world, 1)[0]
     rollouts = sequences // cfg.prompts_per_step - 1
     number = lambda name: f"{memory[name] / 1e9:.2f} B" if memory[name] >= 1e8 else f"{memory[name]:,}"
+    nodes, shard = max(1, world // NODE), min(world, NODE)
     lines = [
         "", f"model       {source}",
         f"parameters  {number('parameters')}, {number('vocabulary')} of them embedding and head",
-        f"mesh        {world} ranks, shard {world} (FSDP2); fp32 master weights, bf16 compute, "
+        f"mesh        {world} ranks, shard {shard} ({f'x {nodes} copies, HSDP' if nodes > 1 else 'FSDP2'}); "
+        "fp32 master weights, bf16 compute, "
         + ("blocks recomputed" if cfg.activation_checkpointing else "nothing recomputed"),
         f"one step    {cfg.prompts_per_step} prompts x ({rollouts} rollouts + 1 demonstration) = "
         f"{sequences:,} sequences", "",
@@ -185,34 +224,35 @@ def report(config, cfg, memory, source, world=8):
         _, tokens, packs = tokens_per_step(cfg, world, sum(n))
         lines.append(f"  {f'{name}: {n[0]:,} + {n[1]:,}':<34}{tokens:>12,}  {packs:,} a rank")
 
-    share, both = cfg.engine_memory * CARD, lambda name: [memory[name]] * 2
-    rows = [("weights: fp32 shards", *both("weights")), ("reference model", *both("reference")),
-            ("optimizer: two moments of AdamW", *both("optimizer")),
-            ("gradients: fp32 shards", memory["gradients"], 0),
-            ("activations, temporaries at peak", memory["activations"], 0),
-            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, share),
-            ("CUDA, NCCL, graphs (assumed)", RESIDUAL, RESIDUAL)]
-    used = [sum(row[phase] for row in rows) for phase in (1, 2)]
+    rows, used, kv = budget(cfg, memory)
     rows += [("total", *used), (f"left of 80 GB = {CARD / GIB:.1f} GiB", *(CARD - u for u in used))]
     gib = lambda x: f"{x / GIB:12.2f}" if x else f"{'-':>12}"
     lines += ["", f"{'Memory a rank, GiB':<36}{'training':>12}{'generating':>12}",
               *(f"  {name:<34}{gib(a)}{gib(b)}" for name, a, b in rows if a or b)]
-    engine = 2 * memory["parameters"]                  # tensor parallel 1: each rank holds the whole model
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * width
-    room = max(0.0, share - engine - WORKSPACE) / per_token
+    room, engine = kv / kv_bytes(config), 2 * memory["parameters"]
     fill = " or ".join(f"{room / sum(n):,.0f} sequences of {sum(n):,}" for n in lengths.values())
     lines += [f"vLLM's share: {engine / GIB:.2f} weights, {WORKSPACE / GIB:.2f} workspace (assumed), KV",
-              f"  cache of {room:,.0f} tokens: {fill}", ""]
+              f"  cache of {room:,.0f} tokens: {fill}"]
+    if memory["host"]:
+        lines += [f"in host memory (--offload): {memory['host'] / GIB:.2f} GiB a rank, "
+                  f"{memory['host'] * shard / GIB:.1f} a node: weights, optimizer, gradients"]
+    return lines + [""] + verdicts(cfg, used, room)
+
+
+def verdicts(cfg, used, room):
+    """Does it fit? used: bytes in training and generating; room: tokens of KV cache."""
     recompute = "" if cfg.activation_checkpointing else "pass --activation_checkpointing, "
     advices = (f"{recompute}lower --micro_batch_tokens {cfg.micro_batch_tokens}",
                f"lower --engine_memory {cfg.engine_memory}")
+    lines = []
     # The allocator fragments, so training should leave a tenth of the card; vLLM takes its share exactly.
     for phase, u, reserve, advice in zip(("training", "generating"), used, (0.1 * CARD, 0), advices):
         fits = "fits" if u + reserve <= CARD else "fits, but tightly," if u <= CARD else "DOES NOT FIT"
         line = f"{phase:<12}{fits} 80 GB, {abs(CARD - u) / GIB:.1f} GiB {'over' if u > CARD else 'to spare'}"
-        lines.append(line if fits == "fits" else f"{line}; {advice}, or use more ranks")
-    if room < sum(cut):
+        more = "or use more ranks" if cfg.offload else "use more ranks, or pass --offload"
+        lines.append(line if fits == "fits" else f"{line}; {advice}, {more}")
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    if room < longest:
         lines.append("engine      DOES NOT FIT: no KV cache for one whole sequence; raise --engine_memory "
                      f"{cfg.engine_memory}, or lower --max_response_tokens {cfg.max_response_tokens}")
     return lines

@@ -35,9 +35,9 @@ def small(tmp_path):
                        micro_batch_tokens=2048)
 
 
-def simulate(cfg, **changes):
+def simulate(cfg, world=8, per_node=8, **changes):
     cfg = dataclasses.replace(cfg, **changes)
-    return plan.simulate(plan.read_config(cfg.model, cfg.rope_theta, cfg.window)[0], cfg)
+    return plan.simulate(plan.read_config(cfg.model, cfg.rope_theta, cfg.window)[0], cfg, world, per_node)
 
 
 def test_shards_are_an_eighth_of_what_the_formulas_say(small):
@@ -51,6 +51,26 @@ def test_shards_are_an_eighth_of_what_the_formulas_say(small):
     assert memory["optimizer"] == pytest.approx(2 * expected, rel=0.01)
     parts = ("weights", "gradients", "optimizer", "activations")
     assert memory["peak"] == sum(memory[part] for part in parts)
+
+
+def test_shards_shrink_with_the_ranks_of_a_node_and_not_with_nodes(small):
+    two, eight, nodes = simulate(small, 2), simulate(small), simulate(small, 4, per_node=2)
+    for part in ("weights", "optimizer", "gradients"):
+        assert two[part] == pytest.approx(4 * eight[part], rel=0.01)
+        assert nodes[part] == two[part]
+
+
+def test_offload_moves_the_three_parts_to_the_host_and_nothing_else(small):
+    here, there = simulate(small, 4), simulate(small, 4, offload=True)
+    parts = ("weights", "gradients", "optimizer")
+    assert here["host"] == 0 and there["host"] == sum(here[part] for part in parts)
+    assert there["host"] == pytest.approx(16 * here["parameters"] / 4, rel=0.01)
+    assert all(there[part] == 0 for part in parts)
+    assert there["peak"] == there["activations"] == here["activations"]
+    config, _ = plan.read_config(small.model)
+    small.offload = True
+    text = "\n".join(plan.report(config, small, there, "model", 4))
+    assert "4 ranks, shard 4 (FSDP2)" in text and "in host memory (--offload)" in text and "optimizer: two" not in text
 
 
 def test_activations_grow_with_the_micro_batch_but_not_with_its_square(small):
@@ -95,6 +115,7 @@ def test_the_verdict_names_the_flags_that_help(small):
     assert "lower --micro_batch_tokens 2048" in text(small, activations=90 * plan.GIB)
     assert "lower --engine_memory 0.6" in text(small, weights=40 * plan.GIB)
     small.engine_memory = 0.1
+    assert "pass --offload" in text(small, activations=90 * plan.GIB)
     assert "raise --engine_memory 0.1" in text(small, parameters=5e9)
     small.activation_checkpointing = False
     assert "pass --activation_checkpointing" in text(small, activations=90 * plan.GIB)
@@ -105,6 +126,16 @@ def test_other_ranks_print_nothing(small, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert plan.show(small) is None
     assert capsys.readouterr().out == ""
+
+
+def test_the_plan_is_for_the_ranks_asked_for_in_whole_nodes(small, capsys):
+    small.dry_run_ranks = 16
+    plan.show(small)
+    assert "16 ranks, shard 8 (x 2 copies, HSDP)" in capsys.readouterr().out
+    for ranks in (0, 12):
+        small.dry_run_ranks = ranks
+        with pytest.raises(ValueError, match=f"--dry_run_ranks {ranks}: .*whole nodes of 8"):
+            plan.show(small)
 
 
 def test_a_name_that_is_neither_folder_nor_hub_model_is_refused_with_the_flag(tmp_path, monkeypatch):

@@ -1,0 +1,521 @@
+"""How the run scales: memory a rank, bytes communicated a step, and a model of the step's time.
+
+    python bench/scale.py                            # all of it: about 4 minutes on 2 cores, no GPU, no network
+    python bench/scale.py --measure no --mfu 0.35    # the 7B tables alone, with another assumption
+
+1. Measured: one step of a small model on 1 and 2 real ranks (gloo) beside the simulation and the closed formulas.
+2. Simulated: the 7B run on 8 ranks and on 64 (8 nodes of 8, HSDP), memory by FSDPMemTracker, bytes by the counter of 1.
+3. Does it fit 80 GB? Training with the engine asleep, generating with it awake.
+4. A model of the step's time on three machines, and the same model applied to two published runs. It is arithmetic
+   over assumptions, every one of which is printed; no part of it has been timed on these machines.
+
+Letters: P parameters, B of them in decoder blocks, R in the root (embedding, final norm, head), w ranks of a shard
+group (a node). A collective over n ranks is counted by the bytes of its full tensor; as a ring, each rank sends
+(n-1)/n of them in an all-gather or a reduce-scatter and 2 (n-1)/n in an all-reduce.
+"""
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+
+import model as M
+import plan
+from config import Config, check_config
+
+GB = 1e9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bytes: a counter for what torch really issues, and the formulas that it should find.
+
+class Traffic(TorchDispatchMode):
+    """Counts the collectives of this rank: calls[kind, n] and bytes[kind, n] of the full tensor, for n ranks in the group.
+
+    Sees FSDP2's own (c10d) and DTensor's (functional) collectives, on real ranks and under the fake process group."""
+
+    KINDS = (("allgather", "all-gather"), ("all_gather", "all-gather"), ("reduce_scatter", "reduce-scatter"),
+             ("allreduce", "all-reduce"), ("all_reduce", "all-reduce"))
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented               # DTensor first: its collectives come back here on plain tensors
+        out = func(*args, **(kwargs or {}))
+        if func in collective_ops and func not in sync_ops:
+            kind = next((kind for name, kind in self.KINDS if name in str(func)), str(func))
+            n = CollectiveOp.get_process_group(func, args).size()
+            sizes = [t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+            self.calls[kind, n] += 1
+            self.bytes[kind, n] += max(sizes)   # the larger side: output of an all-gather, input of a reduce-scatter
+        return out
+
+    def __sub__(self, other):
+        """What was counted since `other`."""
+        return {key: self.bytes[key] - other.get(key, 0) for key in self.bytes if self.bytes[key] != other.get(key, 0)}
+
+
+def sent(traffic):
+    """Bytes that one rank sends, as a ring, for {(kind, n): bytes of the full tensor}."""
+    return sum((2 if kind == "all-reduce" else 1) * (n - 1) / n * size for (kind, n), size in traffic.items())
+
+
+def step(policy, optimizer, batch, cfg, traffic, micro_batches=2):
+    """One optimizer step and one weight sync, as srft.train does them. Returns the bytes of each phase, {(kind, n): bytes}:
+    a list with those of each micro-batch, those of clip and AdamW, those of the sync."""
+    phases = []
+
+    def phase(work):
+        before = dict(traffic.bytes)
+        work()
+        phases.append(traffic - before)
+
+    def micro_batch():
+        policy(batch, cfg.temperature)[0].sum().backward()
+
+    def update():
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        norm.full_tensor()                                              # the run reads it: srft.update_policy
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def sync():
+        for _ in M.full_parameters(policy, torch.bfloat16):
+            pass
+
+    with traffic:
+        for work in [micro_batch] * micro_batches + [update, sync]:
+            phase(work)
+    return phases[:-2], phases[-2], phases[-1]
+
+
+def padded(shape, n):
+    """Numbers in a parameter of this shape whose rows FSDP2 fills up to a multiple of n."""
+    return math.ceil(shape[0] / n) * n * math.prod(shape[1:])
+
+
+def sizes(policy, w):
+    """(B, R, T) from the sharded policy: parameters of blocks and root, rows filled up to multiples of w; tensors."""
+    blocks = [p for block in policy.lm.base_model.layers for p in block.parameters()]
+    inside = {id(p) for p in blocks}
+    rest = [p for p in policy.parameters() if id(p) not in inside]
+    return sum(padded(p.shape, w) for p in blocks), sum(padded(p.shape, w) for p in rest), len(blocks) + len(rest)
+
+
+def formula(B, R, T, w, nodes=1):
+    """Bytes of (one micro-batch, one clip and AdamW, one weight sync), each {(kind, n): bytes of the full tensors}.
+
+      all-gather      bf16: each block in forward and again in backward, the root once        2 (2B + R)
+      reduce-scatter  fp32 gradients, in every micro-batch                                    4 (B + R)
+      all-reduce      with several nodes, each shard across nodes, in every micro-batch       4 (B + R) / w
+      clip            one fp32 norm a tensor, each in a collective of its own                 4 T
+      sync            bf16, tensor by tensor, within each node                                2 (B + R)
+    """
+    if w == 1:
+        return {}, {}, {}
+    micro_batch = {("all-gather", w): 2 * (2 * B + R), ("reduce-scatter", w): 4 * (B + R)}
+    if nodes > 1:
+        micro_batch["all-reduce", nodes] = 4 * (B + R) // w
+    return micro_batch, {("all-reduce", w): 4 * T}, {("all-gather", w): 2 * (B + R)}
+
+
+def simulated_traffic(config, cfg, world, per_node=plan.NODE):
+    """(phases of `step`, (B, R, T)) of rank 0 of `world` ranks that do not exist."""
+    with plan.simulated_gpus(world, per_node) as mesh:
+        device = torch.device("cpu")
+        policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
+        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        batch = M.collate(plan.full_micro_batch(replace(cfg, micro_batch_tokens=1024, max_prompt_tokens=128,
+                                                         max_response_tokens=896)), device)   # bytes do not depend on it
+        return step(policy, optimizer, batch, cfg, Traffic()), sizes(policy, min(world, per_node))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Measured on 1 and 2 ranks.
+
+SMALL = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+                    vocab_size=8192, tie_word_embeddings=False, max_position_embeddings=2048, use_cache=False)
+SMALL_CFG = dict(max_prompt_tokens=128, max_response_tokens=448, micro_batch_tokens=1024)
+
+
+def worker(out):
+    """One rank: a step of SMALL, its memory and its bytes; rank 0 writes them to `out`."""
+    rank, world, device, mesh = M.init_distributed()
+    cfg, bf16 = Config(**SMALL_CFG), True
+
+    def one_step(config):
+        policy = M.build_policy(config, mesh, device, bf16=bf16)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.to_local().normal_(0, 0.02)
+        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+        batch = M.collate(plan.full_micro_batch(cfg), device)
+        step(policy, optimizer, batch, cfg, Traffic())                  # the first step makes the optimizer's state
+        return step(policy, optimizer, batch, cfg, Traffic()), sizes(policy, world)
+
+    tiny = LlamaConfig.from_dict(SMALL.to_dict() | dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64))
+    one_step(tiny)                                                      # libraries, threads and gloo allocate first
+    with common.PeakMemory(device) as memory:
+        phases, counts = one_step(SMALL)
+    every = [None] * world
+    dist.all_gather_object(every, memory.gb)
+    if rank == 0:
+        torch.save({"phases": phases, "sizes": counts, "gb": max(every)}, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measured(world):
+    """What `worker` wrote, run in `world` processes. Large tensors in maps of their own, so that freed memory leaves."""
+    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
+        s.bind(("127.0.0.1", 0))
+        out, port = Path(folder) / "out.pt", s.getsockname()[1]
+        s.close()
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+                            "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                            "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        ranks = [subprocess.Popen([sys.executable, __file__, "--worker", out], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+                 for r in range(world)]
+        if any([p.wait(timeout=600) for p in ranks]):
+            raise RuntimeError(f"a rank of {world} failed; its error stands above")
+        return torch.load(out)
+
+
+def compare_measured():
+    """Tables of 1 and 2 ranks: measured, simulated, and by formula."""
+    cfg, results, memory_rows, byte_rows = Config(**SMALL_CFG), {}, [], []
+    for world in (1, 2):
+        real, memory = measured(world), plan.simulate(SMALL, cfg, world)
+        phases, counts = simulated_traffic(SMALL, cfg, world)
+        by_hand = 16 * sum(counts[:2]) / world
+        memory_rows.append([world, by_hand / 1e6, memory["peak"] / 1e6, real["gb"] * 1e3, real["gb"] * GB / memory["peak"] - 1])
+        flat = lambda micro_batches, update, sync: (micro_batches[-1], update, sync)
+        for name, found, simulated, expected in zip(("a micro-batch", "clip, AdamW", "the weight sync"), flat(*real["phases"]),
+                                                    flat(*phases), formula(*counts, world)):
+            for key in sorted(expected) or [("none", 1)]:
+                byte_rows.append([world, name, key[0], *(f"{x.get(key, 0):,}" for x in (found, simulated, expected))])
+        results[world] = {"measured_gb": real["gb"], "simulated_gb": memory["peak"] / GB, "formula_gb": by_hand / GB}
+    parameters = memory["parameters"]
+    common.show(f"Measured on CPU: a random Llama of {parameters / 1e6:.1f} M parameters, two micro-batches of "
+                f"{cfg.micro_batch_tokens:,} tokens, AdamW (MB a rank)",
+                ["ranks", "16P/w: weights, moments, gradients", "simulated peak", "measured peak", "measured / simulated - 1"],
+                [[*row[:4], f"{row[4]:+.1%}"] for row in memory_rows])
+    common.show("Bytes of the full tensors, on real ranks, on simulated ones, by formula",
+                ["ranks", "phase", "collective", "measured", "simulated", "formula"], byte_rows)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. The 7B run, simulated on 8 and 64 ranks.  3. Does it fit?
+
+def simulated(config, cfg, worlds=(8, 64), per_node=plan.NODE):
+    """Tables of memory and bytes a rank of the run `cfg`; returns ({world: memory}, {world: (micro-batch, update, sync)})."""
+    memories, traffic, rows = {}, {}, []
+    for world in worlds:
+        memories[world] = plan.simulate(config, cfg, world, per_node)
+        (micro, update, sync), counts = simulated_traffic(config, cfg, world, per_node)
+        traffic[world] = (micro[-1], update, sync)
+        w, packs = min(world, per_node), plan.tokens_per_step(cfg, world, sum(plan.TYPICAL))[2]
+        for name, found, by_hand, times in zip(("micro-batch", "clip, AdamW", "weight sync"), traffic[world],
+                                               formula(*counts, w, world // w), (packs, 1, 1)):
+            for key in sorted(found):
+                rows.append([world, name, f"{key[0]} over {key[1]}", found[key] / GB, by_hand.get(key, 0) / GB,
+                             sent({key: found[key]}) / GB, times, times * sent({key: found[key]}) / GB])
+    parts = ("weights", "optimizer", "gradients", "activations")
+    common.show("Memory of a rank in training, GB (FSDPMemTracker; full micro-batches of 16,384 tokens)",
+                ["ranks", "shard x nodes", *parts, "peak"],
+                [[world, f"{min(world, per_node)} x {max(1, world // per_node)}", *(m[part] / GB for part in (*parts, "peak"))]
+                 for world, m in memories.items()])
+    common.show("Bytes, GB: of the full tensors as counted and by formula; sent by a rank; in a step of typical lengths",
+                ["ranks", "phase", "collective", "counted", "formula", "sent", "times a step", "sent a step"], rows)
+    return memories, traffic
+
+
+def fits(config, cfg, cases):
+    """Table and results of the two phases on cards of 80 GB. cases: (cards, offload, what `plan.simulate` returns)."""
+    rows, results = [], []
+    for world, offload, memory in cases:
+        _, (training, generating), kv = plan.budget(replace(cfg, offload=offload), memory)
+        reserve = 0.1 * plan.CARD                 # what training leaves to the allocator's fragmentation, as in the plan
+        ok = training + reserve <= plan.CARD and generating <= plan.CARD and kv >= 10 * GB
+        longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+        rows.append([f"{world} x 80 GB" + (", --offload" if offload else ""), training / GB, generating / GB, kv / GB,
+                     int(kv / plan.kv_bytes(config) / longest), memory["host"] / GB, "yes" if ok else "NO"])
+        results.append({"cards": world, "offload": offload, "training_gb": training / GB, "generating_gb": generating / GB,
+                        "kv_gb": kv / GB, "host_gb": memory["host"] / GB, "fits": ok})
+    weights = 2 * memory["parameters"] / GB
+    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA, NCCL, graphs). It fits if "
+                f"training takes at most 72, generating at most 80 with the engine's weights ({weights:.1f}) and at least 10 of "
+                "KV cache",
+                ["cards", "training, engine asleep", "generating, engine awake", "of it KV cache",
+                 f"sequences of {longest:,} in it", "host memory a rank", "fits"], rows)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. A model of the step's time: bytes / (bytes a second), FLOPs / (FLOPs a second), whichever is the longer.
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU of a machine and its links. Rates are of one GPU and one direction, a second."""
+    name: str
+    cards: int
+    flops: float               # dense bf16 peak, data sheet
+    hbm: float                 # bytes from its memory, data sheet
+    nvlink: float              # bytes to the other GPUs of its node that a collective reaches
+    network: float             # bytes to other nodes that a collective reaches
+    mfu: float                 # share of `flops` in training, counting recomputed FLOPs as work
+    decode: float = 0.7        # share of `hbm` in decoding and in AdamW
+    prefill: float = 0.5       # share of `flops` in prefill, and at most in decoding
+    pcie: float = 25e9         # bytes between GPU and host memory, for --offload
+    offload: bool = False
+
+
+H100 = dict(flops=989e12, hbm=3.35e12, nvlink=300e9, network=40e9, mfu=0.40)
+A100 = dict(flops=312e12, hbm=2.04e12, nvlink=200e9, network=20e9, mfu=0.45)
+MACHINES = [Machine("8 x H100", 8, **H100), Machine("8 x A100", 8, **A100), Machine("64 x A100", 64, **A100),
+            Machine("4 x H100", 4, **H100), Machine("4 x H100, offload", 4, **H100, offload=True)]
+
+STEP_OVERHEAD = 2e-3           # seconds a decoding step: scheduler, launch of the graph, sampler
+SEQUENCE_OVERHEAD = 20e-6      # and for each sequence in it: Python objects, log-probs
+SYNC_OVERHEAD = 2.0            # seconds a step: sleep, wake, mapping memory, some 300 small loads
+GRADES_PER_SECOND = 250        # Math-Verify, a process
+GRADERS = 8                    # grading processes a rank
+HOST_ADAM = 100e9              # bytes a second that AdamW moves on the host, all ranks of a node together
+SPREAD = 0.8                   # sigma of the log-normal lengths
+
+
+def assumptions(machines, cfg, mean):
+    """Rows (what, value, why) of everything that the times rest on, as it is in this call."""
+    each = lambda field: ", ".join(dict.fromkeys(f"{m.name.split()[2].strip(',')} {getattr(m, field):.3g}" for m in machines))
+    model = ", ".join(dict.fromkeys(f"{m.mfu * 3 / 4:.2f}" for m in machines))
+    first = machines[0]
+    return [
+        ("bf16 peak FLOP/s", each("flops"), "data sheets, dense, SXM"),
+        ("memory, bytes/s", each("hbm"), "data sheets, 80 GB SXM"),
+        ("within a node, bytes/s", each("nvlink"), "two thirds of one direction of NVLink (450e9, 300e9)"),
+        ("across nodes, bytes/s a GPU", each("network"), "80 % of one adapter a GPU, 400 and 200 Gbit/s"),
+        ("training, share of peak", each("mfu"), f"recomputed FLOPs count; {model} in model FLOPs. Published: H100 0.33-0.39"),
+        ("recomputation", "4/3 of the model's FLOPs", "blocks and head run forward twice"),
+        ("decoding, share of memory bytes/s", first.decode, "all bf16 weights and the running sequences' KV cache, each step"),
+        ("prefill, share of peak", first.prefill, "each prompt once (prefix cache); preempted sequences again"),
+        ("a decoding step, s", f"{STEP_OVERHEAD:g} + {SEQUENCE_OVERHEAD:g} a sequence", "scheduler, sampler; CUDA graphs"),
+        ("the engine",
+         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, {cfg.engine_sequences} sequences",
+         "flags; the rest beside bf16 weights is KV cache"),
+        ("KV cache full", "the youngest sequence is dropped, prefilled later", "as the engine's scheduler does"),
+        ("lengths, typical", f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
+         "long tail, as reasoning models have; demonstrations alike"),
+        ("lengths, worst", f"{cfg.max_prompt_tokens:,} + {cfg.max_response_tokens:,}, all", "the limits"),
+        ("graders", f"{GRADES_PER_SECOND} a second and process, {GRADERS} a rank",
+         "after generation; hung expressions (to 10 s) not in it"),
+        ("communication", "hidden behind compute, but for the root's", "its gather and reduction have nothing beside them"),
+        ("AdamW, clip", "40 bytes a parameter of the shard", "memory-bound"),
+        ("sync beside bytes, s", SYNC_OVERHEAD, "sleep, wake-up, loader; a published refit takes 4"),
+        ("--offload", f"{first.pcie:.3g} bytes/s to the host, AdamW at {HOST_ADAM:.3g} a node",
+         "PCIe; eight memory channels, half used"),
+        ("not in it", "checkpoints, evaluation, start, stragglers", "")]
+
+
+def lengths(count, mean, longest, seed=0):
+    """Response lengths: log-normal, cut at `longest`, whose mean after the cut is `mean`; all `longest` if mean is None."""
+    if mean is None or mean >= longest:
+        return np.full(count, longest)
+    z = np.random.default_rng(seed).standard_normal(100_000)
+    cut = lambda mu, z: np.minimum(np.exp(mu + SPREAD * z), longest)
+    low, high = 0.0, math.log(longest) + 5
+    for _ in range(50):                                    # the mean grows with mu
+        middle = (low + high) / 2
+        low, high = (middle, high) if cut(middle, z).mean() < mean else (low, middle)
+    return np.maximum(1, cut(low, np.random.default_rng(seed + 1).standard_normal(count))).astype(int)
+
+
+def generate(m, config, parameters, prompt, responses, prompts, capacity, limit, stride=16):
+    """(seconds, seconds with less than a quarter of the sequences still to finish, preemptions) of one rank.
+
+    Continuous batching: a waiting sequence enters as soon as a place (of `limit`) and KV cache (of `capacity` tokens) are
+    free; if the cache overflows, the youngest gives up its place. `stride` decoding steps at a time.
+      bytes of a step   2P + KV bytes x (tokens of all running sequences)
+      FLOPs of a step   2P a sequence + attention: 4 x layers x heads x head width a cached token
+    """
+    width = config.num_hidden_layers * config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    seconds, tail, preempted = 2 * parameters * prompt * prompts / (m.prefill * m.flops), 0.0, 0
+    left, done = np.array(responses), np.zeros(len(responses), int)
+    running, waiting = [], list(range(len(responses)))
+    while running or waiting:
+        held = int(done[running].sum()) + prompt * len(running)
+        while waiting and len(running) < limit and (
+                not running or held + prompt + done[waiting[0]] + stride * (len(running) + 1) <= capacity):
+            running.append(i := waiting.pop(0))
+            held += prompt + done[i]
+            seconds += 2 * parameters * done[i] / (m.prefill * m.flops)           # 0, but after a preemption
+        while len(running) > 1 and held + stride * len(running) > capacity:
+            waiting.insert(0, i := running.pop())
+            held, preempted = held - prompt - done[i], preempted + 1
+        n, k = len(running), min(stride, int(left[running].min()))
+        memory = (2 * parameters + plan.kv_bytes(config) * held) / (m.decode * m.hbm)
+        compute = (2 * parameters * n + 4 * width * held) / (m.prefill * m.flops)
+        spent = k * (max(memory, compute) + STEP_OVERHEAD + SEQUENCE_OVERHEAD * n)
+        seconds, tail = seconds + spent, tail + spent * (n + len(waiting) < len(responses) / 4)
+        left[running] -= k
+        done[running] += k
+        running = [i for i in running if left[i]]
+    return seconds, tail, preempted
+
+
+def train(m, config, parameters, cfg, sequences, traffic, root, shard):
+    """(seconds of compute, seconds of communication that nothing hides, model FLOPs of all ranks) of forward and backward.
+
+    sequences: M.Sequence of the whole step; they are packed as in the run, and ranks wait for the slowest at each
+    micro-batch. root: (bytes gathered, bytes reduced) of the root, which lie bare."""
+    packs = M.pack(sequences, cfg.micro_batch_tokens, m.cards)
+    work = [M.forward_backward_flops(config, parameters, pack) for pack in packs]
+    again = 4 / 3 if cfg.activation_checkpointing else 1
+    compute = [again * max(work[i:i + m.cards]) / (m.mfu * m.flops) for i in range(0, len(work), m.cards)]
+    inside = {key: size for key, size in traffic.items() if key[0] != "all-reduce"}
+    across = {key: size for key, size in traffic.items() if key[0] == "all-reduce"}
+    communication = sent(inside) / m.nvlink + sent(across) / m.network
+    bare = sum(root) * (shard - 1) / shard / m.nvlink if shard > 1 else 0.0
+    if m.offload:                        # fp32 shards to the card for every gather, fp32 gradients back to the host
+        communication += (2 * inside["all-gather", shard] + inside["reduce-scatter", shard]) / shard / m.pcie
+    exposed = sum(bare + max(0.0, communication - bare - c) for c in compute)
+    return sum(compute), exposed, sum(work)
+
+
+def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, updates=1, forwards=0):
+    """Seconds of one step on machine m by phase, and what follows. counts: (B, R) parameters of blocks and root.
+
+    mean: of the responses, None: all at the limit. prompt: tokens. demos: number, one a prompt unless given. forwards: further
+    passes without backward over all sequences (the published runs compute log-probs so; this one does not need to)."""
+    (B, R), parameters, shard = counts, sum(counts), min(m.cards, plan.NODE)
+    traffic, _, sync = formula(B, R, 0, shard, m.cards // shard)
+    prompt = prompt or (cfg.max_prompt_tokens if mean is None else plan.TYPICAL[0])
+    rollouts = cfg.n_rollouts - (cfg.demo_in_group == "replaces")
+    response = lengths(cfg.prompts_per_step * rollouts, mean, cfg.max_response_tokens)
+    demos = lengths(cfg.prompts_per_step if demos is None else demos, mean, cfg.max_response_tokens, seed=10)
+
+    kv = max(0.0, cfg.engine_memory * plan.CARD - 2 * parameters - plan.WORKSPACE) / plan.kv_bytes(config)
+    shares = [response.reshape(-1, rollouts)[r::m.cards].ravel() for r in range(m.cards)]
+    ranks = [generate(m, config, parameters, prompt, share, len(share) // rollouts, kv, cfg.engine_sequences)
+             for share in shares]
+    slowest = max(ranks)                                               # every rank waits for the slowest
+    grade = max(map(len, shares)) / (GRADERS * GRADES_PER_SECOND)
+
+    sequences = [M.Sequence(range(prompt), range(n)) for n in [*response, *demos]]
+    compute, exposed, flops = train(m, config, parameters, cfg, sequences, traffic, (2 * R, 4 * R), shard)
+    # AdamW reads weight, gradient, two moments and writes three (28 bytes a parameter); clip reads and rewrites gradients.
+    optimizer = updates * 40 * parameters / shard / (HOST_ADAM / shard if m.offload else m.decode * m.hbm)
+    refit = sent(sync) / m.nvlink + (4 * parameters / shard / m.pcie if m.offload else 0) + SYNC_OVERHEAD
+    logprobs = forwards * flops / 3 / (m.mfu * m.flops * m.cards)
+    phases = {"generate": slowest[0], "grade": grade, "log-probs": logprobs, "train": compute, "exposed communication": exposed,
+              "AdamW": optimizer, "sync": refit}
+    total, tokens = sum(phases.values()), sum(map(len, sequences))
+    return phases | {"step": total, "tail": slowest[1], "preemptions": slowest[2], "hours of 500 steps": total * 500 / 3600,
+                     "tokens/s": tokens / total, "tokens": tokens, "whole-step MFU": flops / (total * m.cards * m.flops),
+                     "train MFU": flops / ((compute + exposed) * m.cards * m.flops)}
+
+
+COLUMNS = ("generate", "tail", "grade", "train", "exposed communication", "AdamW", "sync", "step", "hours of 500 steps",
+           "tokens/s", "train MFU", "whole-step MFU")
+
+
+def times(config, cfg, counts, machines, mean):
+    """Table of the step's time on each machine, for typical and for the longest responses."""
+    rows, results = [], []
+    for m in machines:
+        for name, length in ((f"mean {mean:,}", mean), ("all at the limit", None)):
+            found = step_time(m, config, cfg, counts, length)
+            rows.append([m.name, name, *(f"{found[c]:.1%}" if "MFU" in c else f"{found[c]:,.{1 if found[c] < 100 else 0}f}"
+                                         for c in COLUMNS)])
+            results.append({"machine": m.name, "lengths": name} | found)
+    common.show(f"Modelled seconds of one step: {cfg.prompts_per_step} prompts x ({cfg.n_rollouts} rollouts + 1 demonstration). "
+                "Tail: the part of `generate` in which less than a quarter of the slowest rank's sequences is left",
+                ["machine", "responses", *COLUMNS], rows)
+    return results
+
+
+LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                       num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+PUBLISHED = [
+    # NeMo RL v0.4, performance summary: GRPO, on-policy, OpenMathInstruct-2, bf16, 2,048 samples of 1,060 tokens on average,
+    # at most 4,096, in 4 updates. Prompts of 160 tokens and two log-prob passes (old policy, reference) are our guess.
+    ("16 x H100, 2,048 samples of 1,060 tokens", 16, 900, 160, 4096, 4, {"step": 97.7}),
+    # As quoted in discussions; 2,048 samples are our guess: their 38 s of training then is an MFU of 0.25.
+    ("8 x H100, 2,048 (?) samples of 777 tokens", 8, 617, 160, 4096, 4,
+     {"generate": 57, "log-probs": 19, "train": 38, "sync": 4, "step": 122}),
+]
+
+
+def anchors(mfu=None):
+    """Table of the model's prediction beside published steps of Llama-3.1-8B, GRPO, on H100s."""
+    body = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
+    counts, rows, results = (body, 2 * 128256 * 4096 + 4096), [], []
+    for name, cards, mean, prompt, longest, updates, published in PUBLISHED:
+        cfg = Config(prompts_per_step=64, n_rollouts=32, max_response_tokens=longest - prompt)
+        m = Machine(name, cards, **H100 | ({"mfu": mfu} if mfu else {}))
+        found = step_time(m, LLAMA_8B, cfg, counts, mean, prompt, 0, updates, forwards=2)
+        found["train"] += found["exposed communication"]
+        for phase in ("generate", "log-probs", "train", "sync", "step"):
+            known = published.get(phase)
+            rows.append([name, phase, f"{known:g}" if known else "", f"{found[phase]:.1f}",
+                         f"{found[phase] / known - 1:+.0%}" if known else ""])
+        results.append({"run": name, "published": published, "modelled": found})
+    common.show("The same model beside published steps of Llama-3.1-8B (other trainers, the same kind of engine), seconds",
+                ["run", "phase", "published", "modelled", "off by"], rows)
+    return results
+
+
+def main():
+    """The four parts, each with its tables."""
+    p = common.parser(__doc__, "scale")
+    p.add_argument("--model", default=Config.model, help="folder or hub name, for its config.json only [%(default)s]")
+    p.add_argument("--measure", choices=("yes", "no"), default="yes", help="part 1, which starts real ranks [%(default)s]")
+    p.add_argument("--mfu", type=float, help="share of peak FLOP/s in training, recomputation counted, for all machines")
+    p.add_argument("--decode", type=float, default=0.7, help="share of memory bandwidth in decoding [%(default)s]")
+    p.add_argument("--mean_response", type=int, default=plan.TYPICAL[1], help="tokens, typical lengths [%(default)s]")
+    p.add_argument("--engine_sequences", type=int, default=Config.engine_sequences, help="decoded at once, a rank [%(default)s]")
+    args = p.parse_args()
+    common.start(args)
+    cfg = Config(model=args.model, engine_sequences=args.engine_sequences)
+    config, source = plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
+    check_config(cfg, 64, config.max_position_embeddings)
+    results = {"model": source, "measured": compare_measured() if args.measure == "yes" else None}
+
+    memories, traffic = simulated(config, cfg)
+    four, offloaded = (plan.simulate(config, replace(cfg, offload=offload), 4) for offload in (False, True))
+    cases = [(8, False, memories[8]), (64, False, memories[64]), (4, False, four), (4, True, offloaded)]
+    results |= {"memory": memories, "bytes": {w: [{f"{k} over {n}": b for (k, n), b in part.items()} for part in parts]
+                                              for w, parts in traffic.items()}, "fits": fits(config, cfg, cases)}
+    R = memories[8]["vocabulary"] + config.hidden_size
+    machines = [replace(m, decode=args.decode, **{"mfu": args.mfu} if args.mfu else {}) for m in MACHINES]
+    assumed = assumptions(machines, cfg, args.mean_response)
+    common.show("Assumptions of the times", ["what", "value", "why"], assumed)
+    results |= {"machines": [asdict(m) for m in machines], "assumed": assumed,
+                "times": times(config, cfg, (memories[8]["parameters"] - R, R), machines, args.mean_response),
+                "published": anchors(args.mfu)}
+    common.save(args, results)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2])
+    else:
+        main()

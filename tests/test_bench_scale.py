@@ -1,0 +1,138 @@
+"""bench/scale.py: its counter finds the bytes that the formulas say, and its model of time obeys arithmetic.
+
+    pytest tests/test_bench_scale.py            # -m "not slow" leaves out real ranks and the 7B simulation
+"""
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run
+from transformers import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import plan  # noqa: E402
+import scale  # noqa: E402
+from config import Config  # noqa: E402
+
+# 250 rows in the vocabulary: neither 8 ranks nor 2 x 8 divide them, so padding must be right too.
+CONFIG = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                     vocab_size=250, tie_word_embeddings=False)
+SEVEN_B = (28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944), 2 * 152064 * 3584)       # blocks, root; norms and biases aside
+
+
+@pytest.mark.parametrize("world, w, nodes", [(1, 1, 1), (2, 2, 1), (8, 8, 1), (64, 8, 8)])
+def test_simulated_ranks_move_the_bytes_of_the_formula(world, w, nodes):
+    (micro_batches, update, sync), sizes = scale.simulated_traffic(CONFIG, Config(), world)
+    per_micro_batch, per_update, per_sync = scale.formula(*sizes, w, nodes)
+    assert micro_batches == [per_micro_batch] * 2        # in every micro-batch, the reduction too
+    assert (update, sync) == (per_update, per_sync)
+    assert set(per_micro_batch) == {1: set(), 2: {("all-gather", 2), ("reduce-scatter", 2)}}.get(
+        world, {("all-gather", 8), ("reduce-scatter", 8)} | ({("all-reduce", 8)} if nodes > 1 else set()))
+
+
+def test_a_ring_sends_less_than_the_whole_and_twice_to_reduce_everywhere():
+    assert scale.sent({("all-gather", 8): 800}) == scale.sent({("reduce-scatter", 8): 800}) == 700
+    assert scale.sent({("all-reduce", 8): 800}) == 1400
+    assert scale.sent({("all-gather", 1): 800}) == 0
+
+
+def machine(**changes):
+    return dataclasses.replace(scale.MACHINES[0], **changes)
+
+
+def qwen():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_hub_config", lambda name: (_ for _ in ()).throw(OSError("no network")))
+        return plan.read_config(Config.model, 40_000, 16_384)[0]
+
+
+def generate(m, responses, capacity=1e9, limit=256):
+    return scale.generate(m, qwen(), 7.6e9, 256, responses, len(responses), capacity, limit)
+
+
+def test_decoding_is_bytes_over_bandwidth(monkeypatch):
+    monkeypatch.setattr(scale, "STEP_OVERHEAD", 0)
+    monkeypatch.setattr(scale, "SEQUENCE_OVERHEAD", 0)
+    one = generate(machine(prefill=1e6), [1000])[0]                  # no FLOPs bound: weights and a little KV, 1,000 times
+    assert one == pytest.approx(1000 * 2 * 7.6e9 / (0.7 * 3.35e12), rel=0.01)
+    assert generate(machine(prefill=1e6, hbm=6.7e12), [1000])[0] == pytest.approx(one / 2)
+    assert generate(machine(prefill=1e6, decode=0.35), [1000])[0] == pytest.approx(one * 2)
+    assert one < generate(machine(prefill=1e6), [1000] * 64)[0] < 2 * one           # batched decoding shares the weights
+
+
+def test_places_and_kv_cache_make_waves():
+    m, responses = machine(), [400] * 16
+    free, _, preempted = generate(m, responses)
+    assert preempted == 0
+    assert generate(m, responses, limit=8)[0] > 1.8 * free           # two waves
+    tight, _, preempted = generate(m, responses, capacity=16 * 400)  # 256 + 400 each: ten fit, sixteen start
+    assert preempted > 0 and tight > 1.3 * free
+    assert generate(m, [2000], capacity=10)[0] > 0                   # one sequence always runs
+
+
+def test_the_longest_response_decides_and_shows_as_tail():
+    even, long = generate(machine(), [1000] * 64), generate(machine(), [1000] * 63 + [8000])
+    assert even[1] == 0 and long[0] > 4 * even[0]
+    assert long[1] == pytest.approx(long[0] - even[0], rel=0.05)
+
+
+def test_every_assumption_is_printed_with_the_value_in_use():
+    printed = str(scale.assumptions([machine(mfu=0.123, decode=0.456, hbm=7e12)], Config(), 3210))
+    for value in ("H100 0.123", "0.456", "H100 7e+12", "3,210", "8 a rank", "0.09 in model FLOPs"):
+        assert value in printed
+
+
+@pytest.mark.parametrize("mean", [500, 2000, 5000])
+def test_drawn_lengths_have_the_mean_asked_for(mean):
+    drawn = scale.lengths(50_000, mean, 8192)
+    assert drawn.mean() == pytest.approx(mean, rel=0.02) and drawn.max() == 8192 and drawn.min() >= 1
+    assert np.all(scale.lengths(5, None, 8192) == 8192)
+
+
+def step(mean=500, **changes):
+    return scale.step_time(machine(**changes), qwen(), Config(), SEVEN_B, mean)
+
+
+def test_phases_follow_their_rates():
+    base = step()
+    assert step(mfu=0.2)["train"] == pytest.approx(2 * base["train"])
+    assert step(cards=16)["train"] == pytest.approx(base["train"] / 2, rel=0.1)       # the same tokens on twice the cards
+    assert step(cards=16)["exposed communication"] > 0
+    assert step(nvlink=150e9)["sync"] - scale.SYNC_OVERHEAD == pytest.approx(2 * (base["sync"] - scale.SYNC_OVERHEAD))
+    assert step(nvlink=1e9)["exposed communication"] > 100 * base["exposed communication"]       # compute hides it no more
+    assert step(mean=1000)["step"] > base["step"] and step(mean=None)["generate"] > step(mean=1000)["generate"]
+    assert step(offload=True)["AdamW"] > base["AdamW"]
+    phases = ("generate", "grade", "log-probs", "train", "exposed communication", "AdamW", "sync")
+    assert base["step"] == pytest.approx(sum(base[phase] for phase in phases))
+    # 6 FLOPs a weight and token, some 17 % more in attention at most; recomputation is work, but not model FLOPs.
+    assert 0.95 < base["train MFU"] / (0.40 * 3 / 4) <= 1.0
+
+
+def test_the_verdict_needs_room_in_both_phases_and_10_gb_of_kv_cache(capsys):
+    P = sum(SEVEN_B)
+    memory = dict(weights=P / 2, optimizer=P, gradients=P / 2, activations=13.5e9, host=0, parameters=P, reference=0)
+    fits = lambda cfg=Config(), **changes: scale.fits(qwen(), cfg, [(8, False, memory | changes)])[0]
+    found = fits()
+    assert found["fits"] and found["kv_gb"] > 10 and found["training_gb"] < 72 and found["generating_gb"] < 80
+    assert not fits(activations=60e9)["fits"]
+    assert not fits(weights=30e9)["fits"]
+    assert not fits(Config(engine_memory=0.3))["fits"]               # 24 GB less 15 of weights: too little KV cache
+
+
+@pytest.mark.slow
+def test_two_real_ranks_move_the_bytes_of_the_formula_and_hold_the_simulated_memory():
+    found = scale.measured(2)
+    per_micro_batch, per_update, per_sync = scale.formula(*found["sizes"], 2)
+    assert found["phases"] == ([per_micro_batch] * 2, per_update, per_sync)
+    simulated = plan.simulate(scale.SMALL, Config(**scale.SMALL_CFG), 2)["peak"]
+    assert found["gb"] * 1e9 == pytest.approx(simulated, rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_7b_run_fits_8_x_80_gb_and_the_command_line_helps():
+    cfg = Config()
+    found = scale.fits(qwen(), cfg, [(8, False, plan.simulate(qwen(), cfg, 8))])[0]
+    assert found["fits"] and found["kv_gb"] > 10
+    assert "--mean_response" in run(["bench/scale.py", "--help"])
