@@ -21,7 +21,8 @@ backend has repacked the linear layers by then. use_transformers_continuous_batc
 tokens of the 0.8M-parameter model with its default cache and 3.1 s with a small one, against 1.0 s. Liger's kernels
 (use_liger_kernel=True) are written in Triton, which has no CPU backend.
 
-Tokens are prompt and response tokens, without padding. Memory is the kernel's peak of the resident memory (VmHWM) of each
+"preparation" is TRL's padding and its metrics; "other" what lies between the phases. CPU seconds far below those of the clock
+mean that the machine was not quiet. Tokens are prompt and response tokens, without padding. Memory is the kernel's peak of the resident memory (VmHWM) of each
 process over the counted steps; vLLM's KV cache, 1 GiB of address space, counts as far as it is touched.
 """
 import json
@@ -37,7 +38,7 @@ from pathlib import Path
 
 from common import ROOT, parser, resident, save, show, start
 
-PHASES = ("generation", "grade", "log-probs", "forward-backward", "update", "sync", "other")
+PHASES = ("generation", "grade", "preparation", "log-probs", "forward-backward", "update", "sync", "other")
 TRAINING = ("log-probs", "forward-backward", "update")
 GROUP, MICRO_BATCH, LR, WEIGHT_DECAY = 8, 8, 1e-6, 0.01
 
@@ -178,9 +179,12 @@ def bench(name, shape, args):
             memory = {side: worker.peak() for side, worker in sides.items()}
             for side, worker in sides.items() if args.profile else ():
                 Path(args.profile).mkdir(parents=True, exist_ok=True)
-                path = Path(args.profile).resolve() / f"step-{name}-{side}.txt"
-                worker.step(lengths=pairs[-1][side]["lengths"], profile=str(path))
-                print(f"wrote {path}", flush=True)
+                # Every token of generation is alike: 48 of them show as much as 1,000, and the profiler keeps each event.
+                for part, lengths in (("generation", [min(length, 48) for length in pairs[-1][side]["lengths"]]),
+                                      ("training", pairs[-1][side]["lengths"])):
+                    path = Path(args.profile).resolve() / f"step-{name}-{side}-{part}.txt"
+                    worker.step(lengths=lengths, profile=[part, str(path)])
+                    print(f"wrote {path}", flush=True)
             hello = {side: worker.hello for side, worker in sides.items()}
         finally:
             for worker in sides.values():
@@ -194,7 +198,7 @@ def bench(name, shape, args):
 
 def table(pairs, memory):
     """Rows (what, median of srft, median of trl, median of the pairs' ratios; above 1 is better for srft, but for memory)."""
-    of = lambda pair, side, names: sum(pair[side]["phases"][name] for name in names)
+    of = lambda pair, side, names: sum(pair[side]["phases"].get(name, 0.0) for name in names)
     rows = []
 
     def add(what, value, higher_is_better=False):
@@ -208,6 +212,7 @@ def table(pairs, memory):
     for name in PHASES:
         add(f"{name}, s", lambda pair, side: of(pair, side, [name]))
     add("whole step, s", lambda pair, side: pair[side]["step"])
+    add("whole step, CPU s of the process", lambda pair, side: pair[side]["cpu_step"])
     add("log-probs + forward-backward + update, tokens/s",
         lambda pair, side: pair[side]["tokens"] / of(pair, side, TRAINING), True)
     add("whole step, tokens/s", lambda pair, side: pair[side]["tokens"] / pair[side]["step"], True)
@@ -225,7 +230,7 @@ def main():
     p.add_argument("--smollm2", default="", help="folder of SmolLM2-135M or -Instruct, for the shape 135M")
     p.add_argument("--pairs", type=int, default=5, help="counted pairs of steps a shape [%(default)s]")
     p.add_argument("--seed", type=int, default=0, help="of the response lengths [%(default)s]")
-    p.add_argument("--profile", default="", help="folder for a table of operators of one more step of each side, by torch's profiler")
+    p.add_argument("--profile", default="", help="folder for tables of operators by torch's profiler, from two more steps of each side: of generation, of all else")
     args = p.parse_args()
     if "135M" in args.shape and not args.smollm2:
         p.error("--shape 135M needs --smollm2 FOLDER")

@@ -28,22 +28,43 @@ class Channel:
 
 class Phases:
     """Seconds by phase of one step. `with phases("generation"): ...`, or `phases.wrap(object, "method", "generation")`. A phase
-    inside another is taken from the outer one, so that phases add up."""
+    inside another is taken from the outer one, so that phases add up. CPU seconds of the process are kept beside those of the
+    clock: with one thread they are equal where nobody else uses the core (and no other process, like a grader, is waited for).
+    """
 
     def __init__(self):
-        self.seconds, self.inner = {}, []
+        self.inner = []
+        self.begin()
+
+    def begin(self):
+        """A step starts now."""
+        self.found, self.start = {}, self._now()
+
+    def end(self):
+        """The step ends now -> {"phases": ..., "step": ...} and, in CPU seconds, {"cpu_phases": ..., "cpu_step": ...}. What was in
+        no phase is "other"."""
+        total = [now - start for now, start in zip(self._now(), self.start)]
+        wall, cpu = ({name: both[i] for name, both in self.found.items()} for i in (0, 1))
+        for phases, whole in ((wall, total[0]), (cpu, total[1])):
+            phases["other"] = whole - sum(phases.values())
+        return {"phases": wall, "step": total[0], "cpu_phases": cpu, "cpu_step": total[1]}
+
+    def _now(self):
+        return time.monotonic(), time.process_time()
 
     @contextmanager
     def __call__(self, name):
-        start = time.monotonic()
-        self.inner.append(0.0)
+        start, inner = self._now(), [0.0, 0.0]
+        self.inner.append(inner)
         try:
             yield
         finally:
-            took = time.monotonic() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + took - self.inner.pop()
-            if self.inner:
-                self.inner[-1] += took
+            self.inner.pop()
+            both = self.found.setdefault(name, [0.0, 0.0])
+            for i, now in enumerate(self._now()):
+                both[i] += now - max(start[i], self.start[i]) - inner[i]      # a phase may have begun before its step
+                if self.inner:
+                    self.inner[-1][i] += now - max(start[i], self.start[i])
 
     def wrap(self, owner, attribute, name):
         """Time every call of owner.attribute from now on."""
@@ -54,24 +75,29 @@ class Phases:
                 return call(*args, **kwargs)
         setattr(owner, attribute, timed)
 
-    def take(self):
-        """The seconds since the last take, then from zero again."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
+class Profile:
+    """Torch's profiler over one part of one step, if the command asks for it: {"profile": [part, path]}. Generation makes so many
+    events that the two parts, "generation" and the rest, "training", are looked at in steps of their own."""
 
-def profile(path):
-    """Start a profiler of this process -> the function that ends it and writes its table of operators, slowest first."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-    running = profiler(activities=[ProfilerActivity.CPU], acc_events=True)
-    running.start()
+    def __init__(self):
+        self.running = None
 
-    def stop():
-        running.stop()
-        with open(path, "w") as file:
-            file.write(running.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60))
-    return stop
+    def begin(self, command, part):
+        self.end()                                    # a part ends where the next one begins
+        wanted, self.path = command.get("profile") or (None, None)
+        if wanted == part:
+            from torch.profiler import ProfilerActivity, profile
+            self.running = profile(activities=[ProfilerActivity.CPU], acc_events=True)
+            self.running.start()
+
+    def end(self):
+        if self.running:
+            self.running.stop()
+            with open(self.path, "w") as file:
+                file.write(self.running.key_averages().table(sort_by="self_cpu_time_total", row_limit=40,
+                                                             max_name_column_width=60))
+            self.running = None
 
 
 def versions(*names):

