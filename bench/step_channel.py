@@ -41,8 +41,8 @@ class Phases:
         self.found, self.start = {}, self._now()
 
     def end(self):
-        """The step ends now -> {"phases": ..., "step": ...} and, in CPU seconds, {"cpu_phases": ..., "cpu_step": ...}. What was in
-        no phase is "other"."""
+        """The step ends now -> {"phases": ..., "step": ...} and, in CPU seconds, {"cpu_phases": ..., "cpu_step": ...}.
+        What was in no phase is "other"."""
         total = [now - start for now, start in zip(self._now(), self.start)]
         wall, cpu = ({name: both[i] for name, both in self.found.items()} for i in (0, 1))
         for phases, whole in ((wall, total[0]), (cpu, total[1])):
@@ -77,8 +77,8 @@ class Phases:
 
 
 class Profile:
-    """Torch's profiler over one part of one step, if the command asks for it: {"profile": [part, path]}. Generation makes so many
-    events that the two parts, "generation" and the rest, "training", are looked at in steps of their own."""
+    """Torch's profiler over one part of one step, if the command asks for it: {"profile": [part, path]}. Generation makes
+    so many events that the two parts, "generation" and the rest, "training", are looked at in steps of their own."""
 
     def __init__(self):
         self.running = None
