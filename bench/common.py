@@ -77,9 +77,9 @@ class PeakMemory:
         self.gb = peak - self.before_gb
 
 
-def resident(what):
-    """GB from /proc/self/status: "VmRSS", resident now, or "VmHWM", the most so far."""
-    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+def resident(what, process="self"):
+    """GB from /proc/PROCESS/status: "VmRSS", resident now, or "VmHWM", the most so far."""
+    return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) * 1024 / 1e9
 
 
 def alternate(a, b, pairs):

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
 import model as M
+from processes import init_distributed
 
 SHAPES = {"3M": dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6),
           "26M": dict(vocab_size=16384, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8),
@@ -124,7 +125,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     start(args)
     results, rows = [], []
-    *_, device, mesh = M.init_distributed()
+    *_, device, mesh = init_distributed()
     try:
         for shape in args.shapes:
             packed, padded = build(shape, mesh, device), build(shape, mesh, device)

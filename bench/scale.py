@@ -36,6 +36,7 @@ from transformers import LlamaConfig
 import model as M
 import plan
 from config import Config, check_config
+from processes import init_distributed
 
 GB = 1e9
 
@@ -157,7 +158,7 @@ SMALL_CFG = dict(max_prompt_tokens=128, max_response_tokens=448, micro_batch_tok
 
 def worker(out):
     """One rank: a step of SMALL, its memory and its bytes; rank 0 writes them to `out`."""
-    rank, world, device, mesh = M.init_distributed()
+    rank, world, device, mesh = init_distributed()
     cfg, bf16 = Config(**SMALL_CFG), True
 
     def one_step(config):
