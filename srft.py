@@ -226,8 +226,13 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
     Gradients are sums, over micro-batches and ranks, of terms already divided by global counts. An update
     whose gradient is not finite is skipped. A collective.
     """
-    parts = [backward_micro_batch(run, cfg, sequences, *old, n_demo, n_rollout)
-             for sequences, old in zip(batches, before)]
+    parts = []
+    for i, (sequences, old) in enumerate(zip(batches, before), 1):
+        # Until the last micro-batch, embedding and head stay gathered, since no weight changes in between, and
+        # gradients are summed within a node only: across nodes (HSDP) once an update.
+        run.policy.set_reshard_after_backward(i == len(batches), recurse=False)
+        run.policy.set_requires_all_reduce(i == len(batches))
+        parts.append(backward_micro_batch(run, cfg, sequences, *old, n_demo, n_rollout))
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), cfg.grad_clip).full_tensor().item()
     if np.isfinite(norm):
         run.optimizer.step()

@@ -3,7 +3,6 @@
     pytest tests/test_bench_scale.py            # -m "not slow" leaves out real ranks and the 7B simulation
 """
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,9 @@ import pytest
 from conftest import run
 from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-import plan  # noqa: E402
-import scale  # noqa: E402
-from config import Config  # noqa: E402
+import plan
+import scale
+from config import Config
 
 # 250 rows in the vocabulary: neither 8 ranks nor 2 x 8 divide them, so padding must be right too.
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

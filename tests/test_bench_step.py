@@ -9,9 +9,8 @@ import time
 import pytest
 from conftest import ENV, ROOT
 
-sys.path.insert(0, str(ROOT / "bench"))
-import step  # noqa: E402
-from step_channel import Phases  # noqa: E402
+import step
+from step_channel import Phases
 
 
 def test_phases_within_phases_are_counted_once_and_time_before_the_step_is_not_counted():
