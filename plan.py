@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model as M
 from config import check_config
+from rollout import kv_bytes
 
 GIB = 2**30
 CARD = 80e9              # bytes, as the name "80 GB" promises
@@ -161,12 +162,6 @@ def tokens_per_step(cfg, world, length):
     sequences = cfg.prompts_per_step * (cfg.n_rollouts + (cfg.demo_in_group == "joins"))
     packs = math.ceil(sequences / cfg.updates_per_rollout / max(1, cfg.micro_batch_tokens // length))
     return sequences, sequences * length, cfg.updates_per_rollout * math.ceil(packs / world)
-
-
-def kv_bytes(config):
-    """KV cache of one token: 2 (K, V) x layers x KV heads x head width x 2 bytes."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 4 * config.num_hidden_layers * config.num_key_value_heads * width
 
 
 def budget(cfg, memory):

@@ -23,7 +23,6 @@ from pathlib import Path
 # only errors are logged.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")                       # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
@@ -53,6 +52,12 @@ class Rollout:
     finished: bool                 # False: cut at max_tokens
 
 
+def kv_bytes(config, bytes_per_number=2):
+    """Bytes of one token in the KV cache: 2 (K, V) x layers x KV heads x head width x bytes_per_number."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * bytes_per_number
+
+
 class RolloutEngine:
     """A vLLM engine (tensor parallel 1) on this rank. Every method but `generate` and `sleep`
     is a collective when the weights come from sharded parameters, since those are gathered as
@@ -64,6 +69,9 @@ class RolloutEngine:
         at once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
         CUDA graphs; default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
+        # On CPU all of the KV cache is resident from the start, so it gets what max_sequences need, or 1 GiB.
+        # (VLLM_CPU_KVCACHE_SPACE, in GiB, would win over this.)
+        cpu = {"kv_cache_memory_bytes": min(2**30, kv_bytes(config, 4) * max_sequences * (max_tokens + 256))}
         self.cuda = torch.cuda.is_available()
         self.weights_version, self.asleep = None, set()
         # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the
@@ -81,7 +89,7 @@ class RolloutEngine:
                 gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True,
                 disable_log_stats=True, hf_overrides={"tie_word_embeddings": False} if self.untied else {},
                 logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
-            )
+                **({} if self.cuda else cpu))
         self.tokenizer = tokenizer
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,

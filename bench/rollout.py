@@ -80,8 +80,9 @@ def generation(args, engine, policy, dtype, config):
     bare_s, ours_s, ratio = common.alternate(theirs, ours, args.pairs)
     count = sum(map(len, tokens["ours"]))
     common.show(f"Generation: {args.prompts} prompts x {args.group}, {count} tokens, medians of {args.pairs} pairs",
-                ["", "s", "tokens/s"], [["bare LLM.generate", bare_s, count / bare_s], ["RolloutEngine.generate", ours_s, count / ours_s],
-                                        ["overhead", f"{100 * (ratio - 1):.1f} %", f"same tokens: {tokens['ours'] == tokens['bare']}"]])
+                ["", "s", "tokens/s"],
+                [["bare LLM.generate", bare_s, count / bare_s], ["RolloutEngine.generate", ours_s, count / ours_s],
+                 ["overhead", f"{100 * (ratio - 1):.1f} %", f"same tokens: {tokens['ours'] == tokens['bare']}"]])
     return {"bare_s": bare_s, "ours_s": ours_s, "overhead": ratio - 1, "tokens": count,
             "same_tokens": tokens["ours"] == tokens["bare"]}
 

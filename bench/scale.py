@@ -78,9 +78,9 @@ def sent(traffic):
     return sum((2 if kind == "all-reduce" else 1) * (n - 1) / n * size for (kind, n), size in traffic.items())
 
 
-def step(policy, optimizer, batch, cfg, traffic, micro_batches=2):
-    """One optimizer step and one weight sync, as srft.train does them. Returns the bytes of each phase, {(kind, n): bytes}:
-    a list with those of each micro-batch, those of clip and AdamW, those of the sync."""
+def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
+    """One optimizer step and one weight sync, as srft.train does them. Returns their bytes, {(kind, n): bytes}: those of a
+    micro-batch in the middle; what the first and the last move besides, with clip and AdamW, once an update; the sync's."""
     phases = []
 
     def phase(work):
@@ -89,6 +89,9 @@ def step(policy, optimizer, batch, cfg, traffic, micro_batches=2):
         phases.append(traffic - before)
 
     def micro_batch():
+        last = len(phases) == micro_batches - 1                         # as srft.update_policy
+        policy.set_reshard_after_backward(last, recurse=False)
+        policy.set_requires_all_reduce(last)
         policy(batch, cfg.temperature)[0].sum().backward()
 
     def update():
@@ -104,7 +107,9 @@ def step(policy, optimizer, batch, cfg, traffic, micro_batches=2):
     with traffic:
         for work in [micro_batch] * micro_batches + [update, sync]:
             phase(work)
-    return phases[:-2], phases[-2], phases[-1]
+    total, middle = sum(map(Counter, phases[:-1]), Counter()), phases[1]
+    once = {key: total[key] - micro_batches * middle.get(key, 0) for key in total}
+    return middle, {key: size for key, size in once.items() if size}, phases[-1]
 
 
 def padded(shape, n):
@@ -121,20 +126,21 @@ def sizes(policy, w):
 
 
 def formula(B, R, T, w, nodes=1):
-    """Bytes of (one micro-batch, one clip and AdamW, one weight sync), each {(kind, n): bytes of the full tensors}.
+    """Bytes of (every micro-batch, once an update, one weight sync), each {(kind, n): bytes of the full tensors}.
 
-      all-gather      bf16: each block in forward and again in backward, the root once        2 (2B + R)
-      reduce-scatter  fp32 gradients, in every micro-batch                                    4 (B + R)
-      all-reduce      with several nodes, each shard across nodes, in every micro-batch       4 (B + R) / w
-      clip            one fp32 norm a tensor, each in a collective of its own                 4 T
-      sync            bf16, tensor by tensor, within each node                                2 (B + R)
+      micro-batch  all-gather      bf16: each block in forward and again in backward          2 (2B)
+                   reduce-scatter  fp32 gradients                                             4 (B + R)
+      update       all-gather      bf16, the root, which stays gathered                       2 R
+                   all-reduce      with several nodes, each shard across them                 4 (B + R) / w
+                   all-reduce      to clip: one fp32 norm a tensor, a collective each         4 T
+      sync         all-gather      bf16, tensor by tensor, within each node                   2 (B + R)
     """
     if w == 1:
         return {}, {}, {}
-    micro_batch = {("all-gather", w): 2 * (2 * B + R), ("reduce-scatter", w): 4 * (B + R)}
+    once = Counter({("all-gather", w): 2 * R, ("all-reduce", w): 4 * T})
     if nodes > 1:
-        micro_batch["all-reduce", nodes] = 4 * (B + R) // w
-    return micro_batch, {("all-reduce", w): 4 * T}, {("all-gather", w): 2 * (B + R)}
+        once["all-reduce", nodes] += 4 * (B + R) // w
+    return {("all-gather", w): 4 * B, ("reduce-scatter", w): 4 * (B + R)}, dict(once), {("all-gather", w): 2 * (B + R)}
 
 
 def simulated_traffic(config, cfg, world, per_node=plan.NODE):
@@ -207,9 +213,8 @@ def compare_measured():
         phases, counts = simulated_traffic(SMALL, cfg, world)
         by_hand = 16 * sum(counts[:2]) / world
         memory_rows.append([world, by_hand / 1e6, memory["peak"] / 1e6, real["gb"] * 1e3, real["gb"] * GB / memory["peak"] - 1])
-        flat = lambda micro_batches, update, sync: (micro_batches[-1], update, sync)
-        for name, found, simulated, expected in zip(("a micro-batch", "clip, AdamW", "the weight sync"), flat(*real["phases"]),
-                                                    flat(*phases), formula(*counts, world)):
+        for name, found, simulated, expected in zip(("every micro-batch", "once an update", "the weight sync"), real["phases"],
+                                                    phases, formula(*counts, world)):
             for key in sorted(expected) or [("none", 1)]:
                 byte_rows.append([world, name, key[0], *(f"{x.get(key, 0):,}" for x in (found, simulated, expected))])
         results[world] = {"measured_gb": real["gb"], "simulated_gb": memory["peak"] / GB, "formula_gb": by_hand / GB}
@@ -227,14 +232,13 @@ def compare_measured():
 # 2. The 7B run, simulated on 8 and 64 ranks.  3. Does it fit?
 
 def simulated(config, cfg, worlds=(8, 64), per_node=plan.NODE):
-    """Tables of memory and bytes a rank of the run `cfg`; returns ({world: memory}, {world: (micro-batch, update, sync)})."""
+    """Tables of memory and bytes a rank of the run `cfg`; returns ({world: memory}, {world: what `step` counts})."""
     memories, traffic, rows = {}, {}, []
     for world in worlds:
         memories[world] = plan.simulate(config, cfg, world, per_node)
-        (micro, update, sync), counts = simulated_traffic(config, cfg, world, per_node)
-        traffic[world] = (micro[-1], update, sync)
+        traffic[world], counts = simulated_traffic(config, cfg, world, per_node)
         w, packs = min(world, per_node), plan.tokens_per_step(cfg, world, sum(plan.TYPICAL))[2]
-        for name, found, by_hand, times in zip(("micro-batch", "clip, AdamW", "weight sync"), traffic[world],
+        for name, found, by_hand, times in zip(("every micro-batch", "once an update", "weight sync"), traffic[world],
                                                formula(*counts, w, world // w), (packs, 1, 1)):
             for key in sorted(found):
                 rows.append([world, name, f"{key[0]} over {key[1]}", found[key] / GB, by_hand.get(key, 0) / GB,
@@ -297,8 +301,6 @@ MACHINES = [Machine("8 x H100", 8, **H100), Machine("8 x A100", 8, **A100), Mach
 STEP_OVERHEAD = 2e-3           # seconds a decoding step: scheduler, launch of the graph, sampler
 SEQUENCE_OVERHEAD = 20e-6      # and for each sequence in it: Python objects, log-probs
 SYNC_OVERHEAD = 2.0            # seconds a step: sleep, wake, mapping memory, some 300 small loads
-GRADES_PER_SECOND = 250        # Math-Verify, a process
-GRADERS = 8                    # grading processes a rank
 HOST_ADAM = 100e9              # bytes a second that AdamW moves on the host, all ranks of a node together
 SPREAD = 0.8                   # sigma of the log-normal lengths
 
@@ -325,9 +327,8 @@ def assumptions(machines, cfg, mean):
         ("lengths, typical", f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
          "long tail, as reasoning models have; demonstrations alike"),
         ("lengths, worst", f"{cfg.max_prompt_tokens:,} + {cfg.max_response_tokens:,}, all", "the limits"),
-        ("graders", f"{GRADES_PER_SECOND} a second and process, {GRADERS} a rank",
-         "after generation; hung expressions (to 10 s) not in it"),
-        ("communication", "hidden behind compute, but for the root's", "its gather and reduction have nothing beside them"),
+        ("grading", 0, "hidden: each response is graded when it ends, while others are decoded"),
+        ("communication", "hidden behind compute, but for the root's", "nothing runs beside its gather and reduction"),
         ("AdamW, clip", "40 bytes a parameter of the shard", "memory-bound"),
         ("sync beside bytes, s", SYNC_OVERHEAD, "sleep, wake-up, loader; a published refit takes 4"),
         ("--offload", f"{first.pcie:.3g} bytes/s to the host, AdamW at {HOST_ADAM:.3g} a node",
@@ -382,22 +383,24 @@ def generate(m, config, parameters, prompt, responses, prompts, capacity, limit,
     return seconds, tail, preempted
 
 
-def train(m, config, parameters, cfg, sequences, traffic, root, shard):
+def train(m, config, parameters, cfg, sequences, each, once, root, shard):
     """(seconds of compute, seconds of communication that nothing hides, model FLOPs of all ranks) of forward and backward.
 
     sequences: M.Sequence of the whole step; they are packed as in the run, and ranks wait for the slowest at each
-    micro-batch. root: (bytes gathered, bytes reduced) of the root, which lie bare."""
-    packs = M.pack(sequences, cfg.micro_batch_tokens, m.cards)
+    micro-batch. each, once: bytes of every micro-batch, of the update. The root's fp32 gradients (`root` bytes), reduced at
+    the end of every backward, lie bare, and so does what happens once."""
+    cost = lambda sequence: M.forward_backward_flops(config, parameters, [sequence])
+    packs = M.pack(sequences, cfg.micro_batch_tokens, m.cards, cost)
     work = [M.forward_backward_flops(config, parameters, pack) for pack in packs]
     again = 4 / 3 if cfg.activation_checkpointing else 1
     compute = [again * max(work[i:i + m.cards]) / (m.mfu * m.flops) for i in range(0, len(work), m.cards)]
-    inside = {key: size for key, size in traffic.items() if key[0] != "all-reduce"}
-    across = {key: size for key, size in traffic.items() if key[0] == "all-reduce"}
-    communication = sent(inside) / m.nvlink + sent(across) / m.network
-    bare = sum(root) * (shard - 1) / shard / m.nvlink if shard > 1 else 0.0
+    across = {key: size for key, size in once.items() if key[0] == "all-reduce"}
+    inside = {key: size for key, size in once.items() if key[0] != "all-reduce"}
+    communication, update = sent(each) / m.nvlink, sent(inside) / m.nvlink + sent(across) / m.network
+    bare = root * (shard - 1) / shard / m.nvlink if shard > 1 else 0.0
     if m.offload:                        # fp32 shards to the card for every gather, fp32 gradients back to the host
-        communication += (2 * inside["all-gather", shard] + inside["reduce-scatter", shard]) / shard / m.pcie
-    exposed = sum(bare + max(0.0, communication - bare - c) for c in compute)
+        communication += (2 * each["all-gather", shard] + each["reduce-scatter", shard]) / shard / m.pcie
+    exposed = update + sum(bare + max(0.0, communication - bare - c) for c in compute)
     return sum(compute), exposed, sum(work)
 
 
@@ -407,7 +410,7 @@ def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, update
     mean: of the responses, None: all at the limit. prompt: tokens. demos: number, one a prompt unless given. forwards: further
     passes without backward over all sequences (the published runs compute log-probs so; this one does not need to)."""
     (B, R), parameters, shard = counts, sum(counts), min(m.cards, plan.NODE)
-    traffic, _, sync = formula(B, R, 0, shard, m.cards // shard)
+    each, once, sync = formula(B, R, 0, shard, m.cards // shard)
     prompt = prompt or (cfg.max_prompt_tokens if mean is None else plan.TYPICAL[0])
     rollouts = cfg.n_rollouts - (cfg.demo_in_group == "replaces")
     response = lengths(cfg.prompts_per_step * rollouts, mean, cfg.max_response_tokens)
@@ -418,15 +421,14 @@ def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, update
     ranks = [generate(m, config, parameters, prompt, share, len(share) // rollouts, kv, cfg.engine_sequences)
              for share in shares]
     slowest = max(ranks)                                               # every rank waits for the slowest
-    grade = max(map(len, shares)) / (GRADERS * GRADES_PER_SECOND)
 
     sequences = [M.Sequence(range(prompt), range(n)) for n in [*response, *demos]]
-    compute, exposed, flops = train(m, config, parameters, cfg, sequences, traffic, (2 * R, 4 * R), shard)
+    compute, exposed, flops = train(m, config, parameters, cfg, sequences, each, once, 4 * R, shard)
     # AdamW reads weight, gradient, two moments and writes three (28 bytes a parameter); clip reads and rewrites gradients.
     optimizer = updates * 40 * parameters / shard / (HOST_ADAM / shard if m.offload else m.decode * m.hbm)
     refit = sent(sync) / m.nvlink + (4 * parameters / shard / m.pcie if m.offload else 0) + SYNC_OVERHEAD
     logprobs = forwards * flops / 3 / (m.mfu * m.flops * m.cards)
-    phases = {"generate": slowest[0], "grade": grade, "log-probs": logprobs, "train": compute, "exposed communication": exposed,
+    phases = {"generate": slowest[0], "log-probs": logprobs, "train": compute, "exposed communication": exposed,
               "AdamW": optimizer, "sync": refit}
     total, tokens = sum(phases.values()), sum(map(len, sequences))
     return phases | {"step": total, "tail": slowest[1], "preemptions": slowest[2], "hours of 500 steps": total * 500 / 3600,
@@ -434,7 +436,7 @@ def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, update
                      "train MFU": flops / ((compute + exposed) * m.cards * m.flops)}
 
 
-COLUMNS = ("generate", "tail", "grade", "train", "exposed communication", "AdamW", "sync", "step", "hours of 500 steps",
+COLUMNS = ("generate", "tail", "train", "exposed communication", "AdamW", "sync", "step", "hours of 500 steps",
            "tokens/s", "train MFU", "whole-step MFU")
 
 
