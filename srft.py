@@ -228,8 +228,8 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
     """
     parts = []
     for i, (sequences, old) in enumerate(zip(batches, before), 1):
-        # Until the last micro-batch, embedding and head stay gathered, since no weight changes in between, and
-        # gradients are summed within a node only: across nodes (HSDP) once an update.
+        # Until the last micro-batch, embedding and head stay gathered, since no weight changes in between,
+        # and gradients are summed within a node only: across nodes (HSDP) once an update.
         run.policy.set_reshard_after_backward(i == len(batches), recurse=False)
         run.policy.set_requires_all_reduce(i == len(batches))
         parts.append(backward_micro_batch(run, cfg, sequences, *old, n_demo, n_rollout))

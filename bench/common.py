@@ -24,7 +24,7 @@ def parser(doc, name):
     """An ArgumentParser with what every bench takes: --out, --threads."""
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default=f"out/bench/{name}.json", help="JSON file with all figures, versions and machine [%(default)s]")
+    p.add_argument("--out", default=f"out/bench/{name}.json", help="JSON file: all figures, versions, machine [%(default)s]")
     p.add_argument("--threads", type=int, default=1, help="threads of this process [%(default)s]")
     return p
 
