@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import cached_property
 
 import torch
 from common import PeakMemory, clock, parser, save, show, start, work_clock
@@ -133,12 +134,16 @@ def worker(args):
 
 
 class Worker:
-    """A running worker; .error says why it cannot run."""
+    """A worker process; .error says why it cannot run, None if it can. All start side by side."""
 
     def __init__(self, name, python, threads, folder):
         self.process = subprocess.Popen([python, __file__, "--worker", name, "--exchange", folder, "--threads", str(threads)],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.error, self.loaded = self.read().get("error"), None
+        self.loaded = None
+
+    @cached_property
+    def error(self):
+        return self.read().get("error")                     # the first line that it writes
 
     def read(self):
         """The next line of JSON; what libraries print is passed over."""
@@ -169,7 +174,7 @@ def run_case(args, workers, case, folder):
     reference = exact(*tensors) if n * vocab * width <= 1.5e10 else None
     del tensors
     blocks = 3 * 4 * n * vocab / 1e9                        # log p, and two more in the entropy and in backward
-    found = {name: {"skipped": f"needs {blocks:.0f} GB" if name == "full" and blocks > args.limit_gb else workers[name].error}
+    found = {name: {"skipped": f"needs {blocks:.2g} GB" if name == "full" and blocks > args.limit_gb else workers[name].error}
              if name in workers else {"skipped": "no --trl_python"} for name in PATHS}
     able = [name for name in PATHS if not found[name]["skipped"]]
     rounds = []

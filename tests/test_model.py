@@ -217,6 +217,28 @@ def test_a_packed_batch_points_at_the_hidden_state_that_predicts_each_response_t
     assert batch.cu_seqlens.tolist() == [0, 5, 7] and batch.cu_seqlens.dtype == torch.int32 and batch.max_seqlen == 5
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("lengths, calls", [([5], 1), ([5, 5, 5], 1), ([5, 5, 3, 1, 1, 7, 5], 5), ([1], 1)], ids=str)
+def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone_with_one_call_a_run_of_one_length(
+        monkeypatch, lengths, calls, kv_heads):
+    attention, seen, n = torch.nn.functional.scaled_dot_product_attention, [], sum(lengths)
+    g = torch.Generator().manual_seed(n)
+    q, k, v = ins = [torch.randn(1, heads, n, 8, generator=g, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    where, weights = torch.tensor([0] + lengths).cumsum(0).to(torch.int32), torch.randn(1, n, 4, 8, generator=g)
+    alone = []
+    for s, e in zip(where, where[1:]):
+        causal = torch.ones(e - s, e - s).tril().log()
+        key, value = (x[:, :, s:e].repeat_interleave(4 // kv_heads, 1) for x in (k, v))
+        alone.append((0.3 * q[:, :, s:e] @ key.mT + causal).softmax(-1) @ value)
+    expected = torch.cat(alone, 2).transpose(1, 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **b: seen.append(1) or attention(*a, **b))
+    out, _ = M.packed_attention(None, *ins, None, 0.3, cu_seq_lens_q=where, max_length_q=max(lengths))
+    assert len(seen) == calls
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(*(torch.autograd.grad((weights * x).sum(), ins) for x in (out, expected))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Policies.
 
