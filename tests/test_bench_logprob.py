@@ -4,18 +4,15 @@
 """
 import json
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-import logprob  # noqa: E402
-import packing  # noqa: E402
+import logprob
+import packing
 
-import model as M  # noqa: E402
+import model as M
 
 INPUTS = logprob.make_inputs(200, 1000, 16, torch.float32)
 

@@ -3,7 +3,6 @@
     pytest tests/test_bench_scale.py            # -m "not slow" leaves out real ranks and the 7B simulation
 """
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
