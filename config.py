@@ -43,8 +43,8 @@ class Config:
     hang_minutes: float = opt(30.0, "run", "a rank that spends more than this in one phase (rollout, train, "
                               "checkpoint, ...) or waits that long for another ends the run, and the rank "
                               "behind is named; until the first step is done, 120")
-    profile: int = opt(0, "run", "write a torch profiler trace of this step to profile/ in --out: open it in "
-                       "Perfetto or chrome://tracing; 0: none")
+    profile: int = opt(0, "run", "write a torch profiler trace of this step to profile/ in --out, with every "
+                       "token's decoding: open it in Perfetto or chrome://tracing; 0: none")
     dry_run: bool = opt(False, "run", "print parameters, memory and tokens a step of this "
                         "configuration, then stop")
     dry_run_ranks: int = opt(8, "run", "GPUs that --dry_run plans for, 8 a node; a run itself takes those "

@@ -39,10 +39,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, G
 
 def _addmm_fp32(out, a, b, beta=1.0, alpha=1.0):
     """out = beta * out + alpha * a @ b, in place; out is fp32 whatever a and b are."""
-    if a.is_cuda and a.dtype != torch.float32:     # one kernel: neither a rounded product nor a copy of it
+    if not a.is_cuda or a.dtype == torch.float32:
+        out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
+    elif beta:                                     # one kernel: neither a rounded product nor a copy of it
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
     else:
-        out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        if alpha != 1:
+            out.mul_(alpha)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -100,9 +104,10 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, en
     """log softmax(hidden @ head_weight.T / temperature)[targets] and the entropy of that softmax.
 
     hidden (N,D), head_weight (V,D), targets (N,) int64 -> logp (N,) with gradient, entropy (N,); nats,
-    fp32. The entropy has no gradient unless `entropy_grad` (an entropy bonus). Peak extra memory is
-    two (chunk, V) fp32 blocks, whatever N is; by default `chunk` is 1024 tokens, or fewer where the two
-    would take more than 1 GiB. The gradient of head_weight is summed over chunks in fp32 and rounded once.
+    fp32. The entropy has no gradient unless `entropy_grad` (an entropy bonus). Whatever N is, memory beyond
+    inputs and gradients peaks at two (chunk, V) fp32 blocks; by default `chunk` is 1024 tokens, or fewer
+    where the two would take more than 1 GiB. The gradient of head_weight is summed over chunks in fp32 and
+    rounded once: in bf16, that (V,D) sum and a (chunk, V) block in bf16 come on top.
     """
     if chunk is None:
         chunk = min(1024, max(64, 2**27 // len(head_weight) // 64 * 64))
@@ -260,6 +265,13 @@ class Policy(nn.Module):
         if not batch.lengths:           # nothing to predict: keep the graph, so that backward still runs
             return logp[None].clone(), entropy[None].clone()
         return tuple(pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy))
+
+
+def accumulate(policy, last):
+    """Before each micro-batch of an update: is it the `last`? Until then embedding and head stay gathered, as
+    no weight changes in between, and gradients are summed within a node only: across nodes (HSDP) once."""
+    policy.set_reshard_after_backward(last, recurse=False)
+    policy.set_requires_all_reduce(last)
 
 
 def load_config(path, rope_theta=0.0, window=0):

@@ -105,7 +105,8 @@ def simulate(config, cfg, world=8, per_node=NODE):
       activations  peak less these three: activations, gathered bf16 weights, unsharded gradients, buffers of
                    collectives, the head's (chunk, V) blocks and its fp32 (V, D) gradient
       reference    with kl_coef: shards of the frozen model, and its root, which stays gathered in bf16
-      host         with offload: the first three, 16P/w, which then lie in host memory and count 0 here
+      host         with offload: the first three, 16P/w, which then lie in host memory and count 0 here; but
+                   for the gradients on several nodes, which stay here until they have been reduced across
 
     Fake tensors that claim to be on a GPU cannot be offloaded. The simulation therefore runs without, and its
     activations, peak less the three, are taken over; on top, unseen, comes the fp32 shard of the one unit (a
@@ -121,7 +122,8 @@ def simulate(config, cfg, world=8, per_node=NODE):
         optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=cfg.weight_decay, fused=True)
         batch = M.collate(full_micro_batch(cfg), device)
 
-        def micro_batch():
+        def micro_batch(last=True):
+            M.accumulate(policy, last)
             policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))[0].sum().backward()
 
         def update():
@@ -132,7 +134,7 @@ def simulate(config, cfg, world=8, per_node=NODE):
         micro_batch()
         update()
         with FSDPMemTracker(policy, optimizer) as tracker:
-            micro_batch()
+            micro_batch(last=False)
             tracker.reset_mod_stats()                       # without it the tracker refuses a second forward
             micro_batch()                                   # beside the gradients of the first
             gradients = sum(p.grad.to_local().nbytes for p in policy.parameters())
@@ -143,10 +145,12 @@ def simulate(config, cfg, world=8, per_node=NODE):
         parameters = sum(p.numel() for p in policy.parameters())
     vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     kept, here = weights + moments + gradients, 0 if cfg.offload else 1
-    return {"weights": here * weights, "optimizer": here * moments, "gradients": here * gradients,
-            "activations": peak - kept, "peak": peak - kept + here * kept, "host": kept - here * kept,
-            "parameters": parameters, "vocabulary": vocabulary,
-            "reference": here * weights + 2 * vocabulary if cfg.kl_coef else 0}
+    found = {"weights": here * weights, "optimizer": here * moments, "activations": peak - kept,
+             "gradients": gradients if here or world > per_node else 0}
+    peak = sum(found.values())
+    return found | {"peak": peak, "host": 0 if here else kept,
+                    "parameters": parameters, "vocabulary": vocabulary,
+                    "reference": here * weights + 2 * vocabulary if cfg.kl_coef else 0}
 
 
 def full_micro_batch(cfg):

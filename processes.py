@@ -153,15 +153,17 @@ def set_timeouts(mesh, minutes):
         torch.cuda.synchronize()
     for group in (None, *mesh.get_all_groups()):     # None is the default group; torch has no public setter
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes + MARGIN_MINUTES), group)
-    _here.since, _here.limit = time.monotonic(), 60.0 * minutes
+    _here.limit = 60.0 * minutes
+    phase(*_here.place[1:3])                         # the clock starts again, by the new limit
 
 
 @contextmanager
 def hang_watch():
     """Inside, a rank that stays in one phase over the limit, or fails, ends the run on all ranks.
 
-    Each writes its stacks and one message to stderr and exits with 1, within half a minute: also those that
-    wait in an nccl collective, where neither the end of another rank nor SIGTERM reaches them. What is raised
+    Each writes one message to stderr, after a hang its stacks too, and exits with 1 within half a minute:
+    also those that wait in an nccl collective, where neither the end of another rank nor SIGTERM reaches
+    them. (A rank that the kernel kills tells nobody: the others then wait for the limit.) What is raised
     inside is raised again with a note: "srft.py (rank 2): phase 'train' of step 12 for 0:00:03 ...".
     """
     done, _here.watched = threading.Event(), True
@@ -173,6 +175,8 @@ def hang_watch():
         if not isinstance(error, SystemExit):
             _stop(f"{_name()} failed ({type(error).__name__})")
             error.add_note(f"{_name()}: {whereabouts()}")
+        elif error.code:                             # a mistake of the caller, which has its own message
+            _stop(f"{_name()} ended with an error")
         raise                                        # and the watch goes on: the way out may hang, too
     done.set()
     _here.watched = False
@@ -222,8 +226,9 @@ def _tell():
 
 def _ask(question):
     """question(store), or None if there is no store or its server, in torchrun or rank 0, is gone."""
+    store = _here.store                              # the watch's thread may set it to None meanwhile
     try:
-        return _here.store and question(_here.store)
+        return store and question(store)
     except RuntimeError:                             # torch's DistError
         _here.store = None
 
@@ -240,7 +245,10 @@ def _watch(done):
         if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["stop"])):
             why = _stop(f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
                         "(--hang_minutes; longer until the first step is done)")
-            faulthandler.dump_traceback(all_threads=True)
+            if why.startswith("HANG"):
+                faulthandler.dump_traceback(all_threads=True)
+            else:                                  # another rank failed, and this one may be about to fail
+                time.sleep(3 * _tick())
             print(f"{_name()}: {why}. Here: {whereabouts()}", file=sys.stderr, flush=True)
             time.sleep(3 * _tick())                # all others look, and tell, before torchrun ends them
             os._exit(1)

@@ -107,7 +107,7 @@ class Grader:
         self.kind, self.deadline_s, self.memory_mb = kind, deadline_s, memory_mb
         self.text, self.strict_box, self.score_unfinished = text, strict_box, score_unfinished
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False
-        self._forget()
+        self._forget()                  # nothing is submitted yet
         self._selector = selectors.DefaultSelector()
         self._refill()          # launches, without waiting: they import sympy while the model loads
 
@@ -119,6 +119,7 @@ class Grader:
 
     def close(self):
         """Kills every worker. May be called twice; `grade` raises afterwards."""
+        self._forget()
         self._closed = True
         for worker in list(self._pool):
             self._discard(worker)
@@ -133,8 +134,8 @@ class Grader:
 
         finished: list[bool], False for a response cut at its token limit; default: all True.
         ValueError: lengths differ, or unknown kind. TypeError: not all str. RuntimeError: workers cannot
-        start, verdicts of `submit` are uncollected, or it is closed. After any exception but the last, Ctrl-C
-        included, `grade` works again.
+        start, it is closed, or verdicts of `submit` must be collected first. After any exception that comes
+        from in here, Ctrl-C included, `grade` works again unless it is closed.
         """
         if self._verdicts:
             raise RuntimeError(f"grade: collect the {len(self._verdicts)} verdicts that were submitted first")
@@ -167,9 +168,10 @@ class Grader:
         """Wait for all that was submitted since the last `collect` -> list[Verdict], in that order."""
         while self._left:
             self._advance(wait=True)
-        self._refill()          # replacements start now, in the time until the next call
         verdicts = self._verdicts
         self._forget()
+        if not self._closed:
+            self._refill()      # replacements start now, in the time until the next call
         return verdicts
 
     def _forget(self):
@@ -179,16 +181,17 @@ class Grader:
             self._discard(worker)
 
     def _advance(self, wait):
-        """Hand out items, take replies, kill the late; `wait`: for the next thing to happen."""
+        """Take replies, hand out items, kill the late; `wait`: for the next thing to happen."""
         try:
+            self._take_replies(0)       # first: one whose reply waited for us is neither suspect nor late
             self._refill()
             busy = sum(w.item is not None for w in self._pool)
             for worker in [w for w in self._pool if w.ready and w.item is None][:self.workers - busy]:
                 if self._todo:
                     self._hand_out(worker)
-            for key, _ in self._selector.select(self._time_to_next_event() if wait else 0):
-                self._take_reply(key.data)
-            for worker in list(self._pool):     # after the replies: one that waited for us is not late
+            if wait and self._left:
+                self._take_replies(self._time_to_next_event())
+            for worker in list(self._pool):
                 if worker.item is not None and worker.age() >= self.deadline_s:
                     self._settle(worker, "timeout")
                     self._discard(worker)
@@ -263,6 +266,10 @@ class Grader:
         except OSError:                 # died while idle, without having seen the item: that goes back
             self._todo.appendleft(worker.item)
             self._discard(worker, failed=True)
+
+    def _take_replies(self, timeout):
+        for key, _ in self._selector.select(timeout):
+            self._take_reply(key.data)
 
     def _take_reply(self, worker):
         reply = worker.receive()

@@ -12,6 +12,7 @@ transfer carries a version, and asking for another version than the one loaded i
 classic silent bug of RL stacks, cannot happen.
 """
 import gc
+import itertools
 import json
 import os
 import tempfile
@@ -69,9 +70,11 @@ class RolloutEngine:
         at once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
         CUDA graphs; default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
-        # On CPU all of the KV cache is resident from the start, so it gets what max_sequences need, or 1 GiB.
-        # (VLLM_CPU_KVCACHE_SPACE, in GiB, would win over this.)
-        cpu = {"kv_cache_memory_bytes": min(2**30, kv_bytes(config, 4) * max_sequences * (max_tokens + 256))}
+        # On CPU all of the KV cache is resident from the start, so it gets what max_sequences need, at most
+        # 1 GiB or one sequence. (VLLM_CPU_KVCACHE_SPACE, in GiB, would win over this.)
+        one = kv_bytes(config, 4) * (max_tokens + 256)
+        cpu = {"kv_cache_memory_bytes": max(one, min(2**30, one * max_sequences))}
+        self.request_ids = itertools.count()
         self.cuda = torch.cuda.is_available()
         self.weights_version, self.asleep = None, set()
         # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the
@@ -111,16 +114,20 @@ class RolloutEngine:
             return []
         seeds = seed if isinstance(seed, (list, tuple)) else [seed + i * n for i in range(len(prompts))]
         engine, rollouts, left = self.llm.llm_engine, [[None] * n for _ in prompts], {}
-        # One request a sample, not n samples a request: a response is then handed out when it ends, and not
-        # when the longest of its group does. The prompt they share is computed once, by prefix caching.
-        for i, k in ((i, k) for i in range(len(prompts)) for k in range(n)):
-            left[f"{i}/{k}"] = i, k
-            engine.add_request(f"{i}/{k}", {"type": "token", "prompt_token_ids": list(prompts[i])},
-                               self.sampling_params(temperature, top_p, max_tokens, seeds[i] + k))
-        bar = tqdm(total=len(left), desc="responses", leave=False, position=1, disable=not progress)
+        bar = tqdm(total=len(prompts) * n, desc="responses", leave=False, position=1, disable=not progress)
         try:
+            # One request a sample, not n samples a request: a response is then handed out when it ends, not
+            # when the longest of its group does. The prompt they share is computed once, by prefix caching.
+            for i, k in ((i, k) for i in range(len(prompts)) for k in range(n)):
+                id = str(next(self.request_ids))
+                left[id] = i, k
+                engine.add_request(id, {"type": "token", "prompt_token_ids": list(prompts[i])},
+                                   self.sampling_params(temperature, top_p, max_tokens, seeds[i] + k))
             while left:
                 ended = [(*left.pop(o.request_id), self._rollout(o)) for o in engine.step() if o.finished]
+                if left and not engine.has_unfinished_requests():
+                    raise RuntimeError(f"vLLM has lost {len(left)} of {len(prompts) * n} requests; nothing "
+                                       "is known to do this but a vllm version other than the pinned one")
                 for i, k, rollout in ended:
                     rollouts[i][k] = rollout
                 bar.update(len(ended))

@@ -228,10 +228,7 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
     """
     parts = []
     for i, (sequences, old) in enumerate(zip(batches, before), 1):
-        # Until the last micro-batch, embedding and head stay gathered, since no weight changes in between,
-        # and gradients are summed within a node only: across nodes (HSDP) once an update.
-        run.policy.set_reshard_after_backward(i == len(batches), recurse=False)
-        run.policy.set_requires_all_reduce(i == len(batches))
+        M.accumulate(run.policy, last=i == len(batches))
         parts.append(backward_micro_batch(run, cfg, sequences, *old, n_demo, n_rollout))
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), cfg.grad_clip).full_tensor().item()
     if np.isfinite(norm):
@@ -471,6 +468,8 @@ def train(cfg, run):
             found[f"eval/{name}"] = result["accuracy"]
         return found
 
+    if 0 < cfg.profile <= run.step and run.rank == 0:
+        print(f"--profile {cfg.profile}: that step is done, so there will be no trace", file=sys.stderr)
     if run.step == 0:
         run.log.write({"step": 0} | evaluation(0))
     for step in range(run.step + 1, cfg.steps + 1):
@@ -508,9 +507,10 @@ def train(cfg, run):
         clock.append(time.monotonic())
 
         # Log; evaluate; stop where going on would only waste the machine.
-        phase("log", step)
         if profiler:
+            phase("write profile", step)
             write_profile(profiler, Path(cfg.out) / "profile")
+        phase("log", step)
         bad = sum(not np.isfinite(update["grad_norm"]) for update in updates)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad if bad == len(updates) else 0)
         metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | {

@@ -216,12 +216,12 @@ def main(argv=None):
             for case in args.cases:
                 results.append(run_case(args, workers, case, folder))
                 rows += table_rows(results[-1])
-                print(case, *(f"{r[3]} {r[4]}" for r in table_rows(results[-1])), sep="  ", file=sys.stderr, flush=True)
+                print(case, *(f"{r[3]} {r[5]}" for r in table_rows(results[-1])), sep="  ", file=sys.stderr, flush=True)
         finally:
             for w in workers.values():
                 w.close()
     show(f"Head, forward and backward, {args.dtype}: seconds, ratio to the full path, GB beyond inputs and gradients, errors",
-         ["N", "V", "D", "path", "s", "ratio", "GB", "log p", "H", "dh", "dW"], rows)
+         ["N", "V", "D", "path", "runs", "s", "ratio", "GB", "log p", "H", "dh", "dW"], rows)
     save(args, results)
     return results
 
@@ -230,8 +230,8 @@ def table_rows(result):
     """Rows of the table, one a path."""
     rows = []
     for name, f in result["paths"].items():
-        cells = [f["skipped"], "", ""] if "skipped" in f else [
-            f"{f['seconds']:.2f}", f"{f['ratio']:.2f}" + (" of ours" if f["against"] == "ours" else ""), f"{f['gb']:.2f}"]
+        cells = ["", f["skipped"], "", ""] if "skipped" in f else [
+            len(f["rounds"]), f"{f['seconds']:.2f}", f"{f['ratio']:.2f}" + (" of ours" if f["against"] == "ours" else ""), f"{f['gb']:.2f}"]
         rows.append([f"{result['tokens']:,}", f"{result['vocabulary']:,}", result["width"], name, *cells,
                      *("" if f.get("errors", {}).get(key) is None else f"{f['errors'][key]:.0e}" for key in OUTPUTS)])
     return rows

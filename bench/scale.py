@@ -89,9 +89,7 @@ def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
         phases.append(traffic - before)
 
     def micro_batch():
-        last = len(phases) == micro_batches - 1                         # as srft.update_policy
-        policy.set_reshard_after_backward(last, recurse=False)
-        policy.set_requires_all_reduce(last)
+        M.accumulate(policy, last=len(phases) == micro_batches - 1)
         policy(batch, cfg.temperature)[0].sum().backward()
 
     def update():

@@ -3,8 +3,8 @@ r"""One optimisation step (generate, grade, forward-backward, update, sync) of t
     python -m venv .venv-trl && .venv-trl/bin/pip install -r bench/requirements.txt         # TRL's own environment
     OMP_NUM_THREADS=1 python bench/step.py --trl_python .venv-trl/bin/python --smollm2 FOLDER
 
-Same model (written once, fp32), prompts, group size, response lengths, sequences a micro-batch, AdamW and threads (one a
-process). Two processes live through the run, each inside its own training loop (srft.train, GRPOTrainer.train), which is held
+Same model (written once, fp32), prompts, group size, response lengths, AdamW and threads (one a process). A micro-batch has
+room for eight of the longest sequences on both sides: TRL fills it with eight, here it takes what fits. Two processes live through the run, each inside its own training loop (srft.train, GRPOTrainer.train), which is held
 before every step; this driver lets them go in turn, A B A B. The first step of each is not counted. Response lengths are drawn
 from a heavy tail, anew for each pair, and forced upon both: here through vLLM's limit of each request, there by a logits
 processor that makes a row end with EOS at its length. Rows that have ended stay in TRL's batch, and all its rows are padded to

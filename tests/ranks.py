@@ -50,9 +50,11 @@ def gradients(out, budget, count, *overrides):
     cfg.grad_clip = 1e9
     packs = M.pack(sequences, int(budget), world)[rank::world]
     before = srft.forward_before_update(run, cfg, packs)
+    last, accumulate = [], M.accumulate
+    M.accumulate = lambda policy, **kwargs: (last.append(kwargs["last"]), accumulate(policy, **kwargs))
     stats = srft.update_policy(run, cfg, packs, before, *srft.counts(sequences, cfg.loss_norm))
     if rank == 0:
-        torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs)}, out)
+        torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last}, out)
     dist.barrier()
     dist.destroy_process_group()
 

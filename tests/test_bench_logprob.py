@@ -4,6 +4,7 @@
 """
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest

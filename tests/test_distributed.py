@@ -11,6 +11,7 @@ def gradients(tmp_path, budget, ranks=1, per_node=None, count=30, flags=()):
 
 
 def assert_same(split, whole, name):
+    assert split["last"] == [False] * (split["micro_batches"] - 1) + [True], name       # one reduction across nodes an update
     for key, value in whole["gradients"].items():
         torch.testing.assert_close(split["gradients"][key], value, rtol=0, atol=1e-6, msg=lambda m: f"{name} {key} {m}")
     for key, value in whole["stats"].items():

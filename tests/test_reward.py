@@ -328,15 +328,6 @@ def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math
 
 @pytest.mark.slow
 @needs_data
-def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math_verify():
-    cases = random.Random(0).sample([case for case in rows("grader_cases") if case["math_verify"] != "HANG"], 60)
-    with Grader(workers=2, deadline_s=4.0, strict_box=False) as grader:
-        verdicts = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases])
-    assert sum(v.reward == float(case["math_verify"]) for v, case in zip(verdicts, cases)) >= 57
-
-
-@pytest.mark.slow
-@needs_data
 def test_two_workers_grade_300_responses_a_second():
     answers = [row["answer"] for row in rows("math500")] * 2
     responses = ["Therefore, we get the following. " * 30 + boxed(text) for text in answers[:500]]
@@ -475,35 +466,53 @@ def test_the_time_bound_holds_when_every_response_must_be_killed():
         assert len(grader._pool) <= 4                           # at most one spare a worker
 
 
+def poll(grader, patience_s=30.0):
+    """Calls submit, as a decoding engine does after every step, until nothing is left to be graded."""
+    end = time.monotonic() + patience_s
+    while grader._left and time.monotonic() < end:
+        time.sleep(0.01)
+        grader.submit()
+    assert not grader._left
+
+
 def test_submitted_responses_are_graded_while_other_work_goes_on_and_collected_in_order():
-    with Grader(workers=2, deadline_s=10.0) as grader:
-        start_in_time(grader)
-        start = time.monotonic()
-        for i in range(40):                                     # as a decoding engine does: a few now and then
+    with Grader(workers=2) as grader:
+        for i in range(40):
             grader.submit([boxed(str(i))], [str(i - i % 2)], [i % 5 > 0])
             grader.submit()
-        assert time.monotonic() - start < 1.0                   # 40 gradings take longer than it may wait for
-        for _ in range(200):
-            time.sleep(0.01)
-            grader.submit()
-        start = time.monotonic()
-        found = reasons(grader.collect())
-        assert time.monotonic() - start < 0.1                   # nothing was left to wait for
-        assert found == ["truncated" if i % 5 == 0 else "wrong" if i % 2 else "ok" for i in range(40)]
+        poll(grader)                                            # nothing but submit gets them graded
+        assert reasons(grader.collect()) == ["truncated" if i % 5 == 0 else "wrong" if i % 2 else "ok" for i in range(40)]
         assert grader.collect() == []
         assert reasons(grader.grade([boxed("1"), boxed("2")], ["1", "1"])) == ["ok", "wrong"]
 
 
-def test_a_hung_response_that_was_submitted_is_killed_and_delays_no_other():
-    with Grader(workers=2, deadline_s=1.0) as grader:
-        start_in_time(grader)
-        grader.submit([SLOW] + [boxed("5")] * 5, ["5"] * 6)
-        for _ in range(400):
-            time.sleep(0.01)
-            grader.submit()
+def test_a_hung_response_that_was_submitted_holds_nobody_up_and_is_killed_at_its_deadline():
+    with Grader(workers=2, deadline_s=4.0) as grader:
+        grader.grade(["1"] * 2, ["1"] * 2)
         start = time.monotonic()
+        grader.submit([SLOW] + [boxed("5")] * 5, ["5"] * 6)
+        assert time.monotonic() - start < 2                     # it does not wait for the verdict
+        poll(grader)
         assert reasons(grader.collect()) == ["timeout"] + ["ok"] * 5
-        assert time.monotonic() - start < 0.1
+
+
+def test_a_worker_whose_reply_waited_for_a_busy_parent_is_no_suspect():
+    with Grader(workers=1, deadline_s=2.0) as grader:
+        grader.grade(["1"], ["1"])
+        worker, = grader._pool
+        before = os.getpriority(os.PRIO_PROCESS, worker.proc.pid)
+        for _ in range(2):
+            grader.submit([boxed("5")], ["5"])
+            time.sleep(1.5)                                     # a long decoding step: over half of the deadline
+        assert reasons(grader.collect()) == ["ok"] * 2
+        assert grader._pool == [worker] and os.getpriority(os.PRIO_PROCESS, worker.proc.pid) == before
+
+
+def test_closing_with_responses_under_way_leaves_nothing_to_collect():
+    grader = Grader(workers=1)
+    grader.submit([SLOW], ["5"])
+    grader.close()
+    assert grader.collect() == [] and grader._pool == []
 
 
 def test_a_call_in_between_cannot_take_the_verdicts_of_what_was_submitted(grader):
@@ -567,8 +576,8 @@ def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
     for line in (b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n",
                  b"ok\n", b"[0]\n", b'{"id": 0}\n', b"\xff\xfe\n", b"7\n"):
         with monkeypatch.context() as patch:        # what a worker under a response's control could send
-            patch.setattr(reward._Worker, "send", lambda worker, item: None)
-            theirs, real = socketpair_with(line)
+            theirs, real = reward.socket.socketpair()
+            patch.setattr(reward._Worker, "send", lambda worker, item: theirs.sendall(line))
             worker = next(w for w in grader._pool if w.ready)
             grader._selector.unregister(worker.sock)
             worker.sock.close()
@@ -579,12 +588,6 @@ def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
             theirs.close()
         assert (verdict.reward, verdict.reason) == (0.0, "killed"), line
         assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
-
-
-def socketpair_with(line):
-    theirs, real = reward.socket.socketpair()
-    theirs.sendall(line)
-    return theirs, real
 
 
 def test_workers_that_cannot_start_raise_instead_of_respawning_for_ever(capfd):

@@ -1,5 +1,7 @@
 """rollout.py: what only a GPU would show is recorded from a stand-in for vLLM; the real engine is in test_distributed.py."""
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ class Recorder:
 def engine():
     engine = object.__new__(RolloutEngine)
     engine.llm, engine.cuda, engine.untied, engine.asleep, engine.weights_version = Recorder(), True, False, set(), 0
+    engine.request_ids = itertools.count()
     return engine
 
 
@@ -47,6 +50,43 @@ def test_a_transfer_that_fails_half_way_leaves_no_valid_weights(engine):
         engine.sync_weights(broken(), version=1)
     with pytest.raises(StaleWeightsError):
         engine.generate([[1]], 1, 1.0, 1, seed=0)
+
+
+class Requests:
+    """Stands where vLLM's LLMEngine does: takes requests, and ends or loses them."""
+
+    def __init__(self, refuse=None, lose=()):
+        self.refuse, self.lose, self.open, self.aborted = refuse, lose, [], []
+
+    def add_request(self, id, prompt, params):
+        if len(self.open) == self.refuse:
+            raise ValueError("refused")
+        self.open.append(id)
+
+    def has_unfinished_requests(self):
+        return bool(self.open)
+
+    def step(self):
+        id, sample = self.open.pop(0), SimpleNamespace(token_ids=[3], logprobs=[{3: SimpleNamespace(logprob=-1.0)}], finish_reason="stop")
+        return [] if id in self.lose else [SimpleNamespace(request_id=id, finished=True, outputs=[sample])]
+
+    def abort_request(self, ids):
+        self.aborted += ids
+
+
+def generate(engine, requests):
+    engine.llm, engine.tokenizer = SimpleNamespace(llm_engine=requests), SimpleNamespace(decode=lambda *_, **__: "3")
+    return engine.generate([[1], [2]], 2, 1.0, 8, seed=0)
+
+
+def test_a_request_that_is_refused_or_lost_leaves_none_of_the_others_to_the_next_call(engine):
+    requests = Requests(refuse=3)
+    with pytest.raises(ValueError):
+        generate(engine, requests)
+    assert set(requests.aborted) >= set(requests.open) == {"0", "1", "2"}
+    with pytest.raises(RuntimeError, match="lost 1 of 4"):
+        generate(engine, Requests(lose=["5"]))                         # no id is used twice, whatever went before
+    assert [[r.tokens for r in group] for group in generate(engine, Requests())] == [[[3], [3]]] * 2
 
 
 def test_where_the_engine_unties_the_head_it_gets_the_embedding_twice_and_each_other_tensor_once(engine):
