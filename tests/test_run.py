@@ -68,7 +68,7 @@ def test_the_export_opens_in_transformers_and_in_vllm_and_they_agree(whole_run):
     code = f"""
 import rollout
 from vllm import LLM, SamplingParams
-llm = LLM({str(whole_run / 'hf')!r}, dtype="float32", enforce_eager=True, max_model_len=128)
+llm = LLM({str(whole_run / 'hf')!r}, dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1)
 print("TOKENS", llm.generate([{{"prompt_token_ids": {ids}}}], SamplingParams(temperature=0, max_tokens=30))[0].outputs[0].token_ids)
 """
     served = run(["-c", code])
