@@ -28,12 +28,8 @@ def test_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, flags):
         splits += [("two ranks", 4096, 2, None), ("two nodes of two, sharded within, replicated across", 100, 4, 2)]
     for name, budget, ranks, per_node in splits:
         assert_same(gradients(tmp_path, budget, ranks, per_node, flags=flags), whole, name)
-
-
-@pytest.mark.slow
-def test_offloading_changes_no_gradient(tmp_path):
-    """On CPU host and device memory are one: this runs FSDP2's offloading code, not the transfer."""
-    assert_same(gradients(tmp_path, 100, 2, flags=["--offload"]), gradients(tmp_path, 100, 2), "offload")
+    if not flags:         # on a CPU, host and device memory are one: this runs FSDP2's offloading, not the transfer
+        assert_same(gradients(tmp_path, 100, 2, flags=["--offload"]), whole, "two ranks, offloaded")
 
 
 @pytest.mark.slow

@@ -317,7 +317,8 @@ def test_masks_flags_and_rewards_of_any_type_mean_the_same(mask_type):
 # The update that uses it, on a policy of one matrix and no process group.
 
 class Bigram(torch.nn.Module):
-    """A policy whose logits depend on the last token only."""
+    """A policy whose logits depend on the last token only, and which has nothing to gather or to reduce."""
+    set_reshard_after_backward = set_requires_all_reduce = lambda *args, **kwargs: None
 
     def __init__(self):
         super().__init__()
