@@ -85,8 +85,8 @@ def resident(what, process="self"):
 
 def alternate(a, b, pairs):
     """Call a() and b() in turn, `pairs` times each -> (median of a, median of b, median of the pairs' ratios b/a).
-    Both return what they took; noise that lasts longer than a pair hits both."""
-    found = [(a(), b()) for _ in range(pairs)]
+    Both return what they took; noise that lasts longer than a pair hits both, and every other pair begins with b."""
+    found = [(a(), b()) if pair % 2 == 0 else (b(), a())[::-1] for pair in range(pairs)]
     return (*map(statistics.median, zip(*found)), statistics.median(y / x for x, y in found))
 
 
