@@ -124,7 +124,7 @@ class Bench:
                     "--eval_data", evaluation, "--eval_every", 1 if self.quick else 4, "--grader_workers", 1, "--log_samples", 1,
                     # checkpoints along the way only where Fig. 3 draws a trajectory
                     "--save_every", 4 if seed == 0 and lr == self.lr_or_none(name) else 1000, "--keep", 99,
-                    *(["--term_gradients", 4] if run.method == "srft" else []), *start, *flags, "--out", folder],
+                    *(["--term_gradients", 1 if self.quick else 4] if run.method == "srft" else []), *start, *flags, "--out", folder],
                    Path(f"{folder}.log"))
         Path(f"{folder}.seconds").write_text(f"{time.time() - began:.0f}")
 
@@ -320,10 +320,12 @@ def shown(mean, half, n=None, digits=1):
 def table(results, title, runs):
     """Markdown: accuracy at the end of each run, mean and 95 % interval over seeds."""
     lines = [f"**{title}**", "", "| run | held-out | long | mean | lr | seeds |", "|---|---|---|---|---|---|"]
-    base = next((rows[0] for (_, _), rows in results.rows.items() if rows[0]["step"] == 0 and "eval/long" in rows[0]), None)
-    if base:
-        held, longer = 100 * base["eval/heldout"], 100 * base["eval/long"]
-        lines.append(f"| base | {held:.1f} | {longer:.1f} | {(held + longer) / 2:.1f} | | |")
+    start = [results.each(name, lambda rows: rows[0]) for name in runs if not RUNS[name].start]
+    start = max(start, key=len, default={})                                  # the base model, by each seed's draws
+    if start and "qwen3" not in next(iter(runs)):
+        held, longer = ([100 * row[f"eval/{split}"] for row in start.values()] for split in ("heldout", "long"))
+        cells = [shown(*interval(values)) for values in (held, longer, [(h + l) / 2 for h, l in zip(held, longer)])]
+        lines.append(f"| base | {' | '.join(cells)} | | {len(start)} |")
     for name in runs:
         if results.final(name):
             cells = [shown(*interval(results.final(name, m).values())) for m in ("heldout", "long", "accuracy")]
@@ -374,7 +376,7 @@ def claims(results):
         claim(f"SRFT beats {name} (Table 2)", minus("srft", name))
     claim("w_SFT matters: SRFT beats SRFT with w_SFT = 1 (Table 3)", minus("srft", "srft-w_sft-1"))
     claim("w_RL matters: SRFT beats SRFT with w_RL = 1 (Table 3)", minus("srft", "srft-w_rl-1"))
-    late = lambda rows: np.mean([row["entropy/rollout"] for row in rows[-10:]])
+    late = lambda rows: np.mean([row["entropy/rollout"] for row in rows[1:][-10:]])
     claim("SRFT keeps more entropy than RL (Fig. 6c: last 10 steps)", difference(results.each("srft", late), results.each("grpo", late)),
           "nats", digits=3)
     grown = lambda rows: rows[-1]["response_len/mean"] - rows[1]["response_len/mean"]
