@@ -156,7 +156,8 @@ def heatmap(tokens, base, tuned, scale, title):
         spans.append(f'<span style="background:rgba({r},{g},{blue},{alpha:.3f});color:{"#fff" if alpha > 0.6 else "#111"}" '
                      f'title="{html.escape(repr(token))}: base {np.exp(b):.4f}, tuned {np.exp(t):.4f}">{shown}</span>')
     unit = "p_tuned - p_base" if scale == "probability" else "log p_tuned - log p_base, nats"
-    legend = "".join(f'<span style="background:rgba{colour(x * widest, widest)};padding:0 .8em">{x * widest:+.2g}</span>'
+    legend = "".join(f'<span style="background:rgba{colour(x * widest, widest)};color:{"#fff" if abs(x) > 0.6 else "#111"};'
+                     f'padding:0 .8em">{x * widest:+.2g}</span>'
                      for x in (-1, -0.5, -0.1, 0.1, 0.5, 1))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
