@@ -15,7 +15,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}               # of all processes started
+import preloaded                                                                                   # noqa: E402
 from data import TINY_SPLITS, Example, tiny_examples, tiny_problem, tiny_response, tiny_terms                                     # noqa: E402
 from runlog import read_rows                                                                       # noqa: E402
 
@@ -105,12 +106,10 @@ class Bench:
 
     def start(self, command, log):
         """Run a command on one thread; its output to `log`. Raises RuntimeError with the log's end."""
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as output:
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=output, stderr=output)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))} failed; the end of {log}:\n{log.read_text()[-1500:]}")
+        child = preloaded.start(command, output=log)
+        if child.wait():
+            raise RuntimeError(f"{' '.join(map(str, command))} failed; the end of {log}:\n{child.text()[-1500:]}")
 
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all."""
@@ -460,7 +459,7 @@ def report(bench):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="everything in miniature, to out/tiny_paper_quick/")
+    parser.add_argument("--quick", action="store_true", help="tables and figures of the paper in miniature, to out/tiny_paper_quick/")
     parser.add_argument("--only", choices=tuple(PARTS), action="append", help="a part and what it needs; may be repeated")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... of each run [%(default)s]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, one core each [%(default)s]")
@@ -468,7 +467,8 @@ def main():
     args = parser.parse_args()
     bench = Bench(args)
     if not args.report:
-        wanted = {name: run for part in args.only or PARTS for name, run in PARTS[part].items()}
+        parts = args.only or (["table1", "table2", "table3"] if args.quick else PARTS)
+        wanted = {name: run for part in parts for name, run in PARTS[part].items()}
         run_all(bench, wanted)
     report(bench)
 

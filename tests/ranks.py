@@ -44,9 +44,15 @@ def gradients(out, budget, count, *overrides):
                 got[name] = p.grad.full_tensor().clone()
 
         def zero_grad(self, set_to_none):
-            pass
+            policy.zero_grad(set_to_none)
 
-    run = SimpleNamespace(policy=policy, reference=None, device=device, optimizer=Keep(),
+    reference = None
+    if cfg.kl_coef:
+        reference = M.load_policy(TINY, M.load_config(TINY), mesh, device).requires_grad_(False)
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.mul_(1.1)
+    run = SimpleNamespace(policy=policy, reference=reference, device=device, optimizer=Keep(),
                           objective=srft.OBJECTIVES[cfg.method])
     sequences = made_up_sequences()[:int(count)]
     cfg.grad_clip = 1e9
@@ -54,7 +60,10 @@ def gradients(out, budget, count, *overrides):
     before = update.forward_before_update(run, cfg, packs)
     last, accumulate = [], M.accumulate
     M.accumulate = lambda policy, **kwargs: (last.append(kwargs["last"]), accumulate(policy, **kwargs))
-    stats = update.update_policy(run, cfg, packs, before, *update.counts(sequences, cfg.loss_norm))
+    counts = update.counts(sequences, cfg.loss_norm)
+    stats = update.term_gradient_norms(run, cfg, packs, before, *counts)
+    last.clear()
+    stats |= update.update_policy(run, cfg, packs, before, *counts)
     if rank == 0:
         torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last}, out)
     dist.barrier()

@@ -5,15 +5,16 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
-from conftest import run
 from test_loss import assert_equal, counts, mixed_batch, shipped, tensors
 
 import model as M
 from baselines import OBJECTIVES
 from config import METHODS, Config, check_config, parse_args, sequences_per_prompt
 from srft import OBJECTIVES as ALL
+from srft import learning_rate
 
 
 def surrogate(lp, lp_old, advantage, eps):
@@ -108,8 +109,7 @@ def test_a_micro_batch_of_one_kind_only_is_no_nan(method, is_demo):
     cfg = Config(**METHODS[method].flags)
     n = counts(batch, cfg)
     found = shipped(tensors(batch), cfg, *n, loss=OBJECTIVES[method][0])
-    with_rollouts_only = [d for d in found[2:]]
-    assert math.isfinite(found[0]) and all(d.isfinite().all() for d in with_rollouts_only)
+    assert math.isfinite(found[0]) and all(d.isfinite().all() for d in found[2:])
 
 
 def test_the_clipped_surrogate_worked_out_by_hand():
@@ -200,3 +200,10 @@ def test_a_flag_that_a_method_does_not_heed_is_refused(flags, says):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_s_own_defaults_are_accepted(method):
     check_config(parse_args(["--preset", "tiny", "--method", method]), world=2, window=512)
+
+
+def test_a_linear_schedule_rises_for_a_tenth_of_the_steps_and_falls_to_0():
+    cfg = Config(lr=2.0, lr_schedule="linear", steps=100)
+    rates = [learning_rate(cfg, step) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)]) and rates[-1] == pytest.approx(2 / 90)
+    assert np.diff(rates[10:]) == pytest.approx([-2 / 90] * 89) and learning_rate(Config(lr=3.0), 7) == 3.0
