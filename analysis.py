@@ -1,98 +1,454 @@
-"""A run's folder: its metrics, its samples, and the figures drawn from them.
+"""The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it shows.
 
-    python analysis.py out/tiny            # redraws out/tiny/curves.png: the training dynamics of Fig. 6
+    python analysis.py respond --model BASE --data FILE --out base.jsonl    # one response to each problem, for the next three
+    python analysis.py fig2a --base BASE --tuned out/srft --data FILE       # token probabilities of one response (also A1)
+    python analysis.py fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
+    python analysis.py fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SFT=out/sft SRFT=out/srft
+    python analysis.py fig4  "SFT->RL=out/sft+out/sft-rl" "RL->SFT=out/grpo+out/rl-sft"
+    python analysis.py fig5  RL=out/grpo "SFT->RL=out/sft+out/sft-rl" SFT+RL=out/both
+    python analysis.py fig6  RL=out/grpo SRFT=out/srft
+    python analysis.py figA2 RL=out/grpo truncated=out/grpo-q80
+
+A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a sequence of runs
+(each started from the one before), with more seeds after commas: their mean is drawn, and their range. Models of any size are
+read through FSDP2: `torchrun --nproc_per_node=8 analysis.py ...` spreads them over eight cards.
+
+What the paper leaves open about Fig. 2, and its reviewers ask: whose response it is (--responses: the demonstrations of --data,
+or what `respond` sampled from the base or the tuned model), which log-probs (both models score the very same tokens, token by
+token, at temperature 1, given prompt and prefix), and the colours (--scale: the change of probability p_tuned - p_base, in
+[-1, 1], or of log p in nats).
 """
+import argparse
+import html
 import json
 import sys
-import time
-import warnings
 from pathlib import Path
 
-PANELS = [                     # title, metrics drawn in it
-    ("reward (Fig. 6a)", ["reward/mean", "reward/demo_mean"]),
-    ("response length, tokens (Fig. 6b)", ["response_len/mean"]),
-    ("entropy, nats (Fig. 6c)", ["entropy/rollout", "entropy/demo"]),
-    ("weights of Eq. 8 and 12", ["w_sft", "w_rl"]),
-    ("loss terms of Eq. 13", ["loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg"]),
-    ("held-out accuracy", None),                                                      # every eval/* metric
-]
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from transformers import AutoTokenizer
+
+import model as M
+from data import TEMPLATES, load_examples, tokenize
+from processes import fetch, init_distributed
+from rollout import RolloutEngine, stored_tensors
+from runlog import read_rows
+
+# ----------------------------------------------------------------------------------------------------------
+# Models, and the probabilities that they give to responses.
 
 
-def read_rows(file):
-    """The rows of a .jsonl file, none if there is no file; a last line that a kill
-    cut short is left out."""
-    rows = []
-    for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+def model_folder(name):
+    """A Hugging Face folder, hub name or run's folder -> the folder to load."""
+    if (Path(name) / "metrics.jsonl").exists():
+        if not (Path(name) / "hf").is_dir():
+            raise ValueError(f"{name}: this run has no hf/ yet; it is written when training ends")
+        return str(Path(name) / "hf")
+    return fetch(name, "model", "the model")
 
 
-def draw_curves(run):
-    """Draw run/curves.png from run/metrics.jsonl (Fig. 6: reward, response length, entropy;
-    and the two weights)."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training
-    rows = read_rows(Path(run) / "metrics.jsonl")
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS):
-        if names is None:
-            names = sorted({k for row in rows for k in row if k.startswith("eval/")})
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points), label=name, marker="o" if len(points) < 15 else None, markersize=3)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
-    partial = Path(run) / ".curves.partial.png"
-    figure.savefig(partial, dpi=90)
-    partial.rename(Path(run) / "curves.png")       # a viewer never sees half a picture
+class Scorer:
+    """log p of every token of a response, under one architecture with weights that change: a folder's, a checkpoint's."""
+
+    def __init__(self, folder, mesh, device, args):
+        config = M.load_config(folder, args.rope_theta, args.window)
+        self.policy, self.device, self.tokens = M.load_policy(folder, config, mesh, device), device, args.micro_batch_tokens
+        self.policy.eval()
+
+    def load_checkpoint(self, path):
+        """The weights of checkpoints/step-N, without its optimizer."""
+        M.inspect_checkpoint(path)
+        state = {"model": {name: p.detach() for name, p in self.policy.named_parameters()}}
+        dcp.load(state, checkpoint_id=str(path))
+
+    @torch.no_grad()
+    def __call__(self, sequences):
+        """Sequences -> a float32 array of log p of the response's tokens (nats, temperature 1) for each, in order. A
+        collective: each rank scores its share of the micro-batches."""
+        rank, world, found = dist.get_rank(), dist.get_world_size(), {}
+        index = {id(s): i for i, s in enumerate(sequences)}
+        for batch in M.pack(sequences, self.tokens, world)[rank::world]:
+            logp = self.policy(M.collate(batch, self.device))[0].float().cpu().numpy()
+            found |= {index[id(s)]: row[:len(s.response)] for s, row in zip(batch, logp)}
+        self.policy.reshard()
+        everyone = [None] * world
+        dist.all_gather_object(everyone, found)
+        found = {i: row for part in everyone for i, row in part.items()}
+        return [found[i] for i in range(len(sequences))]
 
 
-class RunLog:
-    """Writes metrics.jsonl (one object a step), samples.jsonl and curves.png of a run, and TensorBoard
-    events where tensorboard is installed. Every rank may hold one; only an `active` one writes."""
+def respond(args, mesh, device):
+    """One response of --model to each problem, sampled at temperature 1 by vLLM, with the log-probs of its tokens."""
+    rank, world, folder = dist.get_rank(), dist.get_world_size(), model_folder(args.model)
+    config, tokenizer = M.load_config(folder, args.rope_theta, args.window), AutoTokenizer.from_pretrained(folder)
+    prompts = read_prompts(args, tokenizer)
+    engine = RolloutEngine(config, tokenizer, torch.bfloat16 if device.type == "cuda" else torch.float32,
+                           args.max_prompt_tokens + args.max_response_tokens, 128, gpu_memory_utilization=0.9)
+    engine.sync_weights(stored_tensors(folder), 0)
+    seeds = np.random.SeedSequence(args.seed).generate_state(len(prompts), np.uint64).tolist()
+    groups = engine.generate([p.ids for p in prompts[rank::world]], 1, 1.0, args.max_response_tokens, seeds[rank::world],
+                             progress=rank == 0)
+    everyone = [None] * world
+    dist.all_gather_object(everyone, [group[0] for group in groups])
+    engine.close()                                                      # takes the process group with it
+    rows = [(p, everyone[i % world][i // world]) for i, p in enumerate(prompts)]
+    if rank == 0:
+        yield "jsonl", "".join(json.dumps({"id": p.example.id, "prompt": p.ids, "response": r.tokens, "logp": r.logprobs,
+                                           "text": r.text}) + "\n" for p, r in rows)
 
-    def __init__(self, run, active, step):
-        """Rows after `step`, which a resumed run is about to write again, are cut off first."""
-        self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
-        if not active:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
-            partial = self.run / f".{name}.partial"
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            partial.rename(self.run / name)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.run, purge_step=step + 1)
-        except ImportError:
-            pass
 
-    def write(self, metrics, samples=(), last=False):
-        """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
-        if not self.active:
-            return
-        for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with (self.run / name).open("a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
-        if self.board:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, metrics["step"])
-        if last or time.monotonic() - self.drawn > 30:
-            try:
-                draw_curves(self.run)
-            except Exception as error:         # a picture (fonts, a full disk) is not worth a run of days
-                warnings.warn(f"could not draw {self.run}/curves.png: {error}")
-            self.drawn = time.monotonic()
+def read_responses(file):
+    """What `respond` wrote -> (Sequences, log p of their tokens under the model that sampled them)."""
+    try:
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        return ([M.Sequence(row["prompt"], row["response"]) for row in rows],
+                [np.array(row["logp"], np.float32) for row in rows])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a file of `analysis.py respond` ({error!r})") from None
+
+
+def read_prompts(args, tokenizer, need_demo=False):
+    """The prompts of --data (files, folders or tiny:NAME, separated by commas), at most --limit of each."""
+    if not args.data:
+        raise ValueError("--data: which problems? A file, a folder or tiny:NAME")
+    prompts = []
+    for source in args.data.split(","):
+        name = source if source.startswith("tiny:") else fetch(source, "dataset", "--data")
+        found = [e for e in load_examples(name) if e.demo or not need_demo]
+        if not found:
+            raise ValueError(f"--data {source}: no example has a demonstration; pass --responses FILE, of `respond`")
+        prompts += tokenize(found[:args.limit], tokenizer, args.template, args.max_prompt_tokens, args.max_response_tokens)
+    return prompts
+
+
+def responses(args, source, tokenizer):
+    """The sequences that fig2a and fig2b look at: demonstrations of --data, or those of a file."""
+    if source != "demo":
+        return read_responses(source)[0][:args.limit]
+    return [M.Sequence(p.ids, p.demo) for p in read_prompts(args, tokenizer, need_demo=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fig. 2(a), A1: one response as a heat map.
+
+COLOURS = {"up": (33, 102, 172), "down": (178, 24, 43)}                    # more, and less probable than before
+
+
+def colour(change, widest):
+    """rgba of a change in [-widest, widest]: blue for up, red for down, the darker the larger."""
+    r, g, b = COLOURS["up" if change > 0 else "down"]
+    return r, g, b, min(1.0, abs(change) / widest)
+
+
+def heatmap(tokens, base, tuned, scale, title):
+    """A self-contained HTML page: the response's tokens, coloured by how their probability changed.
+
+    tokens: list of str; base, tuned: log p of each under the two models; scale: "probability" or "log".
+    """
+    change = np.exp(tuned) - np.exp(base) if scale == "probability" else tuned - base
+    widest = 1.0 if scale == "probability" else max(1.0, float(np.abs(change).max()))
+    spans = []
+    for token, c, b, t in zip(tokens, change, base, tuned):
+        r, g, blue, alpha = colour(c, widest)
+        shown = html.escape(token).replace("\n", "\u21b5\n") or "\u2205"
+        spans.append(f'<span style="background:rgba({r},{g},{blue},{alpha:.3f});color:{"#fff" if alpha > 0.6 else "#111"}" '
+                     f'title="{html.escape(repr(token))}: base {np.exp(b):.4f}, tuned {np.exp(t):.4f}">{shown}</span>')
+    unit = "p_tuned - p_base" if scale == "probability" else "log p_tuned - log p_base, nats"
+    legend = "".join(f'<span style="background:rgba{colour(x * widest, widest)};color:{"#fff" if abs(x) > 0.6 else "#111"};'
+                     f'padding:0 .8em">{x * widest:+.2g}</span>'
+                     for x in (-1, -0.5, -0.1, 0.1, 0.5, 1))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>body{{font:16px/1.7 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em;color:#111;background:#fff}}
+pre{{white-space:pre-wrap;overflow-wrap:anywhere;font:inherit}} pre span{{border-radius:2px}} p{{font-family:sans-serif}}</style>
+</head><body><h1 style="font:600 1.2em sans-serif">{html.escape(title)}</h1>
+<p>Colour: {unit}, from {legend}. Point at a token for its two probabilities.
+Changed by more than 0.1: {share(base, tuned, 0.1):.1%} of {len(tokens)} tokens; by more than 0.5: {share(base, tuned, 0.5):.1%}.</p>
+<pre>{"".join(spans)}</pre></body></html>
+"""
+
+
+def share(base, tuned, more_than):
+    """The share of tokens whose probability changed by more than `more_than`."""
+    return float(np.mean(np.abs(np.exp(tuned) - np.exp(base)) > more_than)) if len(base) else 0.0
+
+
+def draw_heatmap(file, tokens, base, tuned, scale, title):
+    """The same as a picture."""
+    change = np.exp(tuned) - np.exp(base) if scale == "probability" else tuned - base
+    widest = 1.0 if scale == "probability" else max(1.0, float(np.abs(change).max()))
+    lines, line = [], []
+    for token, c in zip(tokens, change):
+        if sum(len(t) for t, _ in line) + len(token) > 90:
+            lines, line = lines + [line], []
+        line.append((token.replace("\n", "\u21b5"), c))
+        if "\n" in token:
+            lines, line = lines + [line], []
+    lines = (lines + [line])[:60]
+    figure = new_figure(11, 0.6 + 0.26 * len(lines))
+    axes = figure.subplots()
+    axes.set(xlim=(0, 92), ylim=(len(lines), 0), title=title)
+    axes.axis("off")
+    for y, line in enumerate(lines):
+        x = 0
+        for token, c in line:
+            *rgb, alpha = colour(c, widest)
+            axes.add_patch(rectangle((x, y), len(token), 0.92, color=[v / 255 for v in rgb] + [alpha], linewidth=0))
+            for k, letter in enumerate(token):
+                axes.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=9, ha="center", va="center",
+                          color="white" if alpha > 0.6 else "black")
+            x += len(token)
+    save_figure(figure, file)
+
+
+def fig2a(args, mesh, device):
+    """A heat map of the first response that --data and --responses give."""
+    base, tuned = model_folder(args.base), model_folder(named(args.tuned)[0][1])
+    tokenizer, args.limit = AutoTokenizer.from_pretrained(base), 1
+    sequence = responses(args, args.responses[0], tokenizer)[:1]
+    before, after = (Scorer(folder, mesh, device, args)(sequence)[0] for folder in (base, tuned))
+    tokens = [tokenizer.decode([t]) for t in sequence[0].response]
+    title = f"{named(args.tuned)[0][0]} against base, response: {args.responses[0]}"
+    yield "json", {"tokens": tokens, "logp_base": before.tolist(), "logp_tuned": after.tolist(),
+                   **{f"changed by more than {x}": share(before, after, x) for x in (0.1, 0.5)}}
+    yield "html", heatmap(tokens, before, after, args.scale, title)
+    yield "png", lambda file: draw_heatmap(file, tokens, before, after, args.scale, title)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fig. 2(b): the distribution of changes.
+
+def fig2b(args, mesh, device):
+    """p_tuned - p_base of every response token, as a histogram for each tuned model."""
+    base, tuned = model_folder(args.base), [(label, model_folder(name)) for label, name in named(args.tuned)]
+    tokenizer, found = AutoTokenizer.from_pretrained(base), {}
+    sources = args.responses * len(tuned) if len(args.responses) == 1 else args.responses
+    if len(sources) != len(tuned):
+        raise ValueError(f"--responses: one for all models, or one for each of the {len(tuned)}")
+    for (label, folder), source in zip(tuned, sources):
+        sequences = responses(args, source, tokenizer)
+        before, after = (np.concatenate(Scorer(f, mesh, device, args)(sequences)) for f in (base, folder))
+        change = np.exp(after) - np.exp(before)
+        counts, edges = np.histogram(change, bins=81, range=(-1, 1))
+        found[label] = {"tokens": len(change), "mean |change|": float(np.abs(change).mean()),
+                        **{f"changed by more than {x}": share(before, after, x) for x in (0.1, 0.5)},
+                        "share of each bin": (counts / max(1, len(change))).tolist(), "edges": edges.tolist()}
+
+    def draw(file):
+        figure = new_figure(7, 4)
+        axes = figure.subplots()
+        for label, row in found.items():
+            axes.stairs(row["share of each bin"], row["edges"], label=f"{label}: {row['changed by more than 0.1']:.1%} over 0.1, "
+                        f"{row['changed by more than 0.5']:.1%} over 0.5")
+        axes.set(yscale="log", xlabel="p_tuned - p_base of a response's token", ylabel="share of tokens",
+                 title="Fig. 2(b), responses: " + ", ".join(args.responses))
+        axes.legend()
+        save_figure(figure, file)
+
+    for label, row in found.items():
+        say(f"{label:<16} {row['tokens']:>8,} tokens   mean |change| {row['mean |change|']:.3f}   over 0.1: "
+            f"{row['changed by more than 0.1']:6.1%}   over 0.5: {row['changed by more than 0.5']:6.1%}")
+    yield "json", found
+    yield "png", draw
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fig. 3, App. E: trajectories in the space of distances to reference models.
+
+def fig3(args, mesh, device):
+    """For each checkpoint M of each run, d_R(M) to each reference R: the mean over R's responses, and in each over its
+    tokens, of |p_M(token) - p_R(token)|. App. E says "the distance between the probabilities"; this is the plainest one,
+    0 for M = R and at most 1. p_R is what `respond` recorded. All models must share one tokenizer."""
+    names, files = zip(*named(args.references))
+    of, own = zip(*map(read_responses, files))
+    distance = lambda a, b: float(np.mean([np.abs(np.exp(x) - np.exp(y)).mean() for x, y in zip(a, b)]))
+    place = lambda scorer: [distance(scorer(sequences), mine) for sequences, mine in zip(of, own)]
+    found = {"references": names, "runs": {}}
+    for label, stages in named(args.runs):
+        path, first = [], 0
+        for run in stages.split("+"):
+            scorer = Scorer(model_folder(run), mesh, device, args)
+            if not path:                                                # where the first stage set out
+                start = json.loads((Path(run) / "config.json").read_text())["model"]
+                path.append({"step": 0, "distances": place(Scorer(model_folder(start), mesh, device, args))})
+            steps = sorted(int(p.name[5:]) for p in (Path(run) / "checkpoints").glob("step-*"))
+            if not steps:
+                raise ValueError(f"{run}: no checkpoints; train with --save_every N --keep 99")
+            for step in steps:
+                scorer.load_checkpoint(Path(run) / "checkpoints" / f"step-{step}")
+                path.append({"step": first + step, "distances": place(scorer)})
+            first += steps[-1]
+        found["runs"][label] = path
+
+    def draw(file):
+        figure = new_figure(12, 9)
+        plots = [(figure.add_subplot(2, 2, 1, projection="3d"), (0, 1, 2))] + [
+            (figure.add_subplot(2, 2, 2 + k), pair) for k, pair in enumerate(((0, 1), (0, 2), (1, 2)))]
+        for axes, dimensions in plots:
+            for label, path in found["runs"].items():
+                points = np.array([point["distances"] for point in path])[:, dimensions]
+                axes.plot(*points.T, marker="o", markersize=3, label=label)
+                axes.plot(*points[-1:].T, marker="*", markersize=11, color=axes.lines[-1].get_color())
+            for set_label, k in zip((axes.set_xlabel, axes.set_ylabel, getattr(axes, "set_zlabel", None)), dimensions):
+                set_label(f"distance to {names[k]}")
+        plots[0][0].legend()
+        save_figure(figure, file)
+
+    yield "json", found
+    yield "png", draw
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Fig. 4, 5, 6, A2: what runs logged, one curve a paradigm.
+
+PANELS = {"fig4": ["accuracy", "entropy"], "fig5": ["accuracy", "length", "entropy"], "figA2": ["accuracy", "reward", "entropy"],
+          "fig6": ["reward", "length", "entropy", "accuracy"]}
+METRICS = {"accuracy": "eval/", "entropy": "eval_entropy/", "length": "eval_len/", "reward": "reward/mean"}
+UNITS = {"accuracy": "held-out accuracy", "entropy": "entropy, nats a token", "length": "response, tokens",
+         "reward": "training reward"}
+
+
+def read_curve(run, prefix):
+    """[(step, value)] of a run or a sequence of runs RUN+RUN, steps counted through; metrics that begin with `prefix`
+    are averaged (the paper's average over benchmarks)."""
+    points, first = [], 0
+    for part in run.split("+"):
+        rows = read_rows(Path(part) / "metrics.jsonl")
+        if not rows:
+            raise ValueError(f"{part}: no metrics.jsonl with a row; expected a run's folder")
+        for row in rows:
+            values = [v for k, v in row.items() if k.startswith(prefix) and v is not None]
+            if values and (row["step"] or not first):
+                points.append((first + row["step"], float(np.mean(values))))
+        first += rows[-1]["step"]
+    return points
+
+
+def read_curves(seeds, prefix):
+    """Runs of several seeds, "RUN+RUN,RUN+RUN" -> (steps, mean, least, most) over the steps that all of them have."""
+    curves = [dict(read_curve(run, prefix)) for run in seeds.split(",")]
+    steps = sorted(set.intersection(*map(set, curves)))
+    values = np.array([[curve[step] for step in steps] for curve in curves]).reshape(len(curves), len(steps))
+    return steps, *((f(0).tolist() if steps else []) for f in (values.mean, values.min, values.max))
+
+
+def curves(args, *_):
+    """Fig. 4, 5, 6 and A2: mean over seeds, shaded from the least to the most."""
+    panels = PANELS[args.figure]
+    found = {name: {label: dict(zip(("step", "mean", "least", "most"), read_curves(runs, METRICS[name])))
+                    for label, runs in named(args.curves)} for name in panels}
+
+    def draw(file):
+        figure = new_figure(4.6 * len(panels), 4)
+        for axes, name in zip(figure.subplots(1, len(panels)), panels):
+            for label, curve in found[name].items():
+                if curve["step"]:
+                    (line,) = axes.plot(curve["step"], curve["mean"], label=label, marker="o", markersize=3)
+                    axes.fill_between(curve["step"], curve["least"], curve["most"], alpha=0.15, color=line.get_color())
+            axes.set(xlabel="step", title=UNITS[name])
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend(fontsize=8)
+        save_figure(figure, file)
+
+    for label in found[panels[0]]:
+        say(f"{label:<16} " + "   ".join(f"{name} {found[name][label]['mean'][-1]:.3f}" for name in panels if found[name][label]["mean"]))
+    yield "json", found
+    yield "png", draw
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures and the command line.
+
+def new_figure(width, height):
+    from matplotlib.figure import Figure          # no pyplot: no display, no global state
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def rectangle(*args, **kwargs):
+    from matplotlib.patches import Rectangle
+    return Rectangle(*args, **kwargs)
+
+
+def save_figure(figure, file):
+    figure.savefig(file, dpi=110)
+
+
+def say(text):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def named(items):
+    """["A=x", "B=y"] -> [("A", "x"), ("B", "y")]; a bare path is its own label."""
+    pairs = [item.rsplit("=", 1) if "=" in item else (Path(item).name, item) for item in items]
+    if len({label for label, _ in pairs}) < len(pairs):
+        raise ValueError(f"two of {', '.join(items)} have one label: name them LABEL=PATH")
+    return [tuple(pair) for pair in pairs]
+
+
+FIGURES = {"respond": respond, "fig2a": fig2a, "fig2b": fig2b, "fig3": fig3} | dict.fromkeys(PANELS, curves)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"analysis.py: {message} (--help explains each figure)\n")
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    for name, function in FIGURES.items():
+        p = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__, allow_abbrev=False)
+        p.error = parser.error
+        p.add_argument("--out", default=f"out/figures/{name}", help="path of the files, without their suffix [%(default)s]")
+        if function is curves:
+            p.add_argument("curves", nargs="+", metavar="LABEL=RUN", help="RUN, RUN+RUN (a sequence), with more seeds after commas")
+            continue
+        if name == "respond":
+            p.add_argument("--model", required=True, help="whose responses")
+            p.add_argument("--seed", type=int, default=0, help="of sampling [%(default)s]")
+        elif name == "fig3":
+            p.add_argument("--references", nargs=3, required=True, metavar="LABEL=FILE", help="responses of the three models "
+                           "that span the space, written by `respond` (paper: base, DeepSeek-R1, QwQ-32B)")
+            p.add_argument("--runs", nargs="+", required=True, metavar="LABEL=RUN", help="runs with checkpoints; RUN+RUN a sequence")
+        else:
+            p.add_argument("--base", required=True, help="the model before fine-tuning")
+            p.add_argument("--tuned", nargs=1 if name == "fig2a" else "+", required=True, metavar="LABEL=MODEL", help="after it")
+            p.add_argument("--responses", nargs=1 if name == "fig2a" else "+", default=["demo"], help="whose responses are scored: "
+                           "the demonstrations of --data, or a file of `respond`; for fig2b also one for each model [demo]")
+        if name == "fig2a":
+            p.add_argument("--scale", choices=("probability", "log"), default="probability", help="colour: the change of p, or of "
+                           "log p [%(default)s]")
+        if name != "fig3":
+            p.add_argument("--data", default="", help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
+            p.add_argument("--limit", type=int, default=1024, help="problems of each file (App. E: 1,024) [%(default)s]")
+            p.add_argument("--template", choices=tuple(TEMPLATES), default="paper", help="prompt template [%(default)s]")
+        for flag, default, meaning in (("max_prompt_tokens", 1024, "longer prompts are dropped"),
+                                       ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),
+                                       ("micro_batch_tokens", 16_384, "packed tokens per forward"),
+                                       ("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own"),
+                                       ("window", 0, "context window; 0 keeps the model's own")):
+            p.add_argument(f"--{flag}", type=type(default), default=default, help=f"{meaning} [%(default)s]")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        mesh = device = None
+        if FIGURES[args.figure] is not curves:
+            *_, device, mesh = init_distributed()
+        for kind, content in FIGURES[args.figure](args, mesh, device):
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                content(file) if callable(content) else file.write_text(content if isinstance(content, str) else json.dumps(content))
+                print(f"wrote {file}")
+    except (ValueError, OSError) as error:              # a mistake of the caller: one line, no traceback
+        sys.exit(f"analysis.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    draw_curves(sys.argv[1])
+    main()

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +24,32 @@ def opt(default, group, help, choices=None):
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
 
 
+@dataclass(frozen=True)
+class Method:
+    """What a paradigm trains on, which flags of the objective it heeds, and what the paper sets for it."""
+    rollouts: bool                 # samples G rollouts a prompt
+    demos: str                     # demonstrations are in the rollouts' "group" (Eq. 6), "beside" it (no part of the
+                                   # advantage), left out ("none"), or learned where all rollouts "failed"
+    heeds: tuple = ()
+    flags: dict = field(default_factory=dict)
+
+
+RATIO = ("clip_eps", "tis_cap", "std_in_advantage", "demo_in_group")
+METHODS = {
+    "srft": Method(True, "group", (
+        "std_in_advantage", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
+        "eq12_advantage", "entropy_coef", "kl_coef", "reference", "tis_cap", "demo_in_group")),
+    # App. B: batch 128, lr 5e-6, linear with 10 % warm-up, 3 epochs of 46,000
+    "sft": Method(False, "beside", (), dict(lr=5e-6, lr_schedule="linear", steps=1078)),
+    "sft_kl": Method(False, "beside", ("kl_coef", "reference"),
+                     dict(lr=5e-6, lr_schedule="linear", steps=1078, kl_coef=0.2)),
+    "grpo": Method(True, "none", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
+    "sft+rl": Method(True, "beside", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
+    "luffy": Method(True, "group", (*RATIO, "demo_shaping"), dict(demo_in_group="replaces", demo_shaping=0.1)),
+    "relift": Method(True, "failed", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
+}
+
+
 @dataclass
 class Config:
     """One run. `G`, `H`, `A`, `w_SFT`, `w_RL` are the paper's symbols."""
@@ -33,7 +59,9 @@ class Config:
     data: str = opt("Elliott/Openr1-Math-46k-8192", "run", "D, with D_demo: problems, answers, "
                     "demonstrations; a parquet or JSONL file, a folder of them, or a hub name (Sec. 5.1)")
     out: str = opt("out/srft", "run", "the run's own folder")
-    method: str = opt("srft", "run", "training objective", ("srft",))
+    method: str = opt("srft", "run", "paradigm: SRFT (Eq. 13); SFT (Eq. 1), with KL (A1); GRPO (Eq. 3); SFT+RL in one "
+                      "stage (Sec. 3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults of other flags",
+                      tuple(METHODS))
     seed: int = opt(0, "run", "seed of data order and sampling")
     steps: int = opt(500, "run", "training steps, each with fresh rollouts (App. B: 500)")
     resume: bool = opt(False, "run", "continue from the newest whole checkpoint in --out; "
@@ -72,7 +100,7 @@ class Config:
                          "which corrects for the engine's numerics; 0: no weight")
     # objective
     std_in_advantage: bool = opt(True, "objective", "A is divided by the group's standard "
-                                 "deviation (Eq. 7)")
+                                 "deviation (Eq. 2, 7)")
     loss_norm: str = opt("sequence", "objective", "a response's sum over tokens is divided by |y_i| "
                          "(Eq. 3), by all tokens of the step, or by max_response_tokens",
                          ("sequence", "token", "constant"))
@@ -91,10 +119,21 @@ class Config:
                          ("log", "ratio"))
     eq12_advantage: bool = opt(False, "objective", "Eq. 12 scaled by the group's A instead of +1 and -1")
     entropy_coef: float = opt(0.0, "objective", "entropy bonus on rollouts (public code: 0.001)")
-    kl_coef: float = opt(0.0, "objective", "KL penalty to the base model on rollouts (k3 estimate); "
-                         "a second model")
+    kl_coef: float = opt(0.0, "objective", "weight of KL(pi || base model) over the whole vocabulary: lambda of A1 "
+                         "(0.2), on demonstrations; with srft a penalty on rollouts. A second model")
+    reference: str = opt("", "objective", "the base model of that KL; empty: --model")
+    clip_eps: float = opt(0.2, "objective", "epsilon of Eq. 3; only updates after a step's first can be clipped")
+    entropy_floor: float = opt(0.0, "objective", "tokens of rollouts with H_t below it, in nats, give no gradient "
+                               "(App. A.2)")
+    entropy_quantile: float = opt(0.0, "objective", "the same, the floor being this quantile of the update's H_t: 0.8 "
+                                  "keeps a fifth of the tokens (costs a second forward)")
+    term_gradients: int = opt(0, "objective", "every so many steps, measure the gradient norm of each loss term alone "
+                              "(costs a forward and backward a term); 0: never")
     # optimization
-    lr: float = opt(1e-6, "optimization", "AdamW learning rate, constant (App. B: 1e-6)")
+    lr: float = opt(1e-6, "optimization", "AdamW learning rate (App. B: 1e-6; SFT: 5e-6)")
+    lr_schedule: str = opt("constant", "optimization", "constant, or linear: up during --warmup, then down to 0 (App. "
+                           "B: SFT)", ("constant", "linear"))
+    warmup: float = opt(0.1, "optimization", "share of the steps in which a linear schedule rises")
     weight_decay: float = opt(0.01, "optimization", "AdamW weight decay")
     grad_clip: float = opt(1.0, "optimization", "gradient norm clip")
     micro_batch_tokens: int = opt(16_384, "optimization", "packed tokens per forward and rank, "
@@ -139,8 +178,8 @@ PRESETS = {
 
 
 def parse_args(argv=None, description=__doc__):
-    """The command line -> Config. Unknown flags are errors; --preset sets defaults that
-    other flags override."""
+    """The command line -> Config. Unknown flags are errors; --method sets defaults that --preset overrides, and
+    that sets defaults that other flags override."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"srft.py: {message} (--help lists all flags)\n")
@@ -156,7 +195,15 @@ def parse_args(argv=None, description=__doc__):
         groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how,
                                   help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    return Config(**PRESETS[given.pop("preset")] | given)
+    return Config(**METHODS[given.get("method", "srft")].flags | PRESETS[given.pop("preset")] | given)
+
+
+def sequences_per_prompt(cfg):
+    """(rollouts, demonstrations) of a step: (8, 1) by Eq. 6, (7, 1) if the demonstration replaces a rollout, (0, 1) for
+    SFT, (8, 0) for GRPO."""
+    method = METHODS[cfg.method]
+    replaced = method.demos == "group" and cfg.demo_in_group == "replaces"
+    return method.rollouts * (cfg.n_rollouts - replaced), int(method.demos in ("group", "beside"))
 
 
 def check_config(cfg, world, window):
@@ -188,11 +235,19 @@ def check_config(cfg, world, window):
         (not 0 <= cfg.profile <= cfg.steps, "--profile must be one of the --steps, or 0 for none"),
         (cfg.hang_minutes <= 0, "--hang_minutes must be above 0"),
         (cfg.temperature <= 0, "--temperature must be positive: rollouts are samples (Eq. 11)"),
+        (cfg.entropy_floor and cfg.entropy_quantile, "--entropy_floor or --entropy_quantile, not both"),
+        (not 0 <= cfg.entropy_quantile < 1 or not 0 <= cfg.warmup < 1 or not 0 < cfg.clip_eps < 1,
+         "--entropy_quantile and --warmup must lie in [0, 1), --clip_eps in (0, 1)"),
+        (cfg.method == "sft_kl" and not cfg.kl_coef, "--method sft_kl needs --kl_coef; without KL it is --method sft"),
         (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
          "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),
     ):
         if wrong:
             raise ValueError(message)
+    ours, defaults = METHODS[cfg.method], Config()
+    for name in sorted({name for method in METHODS.values() for name in method.heeds} - set(ours.heeds)):
+        if getattr(cfg, name) not in (getattr(defaults, name), ours.flags.get(name)):
+            raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")
 
 
 def environment():

@@ -149,7 +149,7 @@ def read_rows(file):
 def load_examples(path, skip_bad_rows=False, log=print):
     """Read a parquet or JSONL file, or every such file in a directory (sorted), into Examples.
 
-    Also takes the names "tiny:train", "tiny:heldout" and "tiny:long" of the built-in task.
+    Also takes the names "tiny:train", "tiny:heldout", "tiny:long" and "tiny:valid" of the built-in task.
     Raises FileNotFoundError, or ValueError naming the file and row of the first bad row and what
     was expected there; with `skip_bad_rows` such rows are counted and logged instead. At least
     one example must remain.
@@ -277,7 +277,8 @@ class Order:
 # (18 % end in a wrong answer). A guess is right about once in fifty times. "long" asks for more terms
 # than any training problem has.
 
-TINY_SPLITS = {"train": (256, (3, 4, 5), 1), "heldout": (200, (3, 4, 5), 2), "long": (200, (7, 8), 3)}
+TINY_SPLITS = {"train": (256, (3, 4, 5), 1), "heldout": (200, (3, 4, 5), 2), "long": (200, (7, 8), 3),
+               "valid": (200, (3, 4, 5), 4)}
 TINY_TOKENS = ["<eos>", "<unk>", "<think>", "</think>", "\\boxed{", "}", "\n", "=", "?", "+", "-",
                *"0123456789"]
 
@@ -316,7 +317,8 @@ def tiny_response(terms, rng, style, slip=0.0):
 
 
 def tiny_examples(split):
-    """The built-in task's examples: "train" (with demonstrations), "heldout" (as long), "long" (longer)."""
+    """The built-in task's examples: "train" (with demonstrations), "heldout" and "valid" (as long), "long"
+    (longer)."""
     if split not in TINY_SPLITS:
         raise ValueError(f"unknown split tiny:{split}: choose one of {', '.join(TINY_SPLITS)}")
     seen, examples = set(), []

@@ -85,7 +85,8 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
             order, repaired = getattr(example, "order", None), getattr(example, "repaired", None)
             rows[i] = {"benchmark": task.benchmark, "id": example.id, "sample": task.sample,
                        "prompt": example.problem, "answer": example.answer, "response": rollout.text,
-                       "tokens": len(rollout.tokens), "finished": rollout.finished, "verdicts": {}
+                       "tokens": len(rollout.tokens), "finished": rollout.finished, "verdicts": {},
+                       "nll": -sum(rollout.logprobs) / max(1, len(rollout.logprobs))
                        } | ({"order": order} if order is not None else {})
             wanted = [(kind, kind, example.answer) for kind in (["choice"] if order is not None else kinds)]
             if repaired is not None and "oat" in kinds:
@@ -110,18 +111,20 @@ def evaluate(engine, grader, name, prompts, n, sampling, version):
     """avg@n during training, by the training grader.
 
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns what
-    `estimate` does, and "truncated", the share of responses cut at max_tokens. A collective.
+    `estimate` does, and "truncated", the share of responses cut at max_tokens; "tokens", their mean length;
+    "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose expectation is
+    that distribution's entropy. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tasks = [Task(name, prompt, k) for prompt in prompts for k in range(n)]
     rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version)
-    everyone, found = [None] * world, np.zeros((2, len(tasks)))
-    dist.all_gather_object(everyone, [(verdict(row, "math-verify")["reward"], not row["finished"])
-                                      for row in rows])
+    everyone, found = [None] * world, np.zeros((4, len(tasks)))
+    dist.all_gather_object(everyone, [(verdict(row, "math-verify")["reward"], not row["finished"],
+                                       row["tokens"], row["nll"]) for row in rows])
     for r, part in enumerate(everyone):
-        found[:, r::world] = np.reshape(part, (-1, 2)).T
-    rewards, truncated = found.reshape(2, len(prompts), n)
-    return estimate(rewards) | {"truncated": float(truncated.mean())}
+        found[:, r::world] = np.reshape(part, (-1, 4)).T
+    rewards = found[0].reshape(len(prompts), n)
+    return estimate(rewards) | dict(zip(("truncated", "tokens", "entropy"), found[1:].mean(1).tolist()))
 
 
 def unmatchable(grader, name, prompts, say, kind="math-verify"):

@@ -2,8 +2,8 @@
 log-probs and entropies.
 
     policy = load_policy(path, config, mesh, device)              # shards read straight from safetensors
-    for batch in pack(sequences, token_budget):           # no padding anywhere: sequences lie end to end
-        logp, entropy = policy(collate(batch, device))    # (B,T) nats each; entropy has no gradient
+    for batch in pack(sequences, token_budget):               # no padding anywhere: sequences lie end to end
+        logp, entropy, _ = policy(collate(batch, device))     # (B,T) nats each; entropy has no gradient
     save_checkpoint(...); load_checkpoint(...); export_hf(...)
 
 Covers App. B of the paper (RoPE theta, window) and everything that Eq. 1-13 take for granted: log
@@ -109,9 +109,65 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, en
     where the two would take more than 1 GiB. The gradient of head_weight is summed over chunks in fp32 and
     rounded once: in bf16, that (V,D) sum and a (chunk, V) block in bf16 come on top.
     """
-    if chunk is None:
-        chunk = min(1024, max(64, 2**27 // len(head_weight) // 64 * 64))
-    return _ChunkedLogProbs.apply(hidden, head_weight, targets, temperature, chunk, entropy_grad)
+    return _ChunkedLogProbs.apply(hidden, head_weight, targets, temperature,
+                                  chunk or default_chunk(len(head_weight)), entropy_grad)
+
+
+def default_chunk(vocabulary):
+    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB."""
+    return min(1024, max(64, 2**27 // vocabulary // 64 * 64))
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """As _ChunkedLogProbs: backward recomputes the logits of both models chunk by chunk, in two (chunk, V) blocks."""
+
+    @staticmethod
+    def _log_softmax(out, hidden, weight, temperature):
+        _addmm_fp32(out, hidden, weight.T, beta=0, alpha=1 / temperature)
+        return out.sub_(out.logsumexp(-1, keepdim=True))
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, chunk):
+        kl = hidden.new_empty(len(hidden), dtype=torch.float32)
+        blocks = hidden.new_empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32)
+        for s in range(0, len(hidden), chunk):
+            c = slice(s, min(s + chunk, len(hidden)))
+            log_p, log_q = blocks[:, :c.stop - s]
+            _ChunkedKL._log_softmax(log_p, hidden[c], weight, temperature)
+            _ChunkedKL._log_softmax(log_q, ref_hidden[c], ref_weight, temperature)
+            log_q.neg_().add_(log_p)
+            kl[c] = log_p.exp_().mul_(log_q).sum(-1)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, ref_hidden, ref_weight, kl = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        blocks = hidden.new_empty(2, min(ctx.chunk, len(hidden)), len(weight), dtype=torch.float32)
+        for s in range(0, len(hidden), ctx.chunk):
+            c = slice(s, min(s + ctx.chunk, len(hidden)))
+            log_p, log_q = blocks[:, :c.stop - s]
+            _ChunkedKL._log_softmax(log_p, hidden[c], weight, ctx.temperature)
+            _ChunkedKL._log_softmax(log_q, ref_hidden[c], ref_weight, ctx.temperature)
+            # d KL / d logits = p (log p - log q - KL).
+            log_q.neg_().add_(log_p).sub_(kl[c, None]).mul_(grad[c, None] / ctx.temperature)
+            d = log_p.exp_().mul_(log_q).to(hidden.dtype)
+            grad_hidden[c] = d @ weight
+            _addmm_fp32(grad_weight, d.T, hidden[c])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def token_kl(hidden, head_weight, ref_hidden, ref_head_weight, temperature=1.0, chunk=None):
+    """KL(pi || pi_ref) >= 0 of the full distributions at each position (Eq. A1), nats, fp32, with gradient for pi.
+
+    hidden (N,D), head_weight (V,D), and the reference model's, which may have another D -> (N,). Memory beyond
+    inputs and gradients peaks at three (chunk, V) fp32 blocks, logsumexp's among them.
+    """
+    return _ChunkedKL.apply(hidden, head_weight, ref_hidden, ref_head_weight, temperature,
+                            chunk or default_chunk(len(head_weight)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -253,18 +309,24 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch, temperature=1.0, entropy_grad=False):
-        """Batch -> (logp (B,T), entropy (B,T)), right-padded with zeros; T is the longest
-        response in the batch."""
+    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None, features=False):
+        """Batch -> (logp, entropy, kl), each (B,T), right-padded with zeros; T is the longest response in the
+        batch. `reference`: the `features` of the same batch by the model that kl is to; without, kl is None.
+
+        features: return the hidden states that predict the responses, (R,D), and the head, (V,D), instead.
+        """
         hidden = self.lm.base_model(
             input_ids=batch.ids, position_ids=batch.positions, attention_mask=None, use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.max_seqlen).last_hidden_state[0]  # (N, D)
-        head = self.lm.get_output_embeddings().weight                                            # (V, D)
-        logp, entropy = token_logprobs(hidden[batch.where], head, batch.targets, temperature,
-                                       entropy_grad=entropy_grad)
+        hidden, head = hidden[batch.where], self.lm.get_output_embeddings().weight               # (V, D)
+        if features:
+            return hidden, head
+        logp, entropy = token_logprobs(hidden, head, batch.targets, temperature, entropy_grad=entropy_grad)
+        kl = token_kl(hidden, head, *reference, temperature) if reference else None
         if not batch.lengths:           # nothing to predict: keep the graph, so that backward still runs
-            return logp[None].clone(), entropy[None].clone()
-        return tuple(pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy))
+            return logp[None].clone(), entropy[None].clone(), None
+        return tuple(None if x is None else pad_sequence(x.split(batch.lengths), batch_first=True)
+                     for x in (logp, entropy, kl))
 
 
 def accumulate(policy, last):

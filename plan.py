@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model as M
-from config import check_config
+from config import check_config, sequences_per_prompt
 from rollout import kv_bytes
 
 GIB = 2**30
@@ -161,9 +161,8 @@ def full_micro_batch(cfg):
 
 
 def tokens_per_step(cfg, world, length):
-    """(sequences, tokens, micro-batches a rank) of one step whose sequences all have this length.
-    Eq. 6: prompts x (rollouts + 1 demonstration) sequences; 8 + 1, or 7 + 1 if it replaces a rollout."""
-    sequences = cfg.prompts_per_step * (cfg.n_rollouts + (cfg.demo_in_group == "joins"))
+    """(sequences, tokens, micro-batches a rank) of one step whose sequences all have this length."""
+    sequences = cfg.prompts_per_step * sum(sequences_per_prompt(cfg))
     packs = math.ceil(sequences / cfg.updates_per_rollout / max(1, cfg.micro_batch_tokens // length))
     return sequences, sequences * length, cfg.updates_per_rollout * math.ceil(packs / world)
 
@@ -205,8 +204,7 @@ def report(config, cfg, memory, source, world=8):
     """The lines of the plan."""
     cut = (cfg.max_prompt_tokens, cfg.max_response_tokens)
     lengths = {"worst case": cut, "typical": tuple(map(min, TYPICAL, cut))}
-    sequences = tokens_per_step(cfg, world, 1)[0]
-    rollouts = sequences // cfg.prompts_per_step - 1
+    sequences, (rollouts, demos) = tokens_per_step(cfg, world, 1)[0], sequences_per_prompt(cfg)
     number = lambda name: f"{memory[name] / 1e9:.2f} B" if memory[name] >= 1e8 else f"{memory[name]:,}"
     nodes, shard = max(1, world // NODE), min(world, NODE)
     lines = [
@@ -215,7 +213,7 @@ def report(config, cfg, memory, source, world=8):
         f"mesh        {world} ranks, shard {shard} ({f'x {nodes} copies, HSDP' if nodes > 1 else 'FSDP2'}); "
         "fp32 master weights, bf16 compute, "
         + ("blocks recomputed" if cfg.activation_checkpointing else "nothing recomputed"),
-        f"one step    {cfg.prompts_per_step} prompts x ({rollouts} rollouts + 1 demonstration) = "
+        f"one step    {cfg.prompts_per_step} prompts x ({rollouts} rollouts + {demos} demonstration) = "
         f"{sequences:,} sequences", "",
         f"{'Tokens a step (prompt + response)':<36}{'tokens':>12}  micro-batches of "
         f"{cfg.micro_batch_tokens:,}"]

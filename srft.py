@@ -21,19 +21,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import baselines
 import model as M
-from analysis import RunLog, read_rows
-from config import Config, check_config, environment, parse_args
+from runlog import RunLog, read_rows
+from baselines import add_up, average, sequence_mean, without_padding
+from config import METHODS, Config, check_config, environment, parse_args, sequences_per_prompt
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from processes import (fetch, hang_watch, init_distributed, memory_gb, phase, seed_everything, set_timeouts,
                        start_profiler, write_profile)
 from reward import Grader
 from rollout import RolloutEngine
+from update import counts, forward_before_update, term_gradient_norms, update_policy
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ def entropy_weight(kind, scale, exponent):
 
 
 def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_demo, n_rollout,
-              logp_old=None, tis=None, logp_ref=None):
+              logp_old=None, tis=None, kl=None, only=None, **_):
     """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12),
     on one micro-batch.
 
@@ -77,41 +79,36 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     Eq. 7, bool. n_demo, n_rollout: sequences of each kind in the WHOLE optimizer step, over all ranks and
     micro-batches (with cfg.loss_norm "token": their response tokens), so that losses and gradients of
     micro-batches simply add up. logp_old (B,T): log pi before the step's first update; None means pi
-    itself. tis (B,T): truncated importance weights pi/pi_engine, used on rollouts only. logp_ref (B,T):
-    log-probs of the base model, for cfg.kl_coef.
+    itself. tis (B,T): truncated importance weights pi/pi_engine, used on rollouts only. kl (B,T):
+    KL(pi_theta || base model) at each token, with gradient, for cfg.kl_coef. only: the name of the one term
+    to return as the loss.
 
     Returns (scalar loss, stats): "loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg" sum to the
     loss (but for bonus and penalty switches); "w_sft", "w_rl": means over the sequences they apply to, 0
     if none.
     """
-    mask = mask.to(logp.dtype)
-    clean = lambda x: None if x is None else x.masked_fill(mask == 0, 0.0)  # nan on padding takes no part
-    logp, entropy, logp_old, tis, logp_ref = map(clean, (logp, entropy, logp_old, tis, logp_ref))
+    mask, logp, entropy, logp_old, tis, kl = without_padding(mask, logp, entropy, logp_old, tis, kl)
     demo, correct = is_demo.bool(), ~is_demo.bool() & (reward > 0)
     wrong = ~demo & ~correct
     length = mask.sum(1).clamp(min=1)
-    norm = length[:, None] if cfg.loss_norm == "sequence" else 1.0
-    if cfg.loss_norm == "constant":
-        norm = cfg.max_response_tokens
-    mean = lambda x: (x * mask / norm).sum(1)                                             # <x>_i  (B,)
-    total = lambda x, which, n: torch.where(which, x, 0.0).sum() / max(n, 1)
+    mean = lambda x: sequence_mean(x, mask, cfg)                                          # <x>_i  (B,)
 
     # H(pi_theta), gradient stopped: (B,1), or (B,T) token by token.
     h = (entropy.detach() * mask).sum(1, keepdim=True) / length[:, None]
     if cfg.entropy_level == "token":
         h = entropy.detach()
     elif cfg.entropy_level == "batch":  # over the sequences given; the training loop passes the step's mean
-        of_kind = lambda which: total(h[:, 0], which, int(which.sum()))
+        of_kind = lambda which: average(h[:, 0], which, int(which.sum()))
         h = torch.where(demo[:, None], of_kind(demo), of_kind(~demo))
     w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                            # Eq. 8
     w_rl = entropy_weight(cfg.w_rl, 0.1, h)                                               # Eq. 12
 
     # Learning from demonstrations (Sec. 4.1).
-    sft_demo = total(mean(w_sft * -logp), demo, n_demo)                                   # Eq. 8
+    sft_demo = average(mean(w_sft * -logp), demo, n_demo)                                 # Eq. 8
     ratio = logp.exp()                                                                    # Eq. 10
     if cfg.demo_shaping:
         ratio = ratio / (ratio + cfg.demo_shaping)
-    rl_demo = total(-advantage * mean(ratio), demo, n_demo)                               # Eq. 9
+    rl_demo = average(-advantage * mean(ratio), demo, n_demo)                             # Eq. 9
 
     # Learning from self-exploration (Sec. 4.2). The rewards {1,-1} of Eq. 11 enter as the sign of each sum.
     score = logp
@@ -119,133 +116,23 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
         score = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
     score = score if tis is None else score * tis
     sign = advantage if cfg.eq12_advantage else torch.where(correct, 1.0, -1.0).to(logp.dtype)
-    rl_pos = total(-sign * mean(w_rl * score), correct, n_rollout)                        # Eq. 12, left
-    rl_neg = total(-sign * mean(score), wrong, n_rollout)                                 # Eq. 12, right
+    rl_pos = average(-sign * mean(w_rl * score), correct, n_rollout)                      # Eq. 12, left
+    rl_neg = average(-sign * mean(score), wrong, n_rollout)                               # Eq. 12, right
 
-    loss = sft_demo + rl_demo + rl_pos + rl_neg                                           # Eq. 13
-    if cfg.entropy_coef:
-        loss = loss - cfg.entropy_coef * total(mean(entropy), ~demo, n_rollout)
-    if cfg.kl_coef:               # the k3 estimate e^d - d - 1, d = log(ref/pi): unbiased, never negative
-        d = logp_ref - logp
-        loss = loss + cfg.kl_coef * total(mean(d.exp() - d - 1), ~demo, n_rollout)
-    weight = lambda w, which: total((w * mask).sum(1) / length, which, int(which.sum()))
-    values = torch.stack([sft_demo, rl_demo, rl_pos, rl_neg, weight(w_sft, demo), weight(w_rl, correct)])
-    return loss, dict(zip(("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg", "w_sft", "w_rl"),
-                          values.tolist()))
-
-
-LOSSES = {"srft": srft_loss}
+    of_weight = lambda w, which: average((w * mask).sum(1) / length, which, int(which.sum()))
+    loss, stats = add_up({"loss/sft_demo": sft_demo, "loss/rl_demo": rl_demo,             # Eq. 13
+                          "loss/rl_pos": rl_pos, "loss/rl_neg": rl_neg}, only,
+                         w_sft=of_weight(w_sft, demo), w_rl=of_weight(w_rl, correct))
+    if cfg.entropy_coef and not only:
+        loss = loss - cfg.entropy_coef * average(mean(entropy), ~demo, n_rollout)
+    if cfg.kl_coef and not only:
+        loss = loss + cfg.kl_coef * average(mean(kl), ~demo, n_rollout)
+    return loss, stats
 
 
-# ----------------------------------------------------------------------------------------------------------
-# One optimizer update on packed micro-batches.
-
-def padded(rows, device):
-    """Lists of different length -> (B,T) float tensor, zeros on the right."""
-    rows = [torch.as_tensor(np.asarray(row, np.float32)) for row in rows]
-    return pad_sequence(rows, batch_first=True).to(device)
-
-
-def column(sequences, name, device):
-    """One number of each sequence -> (B,) float tensor."""
-    return torch.tensor([float(getattr(s, name)) for s in sequences], device=device)
-
-
-def counts(sequences, loss_norm):
-    """(n_demo, n_rollout) of Eq. 8-12 in the unit that the normalizer counts: sequences, or
-    response tokens."""
-    unit = (lambda s: len(s.response)) if loss_norm == "token" else (lambda s: 1)
-    return sum(unit(s) for s in sequences if s.is_demo), sum(unit(s) for s in sequences if not s.is_demo)
-
-
-@torch.no_grad()
-def forward_before_update(run, cfg, batches):
-    """[(log pi_old, H)] of each micro-batch before any update of this step, only where something needs it.
-
-    With several updates a step, pi_old is no longer pi. With entropy_level "batch", H is the mean of H_i
-    over all demonstrations, or all rollouts, of the step. Otherwise [(None, None)]: no second pass. A
-    collective.
-    """
-    if cfg.updates_per_rollout == 1 and cfg.entropy_level != "batch":
-        return [(None, None)] * len(batches)
-    out, sums = [], torch.zeros(2, 2, dtype=torch.float64)   # (rollouts, demos) x (sum of H_i, sequences)
-    for sequences in batches:
-        logp, entropy = run.policy(M.collate(sequences, run.device), cfg.temperature)
-        out.append((sequences, logp, entropy))
-        for s, h in zip(sequences, entropy):
-            sums[int(s.is_demo)] += torch.tensor([h.sum().item() / max(len(s.response), 1), 1.0])
-    if cfg.entropy_level != "batch":
-        return [(logp, None) for _, logp, _ in out]
-    dist.all_reduce(sums)
-    mean = (sums[:, 0] / sums[:, 1].clamp(min=1)).float().to(run.device)
-    kind = lambda sequences: column(sequences, "is_demo", run.device).long()
-    return [(logp, mean[kind(sequences)][:, None].expand_as(h) if sequences else h)
-            for sequences, logp, h in out]
-
-
-def backward_micro_batch(run, cfg, sequences, logp_old, entropy_of_step, n_demo, n_rollout):
-    """Forward, Eq. 13 and backward of one packed micro-batch. Returns what it adds to the update's sums."""
-    device, batch = run.device, M.collate(sequences, run.device)
-    logp, entropy = run.policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))  # (B,T) each
-    if not sequences:
-        (logp.sum() * 0).backward()               # no work here, but other ranks wait in the collectives
-        return {}
-    with torch.no_grad():
-        mask = padded([[1.0] * len(s.response) for s in sequences], device)
-        is_demo, reward = column(sequences, "is_demo", device).bool(), column(sequences, "reward", device)
-        on_policy = mask * ~is_demo[:, None]
-        # log pi - log pi_engine on rollout tokens, 0 but for numerics, and the truncated importance weight.
-        engine = padded(
-            [[0.0] * len(s.response) if s.is_demo else s.engine_logp for s in sequences], device)
-        diff = ((logp.detach() if logp_old is None else logp_old) - engine) * on_policy
-        tis = diff.exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else None
-        logp_ref = run.reference(batch, cfg.temperature)[0] if run.reference else None
-    loss, stats = LOSSES[cfg.method](
-        logp, entropy if entropy_of_step is None else entropy_of_step, mask, reward,
-        column(sequences, "advantage", device), is_demo, cfg, n_demo, n_rollout, logp_old, tis, logp_ref)
-    loss.backward()
-
-    h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    demos, correct = int(is_demo.sum()), int((~is_demo & (reward > 0)).sum())
-    return stats | {"w_sft": stats["w_sft"] * demos, "w_rl": stats["w_rl"] * correct, "demos": demos,
-                    "correct": correct, "rollouts": len(sequences) - demos,
-                    "h_demo": h[is_demo].sum().item(), "h_rollout": h[~is_demo].sum().item(),
-                    "tokens": on_policy.sum().item(),
-                    "capped": (diff.exp() > cfg.tis_cap).sum().item() if cfg.tis_cap else 0,
-                    "diff": diff.abs().sum().item(), "worst": diff.abs().max().item()}
-
-
-SUMS = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg", "w_sft", "w_rl", "demos", "correct",
-        "rollouts", "h_demo", "h_rollout", "tokens", "capped", "diff")
-
-
-def update_policy(run, cfg, batches, before, n_demo, n_rollout):
-    """One optimizer step on this rank's micro-batches: Eq. 13, clip, AdamW. Returns the metrics of
-    all ranks.
-
-    Gradients are sums, over micro-batches and ranks, of terms already divided by global counts. An update
-    whose gradient is not finite is skipped. A collective.
-    """
-    parts = []
-    for i, (sequences, old) in enumerate(zip(batches, before), 1):
-        M.accumulate(run.policy, last=i == len(batches))
-        parts.append(backward_micro_batch(run, cfg, sequences, *old, n_demo, n_rollout))
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), cfg.grad_clip).full_tensor().item()
-    if np.isfinite(norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-
-    sums = torch.tensor([sum(part.get(name, 0.0) for part in parts) for name in SUMS], dtype=torch.float64)
-    worst = torch.tensor(max(part.get("worst", 0.0) for part in parts))
-    dist.all_reduce(sums)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    total = dict(zip(SUMS, sums.tolist()))
-    per = lambda name, count: total[name] / max(total[count], 1)
-    return {name: value for name, value in total.items() if name.startswith("loss/")} | {
-        "w_sft": per("w_sft", "demos"), "w_rl": per("w_rl", "correct"),
-        "entropy/demo": per("h_demo", "demos"), "entropy/rollout": per("h_rollout", "rollouts"),
-        "engine/logp_diff_mean": per("diff", "tokens"), "engine/logp_diff_max": worst.item(),
-        "tis/capped": per("capped", "tokens"), "grad_norm": norm}
+OBJECTIVES = baselines.OBJECTIVES | {"srft": (srft_loss, {
+    "loss/sft_demo": "demos", "loss/rl_demo": "demos", "loss/rl_pos": "rollouts", "loss/rl_neg": "rollouts",
+    "w_sft": "demos", "w_rl": "correct"})}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -266,6 +153,7 @@ class Run:
     policy: M.Policy
     flops: Callable                  # of forward and backward over a list of sequences, without recomputation
     reference: M.Policy | None       # the frozen base model, only for kl_coef
+    objective: tuple                 # (loss, {statistic: the sequences it counts}) of OBJECTIVES
     optimizer: torch.optim.Optimizer
     engine: RolloutEngine
     grader: Grader
@@ -275,6 +163,7 @@ class Run:
     log: RunLog
     step: int                        # steps done before this process started
     skipped: int                     # updates skipped so far
+    failed: list                     # ReLIFT: prompts whose rollouts were all wrong, to be demonstrated
 
 
 def setup(cfg):
@@ -305,7 +194,12 @@ def setup(cfg):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = None
     if cfg.kl_coef:
-        reference = M.load_policy(folder, config, mesh, device, offload=cfg.offload).requires_grad_(False)
+        base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
+        of_base = M.load_config(base, cfg.rope_theta, cfg.window)
+        if of_base.vocab_size != config.vocab_size:
+            raise ValueError(f"--reference {cfg.reference}: has {of_base.vocab_size} tokens, the model has "
+                             f"{config.vocab_size}: the KL of A1 needs one vocabulary")
+        reference = M.load_policy(base, of_base, mesh, device, offload=cfg.offload).requires_grad_(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     phase("start engine")
     engine = RolloutEngine(
@@ -323,8 +217,9 @@ def setup(cfg):
         (out / "config.json").write_text(json.dumps(asdict(cfg) | {"ranks": world} | environment(), indent=2))
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
     flops = partial(M.forward_backward_flops, config, sum(p.numel() for p in policy.parameters()))
-    return Run(rank, world, device, mesh, dtype, tokenizer, policy, flops, reference, optimizer, engine,
-               grader, prompts, heldout, order, log, state["step"], state["skipped"])
+    return Run(rank, world, device, mesh, dtype, tokenizer, policy, flops, reference, OBJECTIVES[cfg.method],
+               optimizer, engine, grader, prompts, heldout, order, log, state["step"], state["skipped"],
+               state.get("failed", []))
 
 
 def restore(cfg, checkpoint, policy, optimizer, order, say):
@@ -335,7 +230,7 @@ def restore(cfg, checkpoint, policy, optimizer, order, say):
                          f"{[cfg.data, order.n, cfg.seed]}; resume with the run's own flags")
     order.position = state["position"]
     for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
-        group.update(lr=cfg.lr, weight_decay=cfg.weight_decay)
+        group.update(weight_decay=cfg.weight_decay)
     say(f"resumed {checkpoint[0]}")
     return state
 
@@ -366,6 +261,11 @@ def load_data(cfg, tokenizer, grader, say):
     prompts = [prompt for i, prompt in enumerate(prompts) if bad.get(i) in (None, *FAILED)]
     if not prompts:
         raise ValueError("--data: no reference answer can be matched; is `answer` the final answer alone?")
+    if not METHODS[cfg.method].rollouts:
+        prompts = [prompt for prompt in prompts if prompt.demo]
+        if not prompts:
+            raise ValueError(f"--data: no example has a demonstration (`solution`), and --method {cfg.method} "
+                             "learns from nothing else")
     return prompts, heldout
 
 
@@ -381,7 +281,7 @@ def sample_and_grade(run, cfg, step, batch, mine, demo_rewards):
     # not on ranks or on what went before.
     seeds = np.random.SeedSequence([cfg.seed, step]).generate_state(len(batch), np.uint64).tolist()
     new = {batch[g].example.id: batch[g].example for g in mine
-           if batch[g].demo and batch[g].example.id not in demo_rewards}
+           if sequences_per_prompt(cfg)[1] and batch[g].demo and batch[g].example.id not in demo_rewards}
     run.grader.submit([e.demo for e in new.values()], [e.answer for e in new.values()])
     places = []                                # of the rollouts, in the order in which they are submitted
 
@@ -390,9 +290,11 @@ def sample_and_grade(run, cfg, step, batch, mine, demo_rewards):
         run.grader.submit([r.text for _, _, r in ended], [batch[mine[i]].example.answer for i, _, _ in ended],
                           [r.finished for _, _, r in ended])
 
-    rollouts = run.engine.generate(
-        [batch[g].ids for g in mine], cfg.n_rollouts - (cfg.demo_in_group == "replaces"), cfg.temperature,
-        cfg.max_response_tokens, [seeds[g] for g in mine], version=step - 1, on_step=grade_finished)
+    n_rollouts, rollouts = sequences_per_prompt(cfg)[0], [[] for _ in mine]
+    if n_rollouts:
+        rollouts = run.engine.generate(
+            [batch[g].ids for g in mine], n_rollouts, cfg.temperature, cfg.max_response_tokens,
+            [seeds[g] for g in mine], version=step - 1, on_step=grade_finished)
     generated = time.monotonic()
     phase("grade", step)
     verdicts = run.grader.collect()
@@ -403,9 +305,16 @@ def sample_and_grade(run, cfg, step, batch, mine, demo_rewards):
             ], of_demo, generated
 
 
+def demonstration(prompt, group=0, reward=0.0):
+    """A Prompt's demonstration as a training sequence."""
+    return M.Sequence(np.asarray(prompt.ids, np.int32), np.asarray(prompt.demo, np.int32), is_demo=True,
+                      group=group, reward=reward)
+
+
 def augmented_groups(run, cfg, step, batch, demo_rewards):
-    """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's demonstration,
-    with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts), then all exchange.
+    """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's demonstration, as
+    the method has them, with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts),
+    then all exchange.
 
     Returns (sequences, the same list on every rank; rows for samples.jsonl; Counter of the verdicts' reasons
     and of "ms"; time when generation ended). A collective.
@@ -418,19 +327,18 @@ def augmented_groups(run, cfg, step, batch, demo_rewards):
     row = lambda example, response, verdict, demo: {
         "step": step, "id": example.id, "demo": demo, "prompt": example.problem, "response": response,
         "reward": verdict.reward, "reason": verdict.reason}
-    sequences, samples, ints = [], [], lambda x: np.asarray(x, np.int32)
+    sequences, samples = [], []
     for g, group in zip(mine, groups):
         prompt, example = batch[g], batch[g].example
         for r, verdict in group:
             sequences.append(M.Sequence(
-                ints(prompt.ids), ints(r.tokens), group=g, reward=verdict.reward,
+                np.asarray(prompt.ids, np.int32), np.asarray(r.tokens, np.int32), group=g, reward=verdict.reward,
                 engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
             if run.rank == 0 and len(samples) < cfg.log_samples:
                 samples.append(row(example, r.text, verdict, demo=False))
-        if prompt.demo:                                                                         # Eq. 6
+        if prompt.demo and sequences_per_prompt(cfg)[1]:                                        # Eq. 6
             reward = of_demo[example.id].reward if example.id in of_demo else demo_rewards[example.id]
-            sequences.append(M.Sequence(
-                ints(prompt.ids), ints(prompt.demo), is_demo=True, group=g, reward=reward))
+            sequences.append(demonstration(prompt, g, reward))
     examples = {batch[g].example.id: batch[g].example for g in mine}
     samples += [row(examples[id], examples[id].demo, verdict, demo=True)        # kept, but a person
                 for id, verdict in of_demo.items() if not verdict.reward]       # should know
@@ -439,6 +347,37 @@ def augmented_groups(run, cfg, step, batch, demo_rewards):
     dist.all_gather_object(everyone, (sequences, samples, grading))  # tokens, no model tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
     return sequences, samples, sum((part[2] for part in everyone), Counter()), generated
+
+
+def learning_rate(cfg, step):
+    """Of one step, counted from 1: constant, or up over the first cfg.warmup of the steps and down to 0."""
+    if cfg.lr_schedule == "constant":
+        return cfg.lr
+    rising, falling = step / max(1, cfg.warmup * cfg.steps), (cfg.steps - step + 1) / ((1 - cfg.warmup) * cfg.steps)
+    return cfg.lr * min(1.0, rising, falling)
+
+
+def divide(run, cfg, indices, sequences):
+    """The step's sequences with their advantages (Eq. 7; Eq. 2 where demonstrations are in no group), in shares, one
+    for each optimizer update.
+
+    ReLIFT: prompts that all rollouts failed wait in run.failed; when a step's worth of them has come together, one
+    more update on their demonstrations follows.
+    """
+    method = METHODS[cfg.method]
+    grouped = [s for s in sequences if method.demos == "group" or not s.is_demo]
+    reward, group = (torch.tensor([getattr(s, name) for s in grouped]) for name in ("reward", "group"))
+    for s, advantage in zip(grouped, group_advantage(reward, group, cfg.std_in_advantage).tolist()):
+        s.advantage = advantage
+    shares = [[s for s in sequences if s.group % cfg.updates_per_rollout == u]
+              for u in range(cfg.updates_per_rollout)]
+    if method.demos == "failed":
+        solved = {s.group for s in sequences if s.reward > 0}
+        run.failed += [i for g, i in enumerate(indices) if g not in solved and run.prompts[i].demo]
+        if len(run.failed) >= cfg.prompts_per_step:
+            now, run.failed[:] = run.failed[:cfg.prompts_per_step], run.failed[cfg.prompts_per_step:]
+            shares.append([demonstration(run.prompts[i]) for i in now])
+    return shares
 
 
 def train(cfg, run):
@@ -465,7 +404,8 @@ def train(cfg, run):
         for name, prompts in run.heldout.items():
             phase(f"evaluate {name}", step)
             result = evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
-            found[f"eval/{name}"] = result["accuracy"]
+            found |= {f"eval/{name}": result["accuracy"], f"eval_len/{name}": result["tokens"],
+                      f"eval_entropy/{name}": result["entropy"]}
         return found
 
     if 0 < cfg.profile <= run.step and run.rank == 0:
@@ -477,33 +417,36 @@ def train(cfg, run):
         phase("rollout", step)
         clock = [time.monotonic()]
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
-        batch = [run.prompts[i] for i in run.order.take(cfg.prompts_per_step)]
+        indices = run.order.take(cfg.prompts_per_step)
+        batch = [run.prompts[i] for i in indices]
         sequences, samples, grading, generated = augmented_groups(run, cfg, step, batch, demo_rewards)
         clock, memory = clock + [generated, time.monotonic()], [memory_gb(run.device)]
 
-        # Advantages over the augmented group (Eq. 7).
-        reward, group = (torch.tensor([getattr(s, name) for s in sequences])
-                         for name in ("reward", "group"))
-        for s, advantage in zip(sequences, group_advantage(reward, group, cfg.std_in_advantage).tolist()):
-            s.advantage = advantage
+        shares = divide(run, cfg, indices, sequences)                    # a share for each update
 
         # Pack into micro-batches, as many on every rank; loss (Eq. 13), backward, clip, AdamW.
         phase("train", step)
         run.engine.sleep()
-        shares = [[s for s in sequences if s.group % cfg.updates_per_rollout == u]
-                  for u in range(cfg.updates_per_rollout)]
+        for parameters in run.optimizer.param_groups:
+            parameters["lr"] = learning_rate(cfg, step)
         cost = lambda sequence: run.flops([sequence])
         packs = [M.pack(share, cfg.micro_batch_tokens, run.world, cost)[run.rank::run.world]
                  for share in shares]
         before = [forward_before_update(run, cfg, batches) for batches in packs]
-        updates = [update_policy(run, cfg, batches, old, *counts(share, cfg.loss_norm))
-                   for batches, old, share in zip(packs, before, shares)]
+        parts = [(run, cfg, *pair, *counts(share, cfg.loss_norm))
+                 for *pair, share in zip(packs, before, shares)]
+        norms = {}
+        if cfg.term_gradients and step % cfg.term_gradients == 0:
+            norms = term_gradient_norms(*parts[0])
+        updates = [update_policy(*part) for part in parts]
         clock.append(time.monotonic())
         memory.append(memory_gb(run.device))
 
         # Send the new weights to the engine.
         phase("sync", step)
-        run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)
+        evaluate_now = step % cfg.eval_every == 0 or step == cfg.steps
+        if METHODS[cfg.method].rollouts or evaluate_now:
+            run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)
         clock.append(time.monotonic())
 
         # Log; evaluate; stop where going on would only waste the machine.
@@ -513,24 +456,25 @@ def train(cfg, run):
         phase("log", step)
         bad = sum(not np.isfinite(update["grad_norm"]) for update in updates)
         skipped, skipped_in_a_row = skipped + bad, (skipped_in_a_row + bad if bad == len(updates) else 0)
-        metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | {
+        metrics = {"step": step} | summarize(run, cfg, sequences, grading, updates, clock) | norms | {
             "steps_skipped": skipped,
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if run.rank == 0:
             warn_of_grader(metrics, grading)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
+        if evaluate_now:
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
-        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}",
-                        length=f"{metrics['response_len/mean']:.0f}",
-                        entropy=f"{metrics['entropy/rollout']:.3f}", refresh=False)
+        shown = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
+                 "loss": "loss/sft"}
+        bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in shown.items()
+                         if metrics.get(key) is not None}, refresh=False)
         bar.update()
         if skipped_in_a_row >= 5:
             raise RuntimeError(
                 f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
                 f"{[p.example.id for p in batch]}. Lower --lr, or look at samples.jsonl.")
-        mismatch = updates[0]["engine/logp_diff_mean"]
-        if step == run.step + 1 and not mismatch <= 0.05:
+        mismatch = updates[0]["engine/logp_diff_mean"]                  # None: no rollouts
+        if step == run.step + 1 and mismatch is not None and not mismatch <= 0.05:
             raise RuntimeError(
                 f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {mismatch:.3f} nats "
                 "on average right after a weight sync (limit 0.05). The engine serves other weights, "
@@ -542,7 +486,7 @@ def train(cfg, run):
         stop = torch.tensor(float(bool(stopping)))
         dist.all_reduce(stop, dist.ReduceOp.MAX)               # ranks may get the signal in different steps
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            state = {"step": step, "skipped": skipped, "position": run.order.position,
+            state = {"step": step, "skipped": skipped, "position": run.order.position, "failed": run.failed,
                      "data": [cfg.data, len(run.prompts), cfg.seed]}
             M.save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
@@ -565,18 +509,22 @@ def summarize(run, cfg, sequences, grading, updates, clock):
         solved[s.group] += s.reward, 1
     times, total = np.diff(clock).tolist(), clock[-1] - clock[0]
     peak = M.peak_flops(run.device)
-    mean = lambda values: float(np.mean(list(values)))
+
+    def mean(values):
+        """None: this method has no such sequences, this update none of that kind."""
+        values = [float(value) for value in values if value is not None]
+        return sum(values) / len(values) if values else None
+
     gradings = grading.total() - grading["ms"]
-    failed = sum(grading[reason] for reason in FAILED)
     return {
-        "reward/mean": mean(s.reward for s in rollouts),
-        "reward/demo_mean": mean(s.reward for s in demos) if demos else None,
-        "reward/all_correct": mean(solved[:, 0] == solved[:, 1]),
-        "reward/all_wrong": mean(solved[:, 0] == 0),
+        "reward/mean": mean(s.reward for s in rollouts), "reward/demo_mean": mean(s.reward for s in demos),
+        "reward/all_correct": mean(solved[:, 0] == solved[:, 1]) if rollouts else None,
+        "reward/all_wrong": mean(solved[:, 0] == 0) if rollouts else None,
         "response_len/mean": mean(len(s.response) for s in rollouts),
-        "response_len/max": max(len(s.response) for s in rollouts),
+        "response_len/max": max((len(s.response) for s in rollouts), default=None),
         "response_len/truncated": mean(not s.finished for s in rollouts),
-        "grader/timeouts": failed, "perf/grader_ms": grading["ms"] / max(1, gradings),
+        "grader/timeouts": sum(grading[reason] for reason in FAILED),
+        "perf/grader_ms": grading["ms"] / max(1, gradings),
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
@@ -587,7 +535,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
 def warn_of_grader(metrics, grading):
     """Others trained for days on rewards that were 0 because grading had broken down."""
     failed, gradings = metrics["grader/timeouts"], grading.total() - grading["ms"]
-    if metrics["reward/mean"] or failed <= 0.005 * gradings:
+    if metrics["reward/mean"] != 0 or failed <= 0.005 * gradings:
         return
     tqdm.write(f"WARNING: every reward is 0, and {failed} of {gradings:.0f} gradings were given up: the "
                "grader may be at fault, not the policy. Look at the reasons in samples.jsonl and at the load "

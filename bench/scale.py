@@ -94,7 +94,7 @@ def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
 
     def update():
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        norm.full_tensor()                                              # the run reads it: srft.update_policy
+        norm.full_tensor()                                              # the run reads it: update.update_policy
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

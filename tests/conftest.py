@@ -2,10 +2,10 @@
 import json
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,14 +19,17 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(args, ranks=1, per_node=None, **popen):
+os.environ.update({k: ENV[k] for k in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")})
+LOGS = tempfile.TemporaryDirectory()
+
+
+def start(args, ranks=1, per_node=None):
     """Start `python args` on `ranks` ranks as torchrun would (per_node < ranks pretends several nodes)."""
     per_node, port, processes = per_node or ranks, free_port(), []
     for rank in range(ranks):
         env = ENV | {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(subprocess.Popen([sys.executable, *map(str, args)], env={k: str(v) for k, v in env.items()}, cwd=ROOT,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen))
+        processes.append(preloaded.start(args, env, tempfile.mktemp(dir=LOGS.name)))
     return processes
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import model as M
 import rollout
 import srft
+import update
 from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
 from processes import init_distributed
@@ -43,16 +44,26 @@ def gradients(out, budget, count, *overrides):
                 got[name] = p.grad.full_tensor().clone()
 
         def zero_grad(self, set_to_none):
-            pass
+            policy.zero_grad(set_to_none)
 
-    run = SimpleNamespace(policy=policy, reference=None, device=device, optimizer=Keep())
+    reference = None
+    if cfg.kl_coef:
+        reference = M.load_policy(TINY, M.load_config(TINY), mesh, device).requires_grad_(False)
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.mul_(1.1)
+    run = SimpleNamespace(policy=policy, reference=reference, device=device, optimizer=Keep(),
+                          objective=srft.OBJECTIVES[cfg.method])
     sequences = made_up_sequences()[:int(count)]
     cfg.grad_clip = 1e9
     packs = M.pack(sequences, int(budget), world)[rank::world]
-    before = srft.forward_before_update(run, cfg, packs)
+    before = update.forward_before_update(run, cfg, packs)
     last, accumulate = [], M.accumulate
     M.accumulate = lambda policy, **kwargs: (last.append(kwargs["last"]), accumulate(policy, **kwargs))
-    stats = srft.update_policy(run, cfg, packs, before, *srft.counts(sequences, cfg.loss_norm))
+    counts = update.counts(sequences, cfg.loss_norm)
+    stats = update.term_gradient_norms(run, cfg, packs, before, *counts)
+    last.clear()
+    stats |= update.update_policy(run, cfg, packs, before, *counts)
     if rank == 0:
         torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last}, out)
     dist.barrier()
@@ -72,7 +83,7 @@ def engine(out):
         rollouts = vllm.generate([p.ids for p in prompts], 4, 1.0, 64, seed=1, version=version)
         sequences = [M.Sequence(p.ids, r.tokens, engine_logp=r.logprobs) for p, group in zip(prompts, rollouts) for r in group]
         with torch.no_grad():
-            logp, _ = policy(M.collate(sequences, device))
+            logp, *_ = policy(M.collate(sequences, device))
         policy.reshard()
         worst = max(np.abs(row[:len(s.response)].numpy() - s.engine_logp).max() for row, s in zip(logp, sequences))
         worst = torch.tensor(float(worst))

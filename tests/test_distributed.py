@@ -16,6 +16,8 @@ def assert_same(split, whole, name):
         torch.testing.assert_close(split["gradients"][key], value, rtol=0, atol=1e-6, msg=lambda m: f"{name} {key} {m}")
     for key, value in whole["stats"].items():
         assert split["stats"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
+    terms = [key for key in whole["stats"] if key.startswith("grad_norm/")]
+    assert terms and all(whole["stats"][key] > 0 for key in terms)
 
 
 @pytest.mark.slow
@@ -30,6 +32,15 @@ def test_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, flags):
         assert_same(gradients(tmp_path, budget, ranks, per_node, flags=flags), whole, name)
     if not flags:         # on a CPU, host and device memory are one: this runs FSDP2's offloading, not the transfer
         assert_same(gradients(tmp_path, 100, 2, flags=["--offload"]), whole, "two ranks, offloaded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    ("--method", "sft_kl"), ("--method", "sft+rl", "--entropy_quantile", "0.6"), ("--method", "luffy", "--loss_norm", "token")],
+    ids=lambda flags: flags[1])
+def test_nor_do_those_of_other_methods(tmp_path, flags):
+    whole = gradients(tmp_path, 4096, flags=flags)
+    assert_same(gradients(tmp_path, 100, 2, flags=flags), whole, "two ranks, small")
 
 
 @pytest.mark.slow

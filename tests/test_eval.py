@@ -38,7 +38,7 @@ from rollout import Rollout
 PAPER = ROOT.parent / "shared" / "paper" / "srft-paper.md"
 FORK = multiprocessing.get_context("fork")                      # for a process without seconds of imports
 BOTH = ["oat", "math-verify"]
-ROW = {"benchmark", "id", "sample", "prompt", "answer", "response", "tokens", "finished", "verdicts"}
+ROW = {"benchmark", "id", "sample", "prompt", "answer", "response", "tokens", "finished", "verdicts", "nll"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class Scripted:
         self.calls.append({"prompts": prompts, "n": n, "temperature": temperature, "max_tokens": max_tokens,
                            "seed": seed, "version": version, "top_p": top_p})
         said = [self.say(tuple(p), s) for p, s in zip(prompts, seed)]
-        rollouts = [[Rollout([7] * 11, [0.0] * 11, text, finished)] for text, finished in said]
+        rollouts = [[Rollout([7] * 11, [-0.5] * 10 + [-6.0], text, finished)] for text, finished in said]
         for i in reversed(range(len(rollouts))):          # the last one first: responses end in no particular order
             on_step([(i, 0, rollouts[i][0])])
             on_step([])
@@ -248,7 +248,7 @@ def test_a_row_holds_the_response_and_both_verdicts(grader):
     assert set(row) == ROW and json.loads(json.dumps(row)) == row
     assert {k: row[k] for k in ROW - {"verdicts"}} == {
         "benchmark": "math500", "id": "p/1", "sample": 3, "prompt": "1+1", "answer": "0.5",
-        "response": r"\boxed{\frac12}", "tokens": 11, "finished": True}
+        "response": r"\boxed{\frac12}", "tokens": 11, "finished": True, "nll": 1.0}
     assert list(row["verdicts"]) == BOTH and rewards(row) == {"oat": 1, "math-verify": 1}
     assert all(set(v) == {"reward", "reason", "ms", "extracted"} for v in row["verdicts"].values())
     assert rewards(wrong) == {"oat": 0, "math-verify": 0} and wrong["verdicts"]["oat"]["reason"] == "wrong"
@@ -351,7 +351,8 @@ def test_evaluation_in_training_gives_every_rank_the_estimate_of_all_responses(w
     say = lambda ids, seed: (f"{seed % 3}", seed % 5 > 0)
     found = ranks.each(lambda: E.evaluate(Scripted(say), Exact(), "heldout", prompts, 4, E.Sampling(0.6, 1.0, 50, 8), 1))
     seeds = np.array([[E.Task("heldout", p, k).seed(8) for k in range(4)] for p in prompts], np.uint64)
-    expected = scores.estimate(seeds % 3 == np.arange(5)[:, None] % 3) | {"truncated": np.mean(seeds % 5 == 0)}
+    expected = scores.estimate(seeds % 3 == np.arange(5)[:, None] % 3) | {
+        "truncated": np.mean(seeds % 5 == 0), "tokens": 11.0, "entropy": 1.0}
     assert found == [expected] * world and 0 < expected["accuracy"] < 1 and expected["truncated"] > 0
 
 

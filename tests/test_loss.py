@@ -13,11 +13,12 @@ import torch
 
 import model as M
 import srft
+import update
 from config import Config
 from srft import group_advantage, srft_loss
 
 TERMS = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg")
-INPUTS = ("logp", "entropy", "mask", "reward", "advantage", "is_demo", "logp_old", "tis", "logp_ref")
+INPUTS = ("logp", "entropy", "mask", "reward", "advantage", "is_demo", "logp_old", "tis", "kl")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -35,12 +36,12 @@ def mean_or_0(values):
 
 
 def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
-    """(loss, stats, d/dlogp, d/dH) of Eq. 13; the gradients as one list a sequence."""
+    """(loss, stats, d/dlogp, d/dH, d/dKL) of Eq. 13; the gradients as one list a sequence."""
     stats, loss = {name: 0.0 for name in TERMS}, 0.0
-    d_logp, d_entropy, weights = [], [], {"w_sft": [], "w_rl": []}
+    d_logp, d_entropy, d_kl, weights = [], [], [], {"w_sft": [], "w_rl": []}
     batch_h = {kind: mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind]) for kind in (True, False)}
     for s in batch:
-        d_logp.append([]), d_entropy.append([])
+        d_logp.append([]), d_entropy.append([]), d_kl.append([])
         step_n = max(n_demo if s.is_demo else n_rollout, 1)
         name, scale, sign = ("w_sft", 0.5, cfg.w_sft_sign) if s.is_demo else ("w_rl", 0.1, 1)
         token_weights = []
@@ -49,7 +50,7 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
             h = {"sequence": mean_or_0(s.entropy), "token": s.entropy[t], "batch": batch_h[s.is_demo]}[cfg.entropy_level]
             w = {"entropy": scale * math.exp(sign * h), "one": 1.0, "constant": scale}[getattr(cfg, name)]
             token_weights.append(w)
-            dlp = dh = 0.0
+            dlp = dh = dkl = 0.0
             if s.is_demo:
                 stats["loss/sft_demo"] += share * w * -lp                                            # Eq. 8
                 p, gamma = math.exp(lp), cfg.demo_shaping
@@ -64,14 +65,13 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
                 r = s.advantage if cfg.eq12_advantage else 1.0 if s.reward > 0 else -1.0
                 c = share * w * r * (s.tis[t] if tis else 1.0)
                 stats["loss/rl_pos" if s.reward > 0 else "loss/rl_neg"] += -c * score                # Eq. 12
-                d = s.logp_ref[t] - lp
-                loss += share * (cfg.kl_coef * (math.exp(d) - d - 1) - cfg.entropy_coef * s.entropy[t])
-                dlp, dh = -c * slope + share * cfg.kl_coef * (1 - math.exp(d)), -share * cfg.entropy_coef
-            d_logp[-1].append(dlp), d_entropy[-1].append(dh)
+                loss += share * (cfg.kl_coef * s.kl[t] - cfg.entropy_coef * s.entropy[t])
+                dlp, dh, dkl = -c * slope, -share * cfg.entropy_coef, share * cfg.kl_coef
+            d_logp[-1].append(dlp), d_entropy[-1].append(dh), d_kl[-1].append(dkl)
         if s.is_demo or s.reward > 0:
             weights[name].append(mean_or_0(token_weights))
     loss += sum(stats.values())                                                                      # Eq. 13
-    return loss, stats | {name: mean_or_0(ws) for name, ws in weights.items()}, d_logp, d_entropy
+    return loss, stats | {name: mean_or_0(ws) for name, ws in weights.items()}, d_logp, d_entropy, d_kl
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
 def sequence(rng, length, is_demo=False, reward=1.0, advantage=None):
     draw = lambda low, high: [rng.uniform(low, high) for _ in range(length)]
     return SimpleNamespace(logp=draw(-4, -0.01), entropy=draw(0, 2.5), logp_old=draw(-4, -0.01), tis=draw(0.1, 2),
-                           logp_ref=draw(-4, -0.01), reward=reward, is_demo=is_demo,
+                           kl=draw(0, 3), reward=reward, is_demo=is_demo,
                            advantage=rng.gauss(0, 1) if advantage is None else advantage)
 
 
@@ -98,20 +98,18 @@ def tensors(batch, padding=0.0):
     table = lambda name: torch.tensor([getattr(s, name) + [padding] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
     each = lambda name: torch.tensor([getattr(s, name) for s in batch], dtype=torch.float64)
     mask = torch.tensor([[1.0] * len(s.logp) + [0.0] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
-    return {name: table(name) for name in ("logp", "entropy", "logp_old", "tis", "logp_ref")} | {
+    return {name: table(name) for name in ("logp", "entropy", "logp_old", "tis", "kl")} | {
         "mask": mask, "reward": each("reward"), "advantage": each("advantage"), "is_demo": each("is_demo").bool()}
 
 
-def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False):
-    """(loss, stats, d/dlogp, d/dH) by srft_loss and autograd."""
+def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=srft_loss, **more):
+    """(loss, stats, d/dlogp, d/dH, d/dKL) by srft_loss, or another, and autograd."""
     a = dict(arguments)
-    a["logp"] = a["logp"].clone().requires_grad_()
-    a["entropy"] = a["entropy"].clone().requires_grad_()
-    loss, stats = srft_loss(*(a[n] for n in INPUTS[:6]), cfg, n_demo, n_rollout, a["logp_old"] if old else None,
-                            a["tis"] if tis else None, a["logp_ref"] if cfg.kl_coef else None)
-    loss.backward()
-    zeros = torch.zeros_like(a["entropy"])
-    return loss.item(), stats, a["logp"].grad, zeros if a["entropy"].grad is None else a["entropy"].grad
+    differentiable = [a.update({name: a[name].clone().requires_grad_()}) or a[name] for name in ("logp", "entropy", "kl")]
+    value, stats = loss(*(a[n] for n in INPUTS[:6]), cfg, n_demo, n_rollout, logp_old=a["logp_old"] if old else None,
+                        tis=a["tis"] if tis else None, kl=a["kl"] if cfg.kl_coef else None, **more)
+    value.backward()
+    return value.item(), stats, *(torch.zeros_like(x) if x.grad is None else x.grad for x in differentiable)
 
 
 def counts(batch, cfg, more=0):
@@ -119,14 +117,17 @@ def counts(batch, cfg, more=0):
     return [sum(unit(s) for s in batch if s.is_demo == kind) + more for kind in (True, False)]
 
 
-def assert_equal_to_oracle(batch, cfg, n, **extras):
-    loss, stats, d_logp, d_entropy = shipped(tensors(batch), cfg, *n, **extras)
-    expected = oracle(batch, cfg, *n, **extras)
-    assert loss == pytest.approx(expected[0], abs=1e-10)
-    assert stats == pytest.approx(expected[1], abs=1e-10)
-    for got, rows in ((d_logp, expected[2]), (d_entropy, expected[3])):
+def assert_equal(found, expected):
+    """found: of `shipped`; expected: of an oracle, its gradients as lists."""
+    assert found[0] == pytest.approx(expected[0], abs=1e-10)
+    assert found[1] == pytest.approx(expected[1], abs=1e-10)
+    for got, rows in zip(found[2:], expected[2:]):
         for i, row in enumerate(rows):
             assert got[i].tolist() == pytest.approx(row + [0.0] * (got.shape[1] - len(row)), abs=1e-10)
+
+
+def assert_equal_to_oracle(batch, cfg, n, **extras):
+    assert_equal(shipped(tensors(batch), cfg, *n, **extras), oracle(batch, cfg, *n, **extras))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def test_with_entropy_level_batch_micro_batches_add_up_once_the_step_s_mean_entr
     assert sum(shipped(tensors(batch[i::5]), cfg, *n)[0] for i in range(5)) == pytest.approx(loss, abs=1e-10)
 
 
-GARBAGE = [(name, form, garbage) for name in ("logp", "entropy", "logp_ref", "logp_old", "tis") for form in ("log", "ratio")
+GARBAGE = [(name, form, garbage) for name in ("logp", "entropy", "kl", "logp_old", "tis") for form in ("log", "ratio")
            for garbage in (math.nan, math.inf, -math.inf, 1e30)]
 
 
@@ -301,7 +302,7 @@ def test_importance_weights_apply_to_rollouts_and_never_to_demonstrations(form):
 def test_the_arguments_are_not_written_into(switch):
     a, cfg = tensors(mixed_batch(9)), Config(**switch)
     before = {name: (t.clone(), t._version) for name, t in a.items()}
-    srft_loss(*(a[n] for n in INPUTS[:6]), cfg, 4, 5, a["logp_old"], a["tis"], a["logp_ref"])
+    srft_loss(*(a[n] for n in INPUTS[:6]), cfg, 4, 5, a["logp_old"], a["tis"], a["kl"])
     group_advantage(a["reward"], torch.arange(9) // 3)
     assert all(torch.equal(t, before[n][0]) and t._version == before[n][1] for n, t in a.items())
 
@@ -325,22 +326,22 @@ class Bigram(torch.nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.table = torch.nn.Parameter(torch.randn(7, 7, generator=generator))
 
-    def forward(self, batch, temperature=1.0, entropy_grad=False):
+    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None):
         hidden = torch.nn.functional.one_hot(batch.ids[0, batch.where], 7).float()
         logp, entropy = M.token_logprobs(hidden, self.table, batch.targets, temperature, entropy_grad=entropy_grad)
-        return tuple(srft.pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy))
+        return *(update.pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy)), None
 
 
 def grad_norm(monkeypatch, sequences, split=1, **switches):
     """The gradient norm that update_policy reports for one step on these sequences."""
-    monkeypatch.setattr(srft.dist, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(update.dist, "all_reduce", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)      # here nothing is sharded
     cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), Bigram()
-    run = SimpleNamespace(policy=policy, device=torch.device("cpu"), reference=None,
+    run = SimpleNamespace(policy=policy, device=torch.device("cpu"), reference=None, objective=srft.OBJECTIVES[cfg.method],
                           optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
     batches = [sequences[i::split] for i in range(split)]
-    before = srft.forward_before_update(run, cfg, batches)
-    return srft.update_policy(run, cfg, batches, before, *srft.counts(sequences, cfg.loss_norm))["grad_norm"]
+    before = update.forward_before_update(run, cfg, batches)
+    return update.update_policy(run, cfg, batches, before, *update.counts(sequences, cfg.loss_norm))["grad_norm"]
 
 
 def step_of_sequences():
@@ -352,7 +353,7 @@ def step_of_sequences():
 
 @pytest.mark.parametrize("norm, expected", [("sequence", (1, 5)), ("constant", (1, 5)), ("token", (5, 22))])
 def test_the_step_s_counts_are_in_sequences_or_for_the_token_norm_in_response_tokens(norm, expected):
-    assert srft.counts(step_of_sequences(), norm) == expected
+    assert update.counts(step_of_sequences(), norm) == expected
 
 
 @pytest.mark.parametrize("level", ["sequence", "token", "batch"])

@@ -305,7 +305,7 @@ def test_a_packed_forward_and_its_gradients_equal_transformers_own_on_each_seque
     save_model(tmp_path, **spec)
     policy, sequences = load(tmp_path, mesh, checkpointing), some_sequences()
     lm = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    logp, entropy = policy(collate(sequences, CPU), temperature, entropy_grad=True)
+    logp, entropy, _ = policy(collate(sequences, CPU), temperature, entropy_grad=True)
     assert logp.shape == entropy.shape == (4, 12)
     weights = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
     expected = [unpacked(lm, s, temperature) for s in sequences]
@@ -327,7 +327,7 @@ def test_gradients_of_micro_batches_add_up_and_one_without_sequences_adds_nothin
     whole = gradients(policy)
     policy.zero_grad()
     for part in (sequences[:1], [], sequences[1:]):
-        logp, entropy = policy(collate(part, CPU))
+        logp, entropy, _ = policy(collate(part, CPU))
         assert len(part) or (logp.shape == entropy.shape == (1, 0))
         logp.sum().backward()
     for name, grad in gradients(policy).items():

@@ -14,7 +14,7 @@ from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as M
-from config import Config, check_config, parse_args
+from config import TINY, Config, check_config, parse_args
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
@@ -165,6 +165,49 @@ def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp
     output = run([*SMALL, "--out", tmp_path / "b", "--steps", "9", "--entropy_coef", "inf"], ok=False)
     assert "not finite 5 times in a row" in output and "tiny/train/" in output
     assert [row["steps_skipped"] for row in metrics(tmp_path / "b")[1:]] == [1, 2, 3, 4, 5]
+
+
+METHOD_RUNS = {                   # method: ranks, flags, metrics that must have numbers, metrics that must have none
+    "sft": (1, [], ["loss/sft", "entropy/demo", "reward/demo_mean"], ["reward/mean", "entropy/rollout", "engine/logp_diff_mean"]),
+    "sft_kl": (2, ["--term_gradients", "2"], ["loss/sft", "loss/kl", "grad_norm/sft", "grad_norm/kl"], ["response_len/mean"]),
+    "grpo": (2, ["--entropy_quantile", "0.8"], ["loss/rl", "reward/mean"], ["reward/demo_mean", "entropy/demo"]),
+    "sft+rl": (1, ["--entropy_floor", "0.3"], ["loss/rl", "loss/sft", "reward/mean", "reward/demo_mean"], []),
+    "luffy": (1, ["--updates_per_rollout", "2"], ["loss/rl", "loss/rl_demo"], [])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHOD_RUNS)
+def test_every_method_trains_evaluates_and_exports_by_the_same_loop(method, tmp_path):
+    ranks, flags, numbers, nothing = METHOD_RUNS[method]
+    (tmp_path / "held.jsonl").write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
+    run([*SMALL, "--method", method, "--steps", "2", "--eval_every", "2", "--out", tmp_path / "run", *flags, "--eval_data",
+         tmp_path / "held.jsonl"], ranks)
+    rows = metrics(tmp_path / "run")
+    assert all(isinstance(rows[-1][name], float) for name in [*numbers, "eval/held", "eval_len/held", "eval_entropy/held"])
+    assert all(rows[-1][name] is None for name in nothing) and 0 < rows[-1]["grad_norm"] < 1e3
+    before, after = weights(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).named_parameters()
+    assert not any(torch.equal(p, before[name]) for name, p in after)
+    if method.startswith("sft_") or method == "sft":
+        assert [row["lr"] for row in rows[1:]] == pytest.approx([3e-4, 3e-4 * 1 / 1.8])          # linear, to 0
+
+
+@pytest.mark.slow
+def test_relift_demonstrates_what_all_rollouts_failed_and_its_buffer_survives_a_resume(tmp_path):
+    flags = [*SMALL, "--method", "relift", "--n_rollouts", "1"]            # of one rollout a prompt, most groups fail
+    run([*flags, "--steps", "4", "--out", tmp_path / "whole"])
+    rows = metrics(tmp_path / "whole")[1:]
+    assert rows[0]["loss/sft"] is None or rows[0]["reward/all_wrong"] == 1
+    assert any(row["loss/sft"] is not None for row in rows) and all(row["reward/demo_mean"] is None for row in rows)
+    run([*flags, "--steps", "2", "--out", tmp_path / "parts"])
+    run([*flags, "--steps", "4", "--out", tmp_path / "parts", "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_sft_without_demonstrations_is_refused(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"problem": "1+1=?\n", "answer": "2"}) + "\n")
+    done = run([*SMALL, "--method", "sft", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"], ok=False)
+    assert "no example has a demonstration" in done and "Traceback" not in done
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -1,6 +1,7 @@
 """Make the base model of the tiny task: pretrain a 0.8M-parameter Llama on a mixture of ways to respond.
 
-    python tiny/make.py [FOLDER]       # about 25 minutes on one core; the result is shipped beside this file
+    python tiny/make.py                          # about 25 minutes on one core; the result is shipped beside this file
+    python tiny/make.py experiments/qwen3 qwen3  # the same of another family, for experiments/tiny_paper.py
 
 The mixture makes a base model in the paper's sense: it knows the arithmetic and has seen careful reasoning, but its habit
 is to blurt out a guess, and its reasoning slips. Phase 1 teaches arithmetic, phase 2 the habits.
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import tiny_problem, tiny_response, tiny_terms, tiny_tokenizer  # noqa: E402
@@ -23,15 +24,15 @@ SLIP = {"guess": 0.0, "plain": 0.12, "careful": 0.06}             # chance that 
 MIXTURE = ((0.75, (0.10, 0.50, 0.40)), (1.0, (0.75, 0.17, 0.08)))  # until this share of the steps: guess, plain, careful
 
 
-def main(folder):
+def main(folder=Path(__file__).resolve().parent, family="llama"):
     torch.manual_seed(0)
     rng, tokenizer = random.Random(0), tiny_tokenizer()
-    # Not Qwen2: transformers imposes that family's own tokenizer class on every folder with a qwen2 config.
-    config = LlamaConfig(
+    # Not qwen2: transformers imposes that family's own tokenizer class on every folder with a qwen2 config.
+    config = CONFIG_MAPPING[family](
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, pad_token_id=None)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     bar = tqdm(range(STEPS))
     for step in bar:
@@ -61,4 +62,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent)
+    main(*sys.argv[1:])

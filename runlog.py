@@ -1,0 +1,89 @@
+"""A run's folder: metrics.jsonl, samples.jsonl and curves.png, written while it trains."""
+import json
+import time
+import warnings
+from pathlib import Path
+
+PANELS = [                     # title; metrics drawn in it, or how all of them begin
+    ("reward (Fig. 6a)", ["reward/mean", "reward/demo_mean"]),
+    ("response length, tokens (Fig. 6b)", ["response_len/mean"]),
+    ("entropy, nats (Fig. 6c)", ["entropy/rollout", "entropy/demo"]),
+    ("weights of Eq. 8 and 12", ["w_sft", "w_rl"]),
+    ("loss terms of Eq. 13", "loss/"),
+    ("held-out accuracy", "eval/"),
+]
+
+
+def read_rows(file):
+    """The rows of a .jsonl file, none if there is no file; a last line that a kill
+    cut short is left out."""
+    rows = []
+    for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(run):
+    """Draw run/curves.png from run/metrics.jsonl (Fig. 6: reward, response length, entropy;
+    and the two weights)."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training
+    rows = read_rows(Path(run) / "metrics.jsonl")
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS):
+        if isinstance(names, str):
+            names = sorted({k for row in rows for k in row if k.startswith(names)})
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points), label=name, marker="o" if len(points) < 15 else None, markersize=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    partial = Path(run) / ".curves.partial.png"
+    figure.savefig(partial, dpi=90)
+    partial.rename(Path(run) / "curves.png")       # a viewer never sees half a picture
+
+
+class RunLog:
+    """Writes metrics.jsonl (one object a step), samples.jsonl and curves.png of a run, and TensorBoard
+    events where tensorboard is installed. Every rank may hold one; only an `active` one writes."""
+
+    def __init__(self, run, active, step):
+        """Rows after `step`, which a resumed run is about to write again, are cut off first."""
+        self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
+        if not active:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
+            partial = self.run / f".{name}.partial"
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            partial.rename(self.run / name)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.run, purge_step=step + 1)
+        except ImportError:
+            pass
+
+    def write(self, metrics, samples=(), last=False):
+        """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
+        if not self.active:
+            return
+        for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+            with (self.run / name).open("a") as f:
+                f.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.board:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, metrics["step"])
+        if last or time.monotonic() - self.drawn > 30:
+            try:
+                draw_curves(self.run)
+            except Exception as error:         # a picture (fonts, a full disk) is not worth a run of days
+                warnings.warn(f"could not draw {self.run}/curves.png: {error}")
+            self.drawn = time.monotonic()
+

@@ -1,0 +1,184 @@
+"""analysis.py: probabilities against transformers' own, pages that a browser opens, curves of sequences and seeds."""
+import json
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from transformers import AutoModelForCausalLM
+
+import analysis as A
+from config import TINY
+from data import tiny_examples, tiny_tokenizer
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pages.
+
+HOSTILE = ["</span><script>document.title='owned'</script>", "\n", "", "$x_1$", "&amp;", "\"'", "\u00e9\u4e2d\ufffd"]
+
+
+def page(scale="probability", tokens=HOSTILE, title="<b>t</b>"):
+    rng = np.random.default_rng(0)
+    base, tuned = (np.log(rng.uniform(0.01, 1, len(tokens))) for _ in range(2))
+    return A.heatmap(tokens, base, tuned, scale, title), base, tuned
+
+
+@pytest.mark.parametrize("scale", ["probability", "log"])
+def test_a_page_holds_every_token_as_text_with_both_probabilities(scale):
+    text, base, tuned = page(scale)
+    body = text[text.index("<pre>"):]
+    assert body.count("<span") == len(HOSTILE) and "<script" not in text and "<b>" not in text
+    assert all(f"base {np.exp(b):.4f}, tuned {np.exp(t):.4f}" in body for b, t in zip(base, tuned))
+    assert "http" not in text and "src=" not in text                      # self-contained
+
+
+def test_the_darker_the_larger_the_change_blue_for_more_and_red_for_less():
+    text = A.heatmap(list("abcd"), np.log([0.1, 0.5, 0.9, 0.5]), np.log([1.0, 0.6, 0.1, 0.5]), "probability", "t")
+    found = [tuple(map(float, rgba)) for rgba in re.findall(r"<span style=\"background:rgba\((\d+),(\d+),(\d+),([\d.]+)\);color:#\w+\" title",
+                                                            text)]
+    (up, small, down, same) = found
+    assert up[:3] == small[:3] == A.COLOURS["up"] and down[:3] == A.COLOURS["down"]
+    assert [rgba[3] for rgba in found] == pytest.approx([0.9, 0.1, 0.8, 0.0])
+
+
+def test_shares_count_changes_of_either_sign():
+    base, tuned = np.log([0.1, 0.9, 0.5, 0.5]), np.log([0.25, 0.3, 0.55, 0.5])
+    assert A.share(base, tuned, 0.1) == 0.5 and A.share(base, tuned, 0.5) == 0.25 and A.share(base[:0], tuned[:0], 0.1) == 0
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium or chrome on this machine")
+@pytest.mark.slow
+def test_a_browser_shows_the_page_and_hostile_tokens_stay_text(tmp_path):
+    text, *_ = page(tokens=[*HOSTILE, "plain", "words"])
+    (tmp_path / "page.html").write_text(text)
+    browse = lambda *flags: subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,600", *flags,
+                                            f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
+    document = browse("--dump-dom").stdout
+    assert "<title>&lt;b&gt;t&lt;/b&gt;</title>" in document and document[document.index("<pre>"):].count("<span") == len(HOSTILE) + 2
+    browse(f"--screenshot={tmp_path}/page.png")
+    from matplotlib.image import imread
+    picture = imread(tmp_path / "page.png")[..., :3]
+    assert picture.shape[:2] == (600, 900) and 0.5 < (picture > 0.95).all(-1).mean() < 0.99
+    red, blue = picture[..., 0] - picture[..., 2] > 0.2, picture[..., 2] - picture[..., 0] > 0.2
+    assert red.sum() > 50 and blue.sum() > 50                             # tokens of both colours are on it
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models.
+
+def by_transformers(folder, sequences):
+    """log p of the responses' tokens by a forward of each sequence alone."""
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = []
+    for prompt, response in sequences:
+        ids = torch.tensor(prompt + response)
+        with torch.no_grad():
+            log_p = lm(ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1:-1]
+        rows.append(log_p.gather(1, ids[len(prompt):, None])[:, 0].numpy())
+    return rows
+
+
+@pytest.mark.slow
+def test_fig2a_and_2b_show_the_probabilities_that_transformers_computes(whole_run, tmp_path):
+    tokenizer, example = tiny_tokenizer(), tiny_examples("train")
+    sequences = [(tokenizer(e.problem)["input_ids"], tokenizer(e.demo)["input_ids"] + [tokenizer.eos_token_id]) for e in example[:9]]
+    before, after = by_transformers(TINY, sequences), by_transformers(whole_run / "hf", sequences)
+    run(["analysis.py", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train", "--out", tmp_path / "a", *SCALE])
+    found = json.loads((tmp_path / "a.json").read_text())
+    np.testing.assert_allclose(found["logp_base"], before[0], atol=1e-4)
+    np.testing.assert_allclose(found["logp_tuned"], after[0], atol=1e-4)
+    assert "".join(found["tokens"]) == example[0].demo + "<eos>"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "</html>" in (tmp_path / "a.html").read_text()
+
+    run(["analysis.py", "fig2b", "--base", TINY, "--tuned", f"SRFT={whole_run}", "itself=" + TINY, "--data", "tiny:train", "--limit", 9,
+         "--out", tmp_path / "b", *SCALE], ranks=2)
+    found = json.loads((tmp_path / "b.json").read_text())
+    change = np.exp(np.concatenate(after)) - np.exp(np.concatenate(before))
+    assert found["SRFT"]["tokens"] == len(change) and found["SRFT"]["mean |change|"] == pytest.approx(np.abs(change).mean(), rel=1e-3)
+    assert found["SRFT"]["changed by more than 0.1"] == pytest.approx((np.abs(change) > 0.1).mean(), abs=2e-3)
+    assert sum(found["SRFT"]["share of each bin"]) == pytest.approx(1) and found["itself"]["mean |change|"] < 1e-6
+
+
+@pytest.mark.slow
+def test_fig3_measures_distances_of_checkpoints_to_what_respond_recorded(whole_run, tmp_path):
+    file = tmp_path / "base.jsonl"
+    run(["analysis.py", "respond", "--model", TINY, "--data", "tiny:heldout", "--limit", 6, "--out", file, *SCALE])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 6 and len({row["id"] for row in rows}) == 6
+    sequences = [(row["prompt"], row["response"]) for row in rows]
+    own = by_transformers(TINY, sequences)
+    for row, logp in zip(rows, own):
+        np.testing.assert_allclose(row["logp"], logp, atol=1e-3)
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    run(["analysis.py", "fig3", "--references", f"base={file}", f"two={tmp_path}/two.jsonl", f"again={file}", "--runs", f"SRFT={whole_run}",
+         "--out", tmp_path / "c", *SCALE[2:]])
+    path = json.loads((tmp_path / "c.json").read_text())["runs"]["SRFT"]
+    assert [point["step"] for point in path] == [0, 4, 6] and max(path[0]["distances"]) < 1e-3
+    distance = lambda n: np.mean([np.abs(np.exp(a) - np.exp(b)).mean() for a, b in zip(tuned[:n], own)])
+    tuned = by_transformers(whole_run / "hf", sequences)
+    assert path[-1]["distances"] == pytest.approx([distance(6), distance(2), distance(6)], abs=1e-4)
+    assert 0 < path[1]["distances"][0] != path[2]["distances"][0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Curves.
+
+def write_run(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_a_sequence_counts_its_steps_through_and_seeds_give_mean_and_range(tmp_path):
+    row = lambda step, a, **more: {"step": step, "eval/a": a, "eval/b": a + 0.2, "reward/mean": None if step == 0 else a} | more
+    first = write_run(tmp_path / "first", [row(0, 0.1), {"step": 1, "reward/mean": 0.7}, row(2, 0.3)])
+    second = write_run(tmp_path / "second", [row(0, 0.3), row(1, 0.5)])
+    assert A.read_curve(f"{first}+{second}", "eval/") == [(0, pytest.approx(0.2)), (2, pytest.approx(0.4)), (3, pytest.approx(0.6))]
+    assert A.read_curve(first, "reward/mean") == [(1, 0.7), (2, 0.3)]
+    other = write_run(tmp_path / "other", [row(0, 0.5), row(2, 0.9), row(9, 0.0)])
+    steps, mean, least, most = A.read_curves(f"{first},{other}", "eval/")
+    assert steps == [0, 2] and mean == pytest.approx([0.4, 0.7]) and least == pytest.approx([0.2, 0.4]) and most == pytest.approx([0.6, 1.0])
+
+
+@pytest.mark.parametrize("figure", A.PANELS)
+def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, tmp_path, capsys):
+    rows = [{"step": s, "eval/x": s / 4, "eval_len/x": 9.0, "eval_entropy/x": 0.5, "reward/mean": s / 3 if s else None} for s in range(4)]
+    sft = [{k: None if k == "reward/mean" else v for k, v in row.items()} for row in rows]
+    runs = [write_run(tmp_path / name, r) for name, r in (("rl", rows), ("sft", sft))]
+    A.main([figure, f"RL={runs[0]}", f"SFT->RL={runs[1]}+{runs[0]},{runs[1]}+{runs[0]}", "--out", str(tmp_path / "f")])
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["accuracy"]["RL"]["mean"] == [0, 0.25, 0.5, 0.75] and found["accuracy"]["SFT->RL"]["step"] == [0, 1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "f.png").stat().st_size > 5000 and "SFT->RL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["fig6", "x=/no/such/run"], "/no/such/run: no metrics.jsonl"),
+    (["fig6", "a=x", "a=y"], "name them LABEL=PATH"),
+    (["fig2b", "--base", TINY, "--tuned", f"A={TINY}", f"B={TINY}", "--responses", "demo", "x", "y"], "--responses: one for all"),
+    (["fig2a", "--base", TINY, "--tuned", TINY], "--data: which problems"),
+    (["fig2a", "--base", TINY, "--tuned", TINY, "--data", "tiny:long"], "has a demonstration"),
+])
+def test_mistakes_are_one_line(arguments, says, monkeypatch):
+    monkeypatch.setattr(A, "init_distributed", lambda: (0, 1, torch.device("cpu"), None))
+    with pytest.raises(SystemExit, match=re.escape(says)):
+        A.main(arguments)
+
+
+@pytest.mark.parametrize("text", ["{", '{"prompt": [1]}\n', "[1]\n"])
+def test_a_file_that_respond_did_not_write_is_refused(text, tmp_path):
+    (tmp_path / "f.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="not a file of"):
+        A.read_responses(tmp_path / "f.jsonl")
+
+
+def test_a_run_that_is_not_done_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="no hf/ yet"):
+        A.model_folder(write_run(tmp_path / "run", [{"step": 0}]))

@@ -1,0 +1,170 @@
+"""One optimizer update on packed micro-batches: any objective, its gradient the same for every split over ranks and
+micro-batches.
+
+    before = forward_before_update(run, cfg, batches)                 # None three times, and no pass, by default
+    metrics = update_policy(run, cfg, batches, before, *counts(sequences, cfg.loss_norm))
+
+`batches`: this rank's micro-batches, lists of model.Sequence. `run` holds policy, reference, optimizer, device and
+objective: (loss, {name of each statistic: which sequences it counts}), as in srft.OBJECTIVES.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+
+import model as M
+
+
+def padded(rows, device):
+    """Lists of different length -> (B,T) float tensor, zeros on the right."""
+    rows = [torch.as_tensor(np.asarray(row, np.float32)) for row in rows]
+    return pad_sequence(rows, batch_first=True).to(device)
+
+
+def column(sequences, name, device):
+    """One number of each sequence -> (B,) float tensor."""
+    return torch.tensor([float(getattr(s, name)) for s in sequences], device=device)
+
+
+def counts(sequences, loss_norm):
+    """(n_demo, n_rollout) of Eq. 8-12 in the unit that the normalizer counts: sequences, or
+    response tokens."""
+    unit = (lambda s: len(s.response)) if loss_norm == "token" else (lambda s: 1)
+    return sum(unit(s) for s in sequences if s.is_demo), sum(unit(s) for s in sequences if not s.is_demo)
+
+
+@dataclass
+class Before:
+    """What the loss must know of one micro-batch from before the step's first update; None, 0: not needed."""
+    logp_old: torch.Tensor | None = None      # (B,T) log pi_old
+    entropy: torch.Tensor | None = None       # (B,T) the step's mean H of each sequence's kind
+    entropy_floor: float = 0.0                # nats; App. A.2
+
+
+@torch.no_grad()
+def forward_before_update(run, cfg, batches):
+    """Before of each micro-batch; by a forward pass, which most configurations do not need. A collective.
+
+    With several updates a step, pi_old is no longer pi. With entropy_level "batch", H is the mean of H_i over all
+    demonstrations, or all rollouts, of the update. With entropy_quantile, entropy_floor is that quantile of H_t over
+    all its rollout tokens.
+    """
+    if cfg.updates_per_rollout == 1 and cfg.entropy_level != "batch" and not cfg.entropy_quantile:
+        return [Before(entropy_floor=cfg.entropy_floor)] * len(batches)
+    found, sums, tokens = [], torch.zeros(2, 2, dtype=torch.float64), []    # (rollouts, demos) x (sum, count)
+    for sequences in batches:
+        logp, entropy, _ = run.policy(M.collate(sequences, run.device), cfg.temperature)
+        found.append(Before(logp, None, cfg.entropy_floor))
+        for s, h in zip(sequences, entropy):
+            sums[int(s.is_demo)] += torch.tensor([h.sum().item() / max(len(s.response), 1), 1.0])
+            tokens += [] if s.is_demo else [h[:len(s.response)].cpu().numpy()]
+    if cfg.entropy_quantile:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, np.concatenate([np.empty(0, np.float32), *tokens]))
+        tokens = np.concatenate(everyone)
+        for before in found:
+            before.entropy_floor = float(np.quantile(tokens, cfg.entropy_quantile)) if len(tokens) else 0.0
+    if cfg.entropy_level == "batch":
+        dist.all_reduce(sums)
+        mean = (sums[:, 0] / sums[:, 1].clamp(min=1)).float().to(run.device)
+        for sequences, before in zip(batches, found):
+            kind = column(sequences, "is_demo", run.device).long()
+            before.entropy = mean[kind][:, None].expand_as(before.logp_old) if sequences else before.logp_old
+    if cfg.updates_per_rollout == 1:
+        for before in found:
+            before.logp_old = None                                           # pi itself
+    return found
+
+
+def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=None):
+    """Forward, loss (of the one term `only`, if given) and backward of one packed micro-batch. Returns what
+    it adds to the update's sums."""
+    device, batch, reference = run.device, M.collate(sequences, run.device), None
+    if run.reference:
+        with torch.no_grad():
+            reference = run.reference(batch, features=True)
+    logp, entropy, kl = run.policy(batch, cfg.temperature, bool(cfg.entropy_coef), reference)      # (B,T) each
+    if not sequences:
+        (logp.sum() * 0).backward()               # no work here, but other ranks wait in the collectives
+        return {}
+    with torch.no_grad():
+        mask = padded([[1.0] * len(s.response) for s in sequences], device)
+        is_demo, reward = column(sequences, "is_demo", device).bool(), column(sequences, "reward", device)
+        on_policy = mask * ~is_demo[:, None]
+        # log pi - log pi_engine on rollout tokens, 0 but for numerics, and the truncated importance weight.
+        engine = padded(
+            [[0.0] * len(s.response) if s.is_demo else s.engine_logp for s in sequences], device)
+        diff = ((logp.detach() if before.logp_old is None else before.logp_old) - engine) * on_policy
+        tis = diff.exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else None
+    loss, counted = run.objective
+    loss, stats = loss(
+        logp, entropy if before.entropy is None else before.entropy, mask, reward,
+        column(sequences, "advantage", device), is_demo, cfg, n_demo, n_rollout,
+        logp_old=before.logp_old, tis=tis, kl=kl, entropy_floor=before.entropy_floor, only=only)
+    loss.backward()
+
+    h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
+    sums = {"demos": int(is_demo.sum()), "correct": int((~is_demo & (reward > 0)).sum()),
+            "rollouts": int((~is_demo).sum()),
+            "h_demo": h[is_demo].sum().item(), "h_rollout": h[~is_demo].sum().item(),
+            "tokens": on_policy.sum().item(),
+            "capped": (diff.exp() > cfg.tis_cap).sum().item() if cfg.tis_cap else 0,
+            "diff": diff.abs().sum().item(), "worst": diff.abs().max().item()}
+    # Loss terms are shares of the whole step's; other statistics are means over the sequences they count.
+    return sums | {name: stats[name] * (1 if name.startswith("loss/") else sums[kind])
+                   for name, kind in counted.items()}
+
+
+SUMS = ("demos", "correct", "rollouts", "h_demo", "h_rollout", "tokens", "capped", "diff")
+
+
+def update_policy(run, cfg, batches, before, n_demo, n_rollout):
+    """One optimizer step on this rank's micro-batches: loss, clip, AdamW. Returns the metrics of all ranks, None for
+    those of sequences that this update has none of.
+
+    Gradients are sums, over micro-batches and ranks, of terms already divided by global counts. An update
+    whose gradient is not finite is skipped. A collective.
+    """
+    parts = backward(run, cfg, batches, before, n_demo, n_rollout)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), cfg.grad_clip).full_tensor().item()
+    if np.isfinite(norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+    counted = run.objective[1]
+    names = (*SUMS, *counted)
+    sums = torch.tensor([sum(part.get(name, 0.0) for part in parts) for name in names], dtype=torch.float64)
+    worst = torch.tensor(max(part.get("worst", 0.0) for part in parts))
+    dist.all_reduce(sums)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    total = dict(zip(names, sums.tolist()))
+    per = lambda name, count: total[name] / total[count] if total[count] else None
+    return {name: (total[name] if total[kind] else None) if name.startswith("loss/") else per(name, kind)
+            for name, kind in counted.items()} | {
+        "entropy/demo": per("h_demo", "demos"), "entropy/rollout": per("h_rollout", "rollouts"),
+        "engine/logp_diff_mean": per("diff", "tokens"), "engine/logp_diff_max": worst.item(),
+        "tis/capped": per("capped", "tokens"), "grad_norm": norm}
+
+
+def backward(run, cfg, batches, before, n_demo, n_rollout, only=None):
+    """backward_micro_batch of each, gradients summed; returns the list of what they return."""
+    parts = []
+    for i, (sequences, old) in enumerate(zip(batches, before), 1):
+        M.accumulate(run.policy, last=i == len(batches))
+        parts.append(backward_micro_batch(run, cfg, sequences, old, n_demo, n_rollout, only))
+    return parts
+
+
+def term_gradient_norms(run, cfg, batches, before, n_demo, n_rollout):
+    """{"grad_norm/TERM": norm of the gradient of that loss term alone}: which term drives the update. One forward and
+    backward a term; changes nothing. A collective."""
+    norms = {}
+    for name in run.objective[1]:
+        if name.startswith("loss/"):
+            backward(run, cfg, batches, before, n_demo, n_rollout, only=name)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in run.policy.parameters()])
+            norms[name.replace("loss/", "grad_norm/")] = norm.full_tensor().item()
+            run.optimizer.zero_grad(set_to_none=True)
+    return norms
