@@ -11,7 +11,7 @@ demo: env                          ## train the tiny model with SRFT in two proc
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=2 srft.py --preset tiny
 
 test: $(VENV)/.tests-installed     ## all tests
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q --durations=25 tests
 
 test-fast: env                     ## the core, under two minutes
 	$(VENV)/bin/python -m pytest -q -m "not slow" tests
