@@ -87,8 +87,9 @@ class Bench:
 
     def __init__(self, args):
         self.quick, self.jobs = args.quick, args.jobs
-        self.out = ROOT / "out" / ("tiny_paper_quick" if args.quick else "tiny_paper")
-        self.results = self.out / "results" if args.quick else ROOT / "experiments" / "results"
+        os.chdir(ROOT)                      # all paths are relative: they end up in results that are committed
+        self.out = Path("out/tiny_paper_quick" if args.quick else "out/tiny_paper")
+        self.results = self.out / "results" if args.quick else Path("experiments/results")
         self.tuning, self.seeds = self.results / "learning_rates.json", [0] if args.quick else list(range(args.seeds))
 
     def steps(self, run):
@@ -118,17 +119,15 @@ class Bench:
             return
         shutil.rmtree(folder, ignore_errors=True)
         start = ["--model", self.folder(run.start, seed) / "hf"] if run.start else []
+        every = 1 if self.quick else run.steps if seed == TUNING_SEED else 4 if run.start else 8
         flags = [flag.replace("tiny_paper/", f"{self.out.name}/") for flag in run.flags]
         self.start(["srft.py", "--preset", "tiny", "--method", run.method, "--steps", self.steps(run), "--seed", seed, "--lr", lr,
-                    "--eval_data", evaluation, "--eval_every", 1 if self.quick else 4, "--grader_workers", 1, "--log_samples", 1,
+                    "--eval_data", evaluation, "--eval_every", every, "--grader_workers", 1, "--log_samples", 1,
                     # checkpoints along the way only where Fig. 3 draws a trajectory
-                    "--save_every", 4 if seed == 0 and lr == self.lr_or_none(name) else 1000, "--keep", 99,
+                    "--save_every", 4 if seed == 0 else 1000, "--keep", 99,
                     *(["--term_gradients", 1 if self.quick else 4] if run.method == "srft" else []), *start, *flags, "--out", folder],
                    Path(f"{folder}.log"))
         Path(f"{folder}.seconds").write_text(f"{time.time() - began:.0f}")
-
-    def lr_or_none(self, name):
-        return self.lr(name) if self.quick or self.tuning.exists() else None
 
 
 def evaluation_sets(bench):
@@ -437,7 +436,7 @@ def report(bench):
     row = lambda cells: "| " + " | ".join(cells) + " |"
     text = "\n".join(["| claim | found | |", "|---|---|---|", *map(row, claims(results)), "", "| asked | found | |", "|---|---|---|",
                       *map(row, reviews(results))])
-    page = ROOT / "experiments" / "README.md"
+    page = Path("experiments/README.md")
     if bench.quick or not page.exists():
         (bench.results / "claims.md").write_text(text + "\n")
     else:
