@@ -100,7 +100,8 @@ class Bench:
         return 3e-4 if self.quick else json.loads(self.tuning.read_text())[name]["lr"]
 
     def folder(self, name, seed, lr=None):
-        return self.out / (f"{name}-{seed}" + (f"-lr{lr:g}" if lr else "")).replace(" ", "").replace(">", "_to_")
+        name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")          # "+" joins runs in analysis.py
+        return self.out / (f"{name}-{seed}" + (f"-lr{lr:g}" if lr else ""))
 
     def known(self, name, seed):
         return self.results / "runs" / self.folder(name, seed).name
