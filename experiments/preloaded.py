@@ -27,10 +27,14 @@ def _main(argv, env, output):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
-    sys.argv, sys.path[0] = argv, str(Path(argv[0]).resolve().parent)
+    sys.argv = argv
     code = 0
     try:
-        runpy.run_path(argv[0], run_name="__main__")
+        if argv[0] == "-c":
+            exec(argv[1], {"__name__": "__main__"})
+        else:
+            sys.path[0] = str(Path(argv[0]).resolve().parent)
+            runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
@@ -79,6 +83,6 @@ class Child:
 
 
 def start(argv, env=(), output=os.devnull):
-    """Run a script of the project, argv[0], from its root, with `env` on top of this process's; stdout and stderr go to
-    `output`."""
+    """Run a script of the project, argv[0], or "-c" and code, from its root, with `env` on top of this process's;
+    stdout and stderr go to `output`."""
     return Child(argv, os.environ | dict(env), output)
