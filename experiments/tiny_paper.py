@@ -31,7 +31,7 @@ from data import TINY_SPLITS, Example, tiny_examples, tiny_problem, tiny_respons
 from runlog import read_rows                                                                       # noqa: E402
 
 STEPS, STAGE = 40, 28              # of every paradigm; of SFT in the sequences: 70 %, as 350 of the paper's 500
-GRID = (1e-4, 3e-4, 1e-3)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3)
 TUNING_SEED = 100
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}   # Student's t by seeds
 
