@@ -1,4 +1,5 @@
-"""The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it shows.
+"""The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it
+shows.
 
     python analysis.py respond --model BASE --data FILE --out base.jsonl    # one response to each problem, for the next three
     python analysis.py fig2a --base BASE --tuned out/srft --data FILE       # token probabilities of one response (also A1)
@@ -9,14 +10,15 @@
     python analysis.py fig6  RL=out/grpo SRFT=out/srft
     python analysis.py figA2 RL=out/grpo truncated=out/grpo-q80
 
-A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a sequence of runs
-(each started from the one before), with more seeds after commas: their mean is drawn, and their range. Models of any size are
-read through FSDP2: `torchrun --nproc_per_node=8 analysis.py ...` spreads them over eight cards.
+A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a
+sequence of runs (each started from the one before), with more seeds after commas: their mean is drawn, and
+their range. Models of any size are read through FSDP2: `torchrun --nproc_per_node=8 analysis.py ...` spreads
+them over eight cards.
 
-What the paper leaves open about Fig. 2, and its reviewers ask: whose response it is (--responses: the demonstrations of --data,
-or what `respond` sampled from the base or the tuned model), which log-probs (both models score the very same tokens, token by
-token, at temperature 1, given prompt and prefix), and the colours (--scale: the change of probability p_tuned - p_base, in
-[-1, 1], or of log p in nats).
+What the paper leaves open about Fig. 2, and its reviewers ask: whose response it is (--responses: the
+demonstrations of --data, or what `respond` sampled from the base or the tuned model), which log-probs (both
+models score the very same tokens, token by token, at temperature 1, given prompt and prefix), and the colours
+(--scale: the change of probability p_tuned - p_base, in [-1, 1], or of log p in nats).
 """
 import argparse
 import html
@@ -50,7 +52,8 @@ def model_folder(name):
 
 
 class Scorer:
-    """log p of every token of a response, under one architecture with weights that change: a folder's, a checkpoint's."""
+    """log p of every token of a response, under one architecture with weights that change: a folder's, a
+    checkpoint's."""
 
     def __init__(self, folder, mesh, device, args):
         config = M.load_config(folder, args.rope_theta, args.window)
@@ -65,8 +68,8 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, sequences):
-        """Sequences -> a float32 array of log p of the response's tokens (nats, temperature 1) for each, in order. A
-        collective: each rank scores its share of the micro-batches."""
+        """Sequences -> a float32 array of log p of the response's tokens (nats, temperature 1) for each, in
+        order. A collective: each rank scores its share of the micro-batches."""
         rank, world, found = dist.get_rank(), dist.get_world_size(), {}
         index = {id(s): i for i, s in enumerate(sequences)}
         for batch in M.pack(sequences, self.tokens, world)[rank::world]:
@@ -80,7 +83,8 @@ class Scorer:
 
 
 def respond(args, mesh, device):
-    """One response of --model to each problem, sampled at temperature 1 by vLLM, with the log-probs of its tokens."""
+    """One response of --model to each problem, sampled at temperature 1 by vLLM, with the log-probs of its
+    tokens."""
     rank, world, folder = dist.get_rank(), dist.get_world_size(), model_folder(args.model)
     config, tokenizer = M.load_config(folder, args.rope_theta, args.window), AutoTokenizer.from_pretrained(folder)
     prompts = read_prompts(args, tokenizer)
@@ -258,9 +262,10 @@ def fig2b(args, mesh, device):
 # Fig. 3, App. E: trajectories in the space of distances to reference models.
 
 def fig3(args, mesh, device):
-    """For each checkpoint M of each run, d_R(M) to each reference R: the mean over R's responses, and in each over its
-    tokens, of |p_M(token) - p_R(token)|. App. E says "the distance between the probabilities"; this is the plainest one,
-    0 for M = R and at most 1. p_R is what `respond` recorded. All models must share one tokenizer."""
+    """For each checkpoint M of each run, d_R(M) to each reference R: the mean over R's responses, and in each
+    over its tokens, of |p_M(token) - p_R(token)|. App. E says "the distance between the probabilities"; this
+    is the plainest one, 0 for M = R and at most 1. p_R is what `respond` recorded. All models must share one
+    tokenizer."""
     names, files = zip(*named(args.references))
     of, own = zip(*map(read_responses, files))
     distance = lambda a, b: float(np.mean([np.abs(np.exp(x) - np.exp(y)).mean() for x, y in zip(a, b)]))
@@ -311,8 +316,8 @@ UNITS = {"accuracy": "held-out accuracy", "entropy": "entropy, nats a token", "l
 
 
 def read_curve(run, prefix):
-    """[(step, value)] of a run or a sequence of runs RUN+RUN, steps counted through; metrics that begin with `prefix`
-    are averaged (the paper's average over benchmarks)."""
+    """[(step, value)] of a run or a sequence of runs RUN+RUN, steps counted through; metrics that begin with
+    `prefix` are averaged (the paper's average over benchmarks)."""
     points, first = [], 0
     for part in run.split("+"):
         rows = read_rows(Path(part) / "metrics.jsonl")
@@ -327,7 +332,8 @@ def read_curve(run, prefix):
 
 
 def read_curves(seeds, prefix):
-    """Runs of several seeds, "RUN+RUN,RUN+RUN" -> (steps, mean, least, most) over the steps that all of them have."""
+    """Runs of several seeds, "RUN+RUN,RUN+RUN" -> (steps, mean, least, most) over the steps that all of them
+    have."""
     curves = [dict(read_curve(run, prefix)) for run in seeds.split(",")]
     steps = sorted(set.intersection(*map(set, curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves]).reshape(len(curves), len(steps))

@@ -1,6 +1,6 @@
 """The paradigms that the paper compares SRFT with, each one loss with srft.srft_loss's signature.
 
-    python srft.py --method grpo        # or sft, sft_kl, sft+rl, luffy, relift; the loop, engine and grader stay
+    python srft.py --method grpo     # or sft, sft_kl, sft+rl, luffy, relift; loop, engine and grader stay
 
     sft      Eq. 1: demonstrations alone, no rollouts
     sft_kl   Eq. A1: the same plus 0.2 KL(pi_theta || pi_base)
@@ -9,9 +9,10 @@
     luffy    a mixed group: Eq. 3 on rollouts, the shaped ratio p/(p + 0.1) on the demonstration
     relift   Eq. 3; prompts whose rollouts all failed are kept, and Eq. 1 follows on a step's worth of them
 
-Which sequences a method sees, and the flags that the paper sets for it, stand in config.METHODS. All losses take (B,T)
-log-probs, entropies and masks, right-padded, and (B,) rewards, advantages and demonstration flags (srft_loss says more), and
-return (scalar loss, dict of floats): contributions of a micro-batch to the whole step, which simply add up.
+Which sequences a method sees, and the flags that the paper sets for it, stand in config.METHODS. All losses
+take (B,T) log-probs, entropies and masks, right-padded, and (B,) rewards, advantages and demonstration flags
+(srft_loss says more), and return (scalar loss, dict of floats): contributions of a micro-batch to the whole
+step, which simply add up.
 """
 import torch
 
@@ -20,13 +21,15 @@ import torch
 
 
 def sequence_mean(x, mask, cfg):
-    """<x>_i = (1/|y_i|) sum_t x_{i,t} (Eq. 3), or the sum alone ("token"), or over a constant. (B,T) -> (B,)."""
+    """<x>_i = (1/|y_i|) sum_t x_{i,t} (Eq. 3), or the sum alone ("token"), or over a constant. (B,T) ->
+    (B,)."""
     norm = {"sequence": mask.sum(1).clamp(min=1), "token": 1.0, "constant": cfg.max_response_tokens}
     return (x * mask).sum(1) / norm[cfg.loss_norm]
 
 
 def average(x, which, n):
-    """(1/n) sum of x over the sequences `which`; n counts those of the whole step. (B,), (B,) bool -> scalar."""
+    """(1/n) sum of x over the sequences `which`; n counts those of the whole step. (B,), (B,) bool ->
+    scalar."""
     return torch.where(which, x, 0.0).sum() / max(n, 1)
 
 
@@ -36,14 +39,16 @@ def without_padding(mask, *tensors):
 
 
 def add_up(terms, only=None, **more):
-    """Terms (name -> scalar tensor) -> (their sum, or the one called `only`; all values and `more` as floats)."""
+    """Terms (name -> scalar tensor) -> (their sum, or the one called `only`; all values and `more` as
+    floats)."""
     loss = sum(term for name, term in terms.items() if only in (None, name))
     named = terms | more
-    return loss, dict(zip(named, torch.stack(list(named.values())).tolist()))     # one transfer from the device
+    return loss, dict(zip(named, torch.stack(list(named.values())).tolist()))          # one transfer
 
 
 def clipped_surrogate(logp, logp_old, advantage, eps):
-    """min{r A, clip(r, 1 - eps, 1 + eps) A} of Eq. 3 for each token, r = pi/pi_old; logp_old None: pi_old = pi."""
+    """min{r A, clip(r, 1 - eps, 1 + eps) A} of Eq. 3 for each token, r = pi/pi_old; logp_old None: pi_old =
+    pi."""
     ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
     return torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - eps, 1 + eps) * advantage[:, None])
 
@@ -57,8 +62,10 @@ def sft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rol
     return add_up({"loss/sft": average(sequence_mean(-logp, mask, cfg), is_demo.bool(), n_demo)}, only)
 
 
-def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, kl=None, only=None, **_):
-    """Eq. A1: Eq. 1 plus lambda KL(pi_theta || pi_base), lambda = cfg.kl_coef (0.2), on the demonstrations' tokens.
+def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, kl=None, only=None,
+                **_):
+    """Eq. A1: Eq. 1 plus lambda KL(pi_theta || pi_base), lambda = cfg.kl_coef (0.2), on the demonstrations'
+    tokens.
 
     kl (B,T): the divergence of each position's full-vocabulary distributions, with gradient (model.token_kl).
     """
@@ -67,11 +74,12 @@ def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_
     return add_up({"loss/sft": over_demos(-logp), "loss/kl": cfg.kl_coef * over_demos(kl)}, only)
 
 
-def grpo_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None, tis=None,
-              entropy_floor=0.0, only=None, **_):
+def grpo_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
+              tis=None, entropy_floor=0.0, only=None, **_):
     """Eq. 3: -(1/n_rollout) sum over rollouts <min{r A, clip(r) A}>_i, A of Eq. 2 over the rollouts.
 
-    App. A.2: tokens whose entropy H_t is below `entropy_floor` (nats) keep their value and lose their gradient.
+    App. A.2: tokens whose entropy H_t is below `entropy_floor` (nats) keep their value and lose their
+    gradient.
     """
     mask, logp, entropy, logp_old, tis = without_padding(mask, logp, entropy, logp_old, tis)
     gain = clipped_surrogate(logp, logp_old, advantage, cfg.clip_eps)
@@ -81,20 +89,23 @@ def grpo_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_ro
 
 
 def sft_plus_rl_loss(*args, only=None, **kwargs):
-    """L_SFT + L_RL of Sec. 3.2.2: Eq. 1 on demonstrations and Eq. 3 on rollouts, with the advantages of Eq. 2.
+    """L_SFT + L_RL of Sec. 3.2.2: Eq. 1 on demonstrations and Eq. 3 on rollouts, with the advantages of Eq.
+    2.
 
-    Also ReLIFT's: there, an update holds either rollouts or the demonstrations of prompts that all rollouts failed.
+    Also ReLIFT's: there, an update holds either rollouts or the demonstrations of prompts that all rollouts
+    failed.
     """
     (sft, one), (rl, two) = sft_loss(*args, only=only, **kwargs), grpo_loss(*args, only=only, **kwargs)
     return sft + rl, one | two
 
 
-def luffy_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None, tis=None,
-               only=None, **_):
+def luffy_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
+               tis=None, only=None, **_):
     """LUFFY's mixed-policy GRPO: one mean over rollouts and demonstrations, A of Eq. 7 over both.
 
-    Rollouts enter by Eq. 3, demonstrations by -A <f(pi)>_i with f(p) = p/(p + gamma), gamma = cfg.demo_shaping (0.1),
-    unclipped: the gradient then favours tokens to which the policy gives little probability.
+    Rollouts enter by Eq. 3, demonstrations by -A <f(pi)>_i with f(p) = p/(p + gamma), gamma =
+    cfg.demo_shaping (0.1), unclipped: the gradient then favours tokens to which the policy gives little
+    probability.
     """
     mask, logp, logp_old, tis = without_padding(mask, logp, logp_old, tis)
     demo, n, p = is_demo.bool(), n_demo + n_rollout, logp.exp()

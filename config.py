@@ -28,8 +28,8 @@ def opt(default, group, help, choices=None):
 class Method:
     """What a paradigm trains on, which flags of the objective it heeds, and what the paper sets for it."""
     rollouts: bool                 # samples G rollouts a prompt
-    demos: str                     # demonstrations are in the rollouts' "group" (Eq. 6), "beside" it (no part of the
-                                   # advantage), left out ("none"), or learned where all rollouts "failed"
+    demos: str                     # demonstrations are in the rollouts' "group" (Eq. 6), "beside" it (no part
+                                   # of the advantage), left out ("none"), learned where rollouts "failed"
     heeds: tuple = ()
     flags: dict = field(default_factory=dict)
 
@@ -45,7 +45,8 @@ METHODS = {
                      dict(lr=5e-6, lr_schedule="linear", steps=1078, kl_coef=0.2)),
     "grpo": Method(True, "none", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
     "sft+rl": Method(True, "beside", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
-    "luffy": Method(True, "group", (*RATIO, "demo_shaping"), dict(demo_in_group="replaces", demo_shaping=0.1)),
+    "luffy": Method(True, "group", (*RATIO, "demo_shaping"),
+                    dict(demo_in_group="replaces", demo_shaping=0.1)),
     "relift": Method(True, "failed", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
 }
 
@@ -59,8 +60,9 @@ class Config:
     data: str = opt("Elliott/Openr1-Math-46k-8192", "run", "D, with D_demo: problems, answers, "
                     "demonstrations; a parquet or JSONL file, a folder of them, or a hub name (Sec. 5.1)")
     out: str = opt("out/srft", "run", "the run's own folder")
-    method: str = opt("srft", "run", "paradigm: SRFT (Eq. 13); SFT (Eq. 1), with KL (A1); GRPO (Eq. 3); SFT+RL in one "
-                      "stage (Sec. 3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults of other flags",
+    method: str = opt("srft", "run", "paradigm: SRFT (Eq. 13); SFT (Eq. 1), with KL (A1); GRPO (Eq. 3); "
+                      "SFT+RL in one stage (Sec. 3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults "
+                      "of other flags",
                       tuple(METHODS))
     seed: int = opt(0, "run", "seed of data order and sampling")
     steps: int = opt(500, "run", "training steps, each with fresh rollouts (App. B: 500)")
@@ -119,20 +121,21 @@ class Config:
                          ("log", "ratio"))
     eq12_advantage: bool = opt(False, "objective", "Eq. 12 scaled by the group's A instead of +1 and -1")
     entropy_coef: float = opt(0.0, "objective", "entropy bonus on rollouts (public code: 0.001)")
-    kl_coef: float = opt(0.0, "objective", "weight of KL(pi || base model) over the whole vocabulary: lambda of A1 "
-                         "(0.2), on demonstrations; with srft a penalty on rollouts. A second model")
+    kl_coef: float = opt(0.0, "objective", "weight of KL(pi || base model) over the whole vocabulary: lambda "
+                         "of A1 (0.2), on demonstrations; with srft a penalty on rollouts. A second model")
     reference: str = opt("", "objective", "the base model of that KL; empty: --model")
-    clip_eps: float = opt(0.2, "objective", "epsilon of Eq. 3; only updates after a step's first can be clipped")
-    entropy_floor: float = opt(0.0, "objective", "tokens of rollouts with H_t below it, in nats, give no gradient "
-                               "(App. A.2)")
-    entropy_quantile: float = opt(0.0, "objective", "the same, the floor being this quantile of the update's H_t: 0.8 "
-                                  "keeps a fifth of the tokens (costs a second forward)")
-    term_gradients: int = opt(0, "objective", "every so many steps, measure the gradient norm of each loss term alone "
-                              "(costs a forward and backward a term); 0: never")
+    clip_eps: float = opt(0.2, "objective", "epsilon of Eq. 3; only updates after a step's first can "
+                          "be clipped")
+    entropy_floor: float = opt(0.0, "objective", "tokens of rollouts with H_t below it, in nats, give no "
+                               "gradient (App. A.2)")
+    entropy_quantile: float = opt(0.0, "objective", "the same, the floor being this quantile of the "
+                                  "update's H_t: 0.8 keeps a fifth of the tokens (costs a second forward)")
+    term_gradients: int = opt(0, "objective", "every so many steps, measure the gradient norm of each loss "
+                              "term alone (costs a forward and backward a term); 0: never")
     # optimization
     lr: float = opt(1e-6, "optimization", "AdamW learning rate (App. B: 1e-6; SFT: 5e-6)")
-    lr_schedule: str = opt("constant", "optimization", "constant, or linear: up during --warmup, then down to 0 (App. "
-                           "B: SFT)", ("constant", "linear"))
+    lr_schedule: str = opt("constant", "optimization", "constant, or linear: up during --warmup, then down "
+                           "to 0 (App. B: SFT)", ("constant", "linear"))
     warmup: float = opt(0.1, "optimization", "share of the steps in which a linear schedule rises")
     weight_decay: float = opt(0.01, "optimization", "AdamW weight decay")
     grad_clip: float = opt(1.0, "optimization", "gradient norm clip")
@@ -178,8 +181,8 @@ PRESETS = {
 
 
 def parse_args(argv=None, description=__doc__):
-    """The command line -> Config. Unknown flags are errors; --method sets defaults that --preset overrides, and
-    that sets defaults that other flags override."""
+    """The command line -> Config. Unknown flags are errors; --method sets defaults that --preset overrides,
+    and that sets defaults that other flags override."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"srft.py: {message} (--help lists all flags)\n")
@@ -199,8 +202,8 @@ def parse_args(argv=None, description=__doc__):
 
 
 def sequences_per_prompt(cfg):
-    """(rollouts, demonstrations) of a step: (8, 1) by Eq. 6, (7, 1) if the demonstration replaces a rollout, (0, 1) for
-    SFT, (8, 0) for GRPO."""
+    """(rollouts, demonstrations) of a step: (8, 1) by Eq. 6, (7, 1) if the demonstration replaces a rollout,
+    (0, 1) for SFT, (8, 0) for GRPO."""
     method = METHODS[cfg.method]
     replaced = method.demos == "group" and cfg.demo_in_group == "replaces"
     return method.rollouts * (cfg.n_rollouts - replaced), int(method.demos in ("group", "beside"))
@@ -238,7 +241,8 @@ def check_config(cfg, world, window):
         (cfg.entropy_floor and cfg.entropy_quantile, "--entropy_floor or --entropy_quantile, not both"),
         (not 0 <= cfg.entropy_quantile < 1 or not 0 <= cfg.warmup < 1 or not 0 < cfg.clip_eps < 1,
          "--entropy_quantile and --warmup must lie in [0, 1), --clip_eps in (0, 1)"),
-        (cfg.method == "sft_kl" and not cfg.kl_coef, "--method sft_kl needs --kl_coef; without KL it is --method sft"),
+        (cfg.method == "sft_kl" and not cfg.kl_coef,
+         "--method sft_kl needs --kl_coef; without KL it is --method sft"),
         (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
          "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),
     ):

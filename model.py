@@ -119,7 +119,8 @@ def default_chunk(vocabulary):
 
 
 class _ChunkedKL(torch.autograd.Function):
-    """As _ChunkedLogProbs: backward recomputes the logits of both models chunk by chunk, in two (chunk, V) blocks."""
+    """As _ChunkedLogProbs: backward recomputes the logits of both models chunk by chunk, in two (chunk, V)
+    blocks."""
 
     @staticmethod
     def _log_softmax(out, hidden, weight, temperature):
@@ -161,10 +162,11 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 def token_kl(hidden, head_weight, ref_hidden, ref_head_weight, temperature=1.0, chunk=None):
-    """KL(pi || pi_ref) >= 0 of the full distributions at each position (Eq. A1), nats, fp32, with gradient for pi.
+    """KL(pi || pi_ref) >= 0 of the full distributions at each position (Eq. A1), nats, fp32, with gradient
+    for pi.
 
-    hidden (N,D), head_weight (V,D), and the reference model's, which may have another D -> (N,). Memory beyond
-    inputs and gradients peaks at three (chunk, V) fp32 blocks, logsumexp's among them.
+    hidden (N,D), head_weight (V,D), and the reference model's, which may have another D -> (N,). Memory
+    beyond inputs and gradients peaks at three (chunk, V) fp32 blocks, logsumexp's among them.
     """
     return _ChunkedKL.apply(hidden, head_weight, ref_hidden, ref_head_weight, temperature,
                             chunk or default_chunk(len(head_weight)))

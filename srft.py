@@ -264,8 +264,8 @@ def load_data(cfg, tokenizer, grader, say):
     if not METHODS[cfg.method].rollouts:
         prompts = [prompt for prompt in prompts if prompt.demo]
         if not prompts:
-            raise ValueError(f"--data: no example has a demonstration (`solution`), and --method {cfg.method} "
-                             "learns from nothing else")
+            raise ValueError("--data: no example has a demonstration (`solution`), and --method "
+                             f"{cfg.method} learns from nothing else")
     return prompts, heldout
 
 
@@ -332,8 +332,8 @@ def augmented_groups(run, cfg, step, batch, demo_rewards):
         prompt, example = batch[g], batch[g].example
         for r, verdict in group:
             sequences.append(M.Sequence(
-                np.asarray(prompt.ids, np.int32), np.asarray(r.tokens, np.int32), group=g, reward=verdict.reward,
-                engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
+                np.asarray(prompt.ids, np.int32), np.asarray(r.tokens, np.int32), group=g,
+                reward=verdict.reward, engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
             if run.rank == 0 and len(samples) < cfg.log_samples:
                 samples.append(row(example, r.text, verdict, demo=False))
         if prompt.demo and sequences_per_prompt(cfg)[1]:                                        # Eq. 6
@@ -353,16 +353,17 @@ def learning_rate(cfg, step):
     """Of one step, counted from 1: constant, or up over the first cfg.warmup of the steps and down to 0."""
     if cfg.lr_schedule == "constant":
         return cfg.lr
-    rising, falling = step / max(1, cfg.warmup * cfg.steps), (cfg.steps - step + 1) / ((1 - cfg.warmup) * cfg.steps)
+    rising = step / max(1, cfg.warmup * cfg.steps)
+    falling = (cfg.steps - step + 1) / ((1 - cfg.warmup) * cfg.steps)
     return cfg.lr * min(1.0, rising, falling)
 
 
 def divide(run, cfg, indices, sequences):
-    """The step's sequences with their advantages (Eq. 7; Eq. 2 where demonstrations are in no group), in shares, one
-    for each optimizer update.
+    """The step's sequences with their advantages (Eq. 7; Eq. 2 where demonstrations are in no group), in
+    shares, one for each optimizer update.
 
-    ReLIFT: prompts that all rollouts failed wait in run.failed; when a step's worth of them has come together, one
-    more update on their demonstrations follows.
+    ReLIFT: prompts that all rollouts failed wait in run.failed; when a step's worth of them has come
+    together, one more update on their demonstrations follows.
     """
     method = METHODS[cfg.method]
     grouped = [s for s in sequences if method.demos == "group" or not s.is_demo]

@@ -1,11 +1,11 @@
-"""One optimizer update on packed micro-batches: any objective, its gradient the same for every split over ranks and
-micro-batches.
+"""One optimizer update on packed micro-batches: any objective, its gradient the same for every split over
+ranks and micro-batches.
 
-    before = forward_before_update(run, cfg, batches)                 # None three times, and no pass, by default
+    before = forward_before_update(run, cfg, batches)                 # by default nothing, and no pass
     metrics = update_policy(run, cfg, batches, before, *counts(sequences, cfg.loss_norm))
 
-`batches`: this rank's micro-batches, lists of model.Sequence. `run` holds policy, reference, optimizer, device and
-objective: (loss, {name of each statistic: which sequences it counts}), as in srft.OBJECTIVES.
+`batches`: this rank's micro-batches, lists of model.Sequence. `run` holds policy, reference, optimizer,
+device and objective: (loss, {name of each statistic: which sequences it counts}), as in srft.OBJECTIVES.
 """
 from dataclasses import dataclass
 
@@ -47,9 +47,9 @@ class Before:
 def forward_before_update(run, cfg, batches):
     """Before of each micro-batch; by a forward pass, which most configurations do not need. A collective.
 
-    With several updates a step, pi_old is no longer pi. With entropy_level "batch", H is the mean of H_i over all
-    demonstrations, or all rollouts, of the update. With entropy_quantile, entropy_floor is that quantile of H_t over
-    all its rollout tokens.
+    With several updates a step, pi_old is no longer pi. With entropy_level "batch", H is the mean of H_i over
+    all demonstrations, or all rollouts, of the update. With entropy_quantile, entropy_floor is that quantile
+    of H_t over all its rollout tokens.
     """
     if cfg.updates_per_rollout == 1 and cfg.entropy_level != "batch" and not cfg.entropy_quantile:
         return [Before(entropy_floor=cfg.entropy_floor)] * len(batches)
@@ -85,7 +85,7 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
     if run.reference:
         with torch.no_grad():
             reference = run.reference(batch, features=True)
-    logp, entropy, kl = run.policy(batch, cfg.temperature, bool(cfg.entropy_coef), reference)      # (B,T) each
+    logp, entropy, kl = run.policy(batch, cfg.temperature, bool(cfg.entropy_coef), reference)    # (B,T) each
     if not sequences:
         (logp.sum() * 0).backward()               # no work here, but other ranks wait in the collectives
         return {}
@@ -121,8 +121,8 @@ SUMS = ("demos", "correct", "rollouts", "h_demo", "h_rollout", "tokens", "capped
 
 
 def update_policy(run, cfg, batches, before, n_demo, n_rollout):
-    """One optimizer step on this rank's micro-batches: loss, clip, AdamW. Returns the metrics of all ranks, None for
-    those of sequences that this update has none of.
+    """One optimizer step on this rank's micro-batches: loss, clip, AdamW. Returns the metrics of all ranks,
+    None for those of sequences that this update has none of.
 
     Gradients are sums, over micro-batches and ranks, of terms already divided by global counts. An update
     whose gradient is not finite is skipped. A collective.
@@ -158,8 +158,8 @@ def backward(run, cfg, batches, before, n_demo, n_rollout, only=None):
 
 
 def term_gradient_norms(run, cfg, batches, before, n_demo, n_rollout):
-    """{"grad_norm/TERM": norm of the gradient of that loss term alone}: which term drives the update. One forward and
-    backward a term; changes nothing. A collective."""
+    """{"grad_norm/TERM": norm of the gradient of that loss term alone}: which term drives the update. One
+    forward and backward a term; changes nothing. A collective."""
     norms = {}
     for name in run.objective[1]:
         if name.startswith("loss/"):
