@@ -1,7 +1,7 @@
 """The paper's tables and figures on the tiny task: every paradigm, the same number of steps for all, several seeds.
 
     python experiments/tiny_paper.py                 # everything: about 4 hours on 2 cores; goes on where it was stopped
-    python experiments/tiny_paper.py --quick         # the same in 5 minutes: 3 steps, 1 seed, figures that mean nothing
+    python experiments/tiny_paper.py --quick         # the same in 5 minutes: 2 steps, 1 seed, figures that mean nothing
     python experiments/tiny_paper.py --only table1   # a part (table1, table2, table3, switches, reviews) and what it needs
     python experiments/tiny_paper.py --report        # no runs: tables, figures and claims from the results that are there
 
@@ -120,13 +120,15 @@ class Bench:
             return
         shutil.rmtree(folder, ignore_errors=True)
         start = ["--model", self.folder(run.start, seed) / "hf"] if run.start else []
+        small = ["--prompts_per_step", 4, "--n_rollouts", 4] if self.quick else []
         every = 1 if self.quick else run.steps if seed == TUNING_SEED else 4 if run.start else 8
         flags = [flag.replace("tiny_paper/", f"{self.out.name}/") for flag in run.flags]
         self.start(["srft.py", "--preset", "tiny", "--method", run.method, "--steps", self.steps(run), "--seed", seed, "--lr", lr,
                     "--eval_data", evaluation, "--eval_every", every, "--grader_workers", 1, "--log_samples", 1,
                     # checkpoints along the way only where Fig. 3 draws a trajectory
                     "--save_every", 4 if seed == 0 else 1000, "--keep", 99,
-                    *(["--term_gradients", 1 if self.quick else 4] if run.method == "srft" else []), *start, *flags, "--out", folder],
+                    *(["--term_gradients", 1 if self.quick else 4] if run.method == "srft" else []), *small, *start, *flags,
+                    "--out", folder],
                    Path(f"{folder}.log"))
         Path(f"{folder}.seconds").write_text(f"{time.time() - began:.0f}")
 
@@ -136,7 +138,7 @@ def evaluation_sets(bench):
     if not bench.quick:
         return "tiny:heldout,tiny:long"
     for split in ("heldout", "long"):
-        write_examples(bench.out / f"{split}.jsonl", tiny_examples(split)[:10])
+        write_examples(bench.out / f"{split}.jsonl", tiny_examples(split)[:4])
     return f"{bench.out}/heldout.jsonl,{bench.out}/long.jsonl"
 
 
