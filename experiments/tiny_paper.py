@@ -207,6 +207,9 @@ def run_all(bench, wanted):
         write_examples(bench.out / f"{style}.jsonl", expert_demonstrations(style))
     with ThreadPoolExecutor(bench.jobs) as pool:
         tune(bench, pool)
+        if any(run.flags == QWEN for run in wanted.values()) and not Path(QWEN[1], "model.safetensors").exists():
+            print(f"pretraining the base model of a second family, {QWEN[1]}: half an hour", flush=True)
+            bench.start(["tiny/make.py", QWEN[1], "qwen3"], bench.out / "make.log")
         if set(SHOWN.values()) <= set(wanted) and not (bench.results / "fig3.json").exists():
             list(pool.map(lambda name: bench.train(name, 0, bench.lr(name), evaluation, bench.folder(name, 0)), EXPERTS))
         for seed in bench.seeds:
