@@ -122,7 +122,7 @@ def test_two_real_ranks_move_the_bytes_of_the_formula_and_hold_the_simulated_mem
     found = scale.measured(2)
     assert found["phases"] == scale.formula(*found["sizes"], 2)
     simulated = plan.simulate(scale.SMALL, Config(**scale.SMALL_CFG), 2)["peak"]
-    assert -0.05 * simulated < found["gb"] * 1e9 - simulated < 60e6          # what kernels and gloo hold beside tensors
+    assert found["gb"] * 1e9 == pytest.approx(simulated, rel=0.15)
 
 
 @pytest.mark.slow
