@@ -1,10 +1,10 @@
 """The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it
 shows.
 
-    python analysis.py respond --model BASE --data FILE --out base.jsonl    # one response to each problem, for the next three
-    python analysis.py fig2a --base BASE --tuned out/srft --data FILE       # token probabilities of one response (also A1)
+    python analysis.py respond --model BASE --data FILE --out base.jsonl    # a response to each, for the next 3
+    python analysis.py fig2a --base BASE --tuned out/srft --data FILE       # one response, by tokens (also A1)
     python analysis.py fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
-    python analysis.py fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SFT=out/sft SRFT=out/srft
+    python analysis.py fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SRFT=out/srft
     python analysis.py fig4  "SFT->RL=out/sft+out/sft-rl" "RL->SFT=out/grpo+out/rl-sft"
     python analysis.py fig5  RL=out/grpo "SFT->RL=out/sft+out/sft-rl" SFT+RL=out/both
     python analysis.py fig6  RL=out/grpo SRFT=out/srft
@@ -57,8 +57,8 @@ class Scorer:
 
     def __init__(self, folder, mesh, device, args):
         config = M.load_config(folder, args.rope_theta, args.window)
-        self.policy, self.device, self.tokens = M.load_policy(folder, config, mesh, device), device, args.micro_batch_tokens
-        self.policy.eval()
+        self.policy = M.load_policy(folder, config, mesh, device).eval()
+        self.device, self.tokens = device, args.micro_batch_tokens
 
     def load_checkpoint(self, path):
         """The weights of checkpoints/step-N, without its optimizer."""
@@ -86,21 +86,22 @@ def respond(args, mesh, device):
     """One response of --model to each problem, sampled at temperature 1 by vLLM, with the log-probs of its
     tokens."""
     rank, world, folder = dist.get_rank(), dist.get_world_size(), model_folder(args.model)
-    config, tokenizer = M.load_config(folder, args.rope_theta, args.window), AutoTokenizer.from_pretrained(folder)
+    config = M.load_config(folder, args.rope_theta, args.window)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = read_prompts(args, tokenizer)
     engine = RolloutEngine(config, tokenizer, torch.bfloat16 if device.type == "cuda" else torch.float32,
                            args.max_prompt_tokens + args.max_response_tokens, 128, gpu_memory_utilization=0.9)
     engine.sync_weights(stored_tensors(folder), 0)
     seeds = np.random.SeedSequence(args.seed).generate_state(len(prompts), np.uint64).tolist()
-    groups = engine.generate([p.ids for p in prompts[rank::world]], 1, 1.0, args.max_response_tokens, seeds[rank::world],
-                             progress=rank == 0)
+    groups = engine.generate([p.ids for p in prompts[rank::world]], 1, 1.0, args.max_response_tokens,
+                             seeds[rank::world], progress=rank == 0)
     everyone = [None] * world
     dist.all_gather_object(everyone, [group[0] for group in groups])
     engine.close()                                                      # takes the process group with it
     rows = [(p, everyone[i % world][i // world]) for i, p in enumerate(prompts)]
     if rank == 0:
-        yield "jsonl", "".join(json.dumps({"id": p.example.id, "prompt": p.ids, "response": r.tokens, "logp": r.logprobs,
-                                           "text": r.text}) + "\n" for p, r in rows)
+        yield "jsonl", "".join(json.dumps({"id": p.example.id, "prompt": p.ids, "response": r.tokens,
+                                           "logp": r.logprobs, "text": r.text}) + "\n" for p, r in rows)
 
 
 def read_responses(file):
@@ -122,8 +123,10 @@ def read_prompts(args, tokenizer, need_demo=False):
         name = source if source.startswith("tiny:") else fetch(source, "dataset", "--data")
         found = [e for e in load_examples(name) if e.demo or not need_demo]
         if not found:
-            raise ValueError(f"--data {source}: no example has a demonstration; pass --responses FILE, of `respond`")
-        prompts += tokenize(found[:args.limit], tokenizer, args.template, args.max_prompt_tokens, args.max_response_tokens)
+            raise ValueError(f"--data {source}: no example has a demonstration; "
+                             "pass --responses FILE, of `respond`")
+        prompts += tokenize(found[:args.limit], tokenizer, args.template, args.max_prompt_tokens,
+                            args.max_response_tokens)
     return prompts
 
 
@@ -137,7 +140,7 @@ def responses(args, source, tokenizer):
 # ----------------------------------------------------------------------------------------------------------
 # Fig. 2(a), A1: one response as a heat map.
 
-COLOURS = {"up": (33, 102, 172), "down": (178, 24, 43)}                    # more, and less probable than before
+COLOURS = {"up": (33, 102, 172), "down": (178, 24, 43)}          # more, and less probable than before
 
 
 def colour(change, widest):
@@ -146,30 +149,44 @@ def colour(change, widest):
     return r, g, b, min(1.0, abs(change) / widest)
 
 
+def css(change, widest):
+    r, g, b, alpha = colour(change, widest)
+    return f"background:rgba({r},{g},{b},{alpha:.3f});color:{'#fff' if alpha > 0.6 else '#111'}"
+
+
+def changes(base, tuned, scale):
+    """(change of each token, the widest of the colour scale) of log probs, by --scale."""
+    if scale == "probability":
+        return np.exp(tuned) - np.exp(base), 1.0
+    return tuned - base, max(1.0, float(np.abs(tuned - base).max()))
+
+
 def heatmap(tokens, base, tuned, scale, title):
     """A self-contained HTML page: the response's tokens, coloured by how their probability changed.
 
     tokens: list of str; base, tuned: log p of each under the two models; scale: "probability" or "log".
     """
-    change = np.exp(tuned) - np.exp(base) if scale == "probability" else tuned - base
-    widest = 1.0 if scale == "probability" else max(1.0, float(np.abs(change).max()))
+    change, widest = changes(base, tuned, scale)
     spans = []
     for token, c, b, t in zip(tokens, change, base, tuned):
-        r, g, blue, alpha = colour(c, widest)
         shown = html.escape(token).replace("\n", "\u21b5\n") or "\u2205"
-        spans.append(f'<span style="background:rgba({r},{g},{blue},{alpha:.3f});color:{"#fff" if alpha > 0.6 else "#111"}" '
-                     f'title="{html.escape(repr(token))}: base {np.exp(b):.4f}, tuned {np.exp(t):.4f}">{shown}</span>')
+        hint = f"{html.escape(repr(token))}: base {np.exp(b):.4f}, tuned {np.exp(t):.4f}"
+        spans.append(f'<span style="{css(c, widest)}" title="{hint}">{shown}</span>')
     unit = "p_tuned - p_base" if scale == "probability" else "log p_tuned - log p_base, nats"
-    legend = "".join(f'<span style="background:rgba{colour(x * widest, widest)};color:{"#fff" if abs(x) > 0.6 else "#111"};'
-                     f'padding:0 .8em">{x * widest:+.2g}</span>'
+    legend = "".join(f'<span style="{css(x * widest, widest)};padding:0 .8em">{x * widest:+.2g}</span>'
                      for x in (-1, -0.5, -0.1, 0.1, 0.5, 1))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>body{{font:16px/1.7 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em;color:#111;background:#fff}}
-pre{{white-space:pre-wrap;overflow-wrap:anywhere;font:inherit}} pre span{{border-radius:2px}} p{{font-family:sans-serif}}</style>
+<style>
+body{{font:16px/1.7 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em}}
+body{{color:#111;background:#fff}}
+pre{{white-space:pre-wrap;overflow-wrap:anywhere;font:inherit}}
+pre span{{border-radius:2px}} p{{font-family:sans-serif}}
+</style>
 </head><body><h1 style="font:600 1.2em sans-serif">{html.escape(title)}</h1>
 <p>Colour: {unit}, from {legend}. Point at a token for its two probabilities.
-Changed by more than 0.1: {share(base, tuned, 0.1):.1%} of {len(tokens)} tokens; by more than 0.5: {share(base, tuned, 0.5):.1%}.</p>
+Changed by more than 0.1: {share(base, tuned, 0.1):.1%} of {len(tokens)} tokens;
+by more than 0.5: {share(base, tuned, 0.5):.1%}.</p>
 <pre>{"".join(spans)}</pre></body></html>
 """
 
@@ -181,8 +198,7 @@ def share(base, tuned, more_than):
 
 def draw_heatmap(file, tokens, base, tuned, scale, title):
     """The same as a picture."""
-    change = np.exp(tuned) - np.exp(base) if scale == "probability" else tuned - base
-    widest = 1.0 if scale == "probability" else max(1.0, float(np.abs(change).max()))
+    change, widest = changes(base, tuned, scale)
     lines, line = [], []
     for token, c in zip(tokens, change):
         if sum(len(t) for t, _ in line) + len(token) > 90:
@@ -199,10 +215,11 @@ def draw_heatmap(file, tokens, base, tuned, scale, title):
         x = 0
         for token, c in line:
             *rgb, alpha = colour(c, widest)
-            axes.add_patch(rectangle((x, y), len(token), 0.92, color=[v / 255 for v in rgb] + [alpha], linewidth=0))
+            axes.add_patch(rectangle((x, y), len(token), 0.92, color=[v / 255 for v in rgb] + [alpha],
+                                     linewidth=0))
             for k, letter in enumerate(token):
-                axes.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=9, ha="center", va="center",
-                          color="white" if alpha > 0.6 else "black")
+                axes.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=9,
+                          ha="center", va="center", color="white" if alpha > 0.6 else "black")
             x += len(token)
     save_figure(figure, file)
 
@@ -244,7 +261,8 @@ def fig2b(args, mesh, device):
         figure = new_figure(7, 4)
         axes = figure.subplots()
         for label, row in found.items():
-            axes.stairs(row["share of each bin"], row["edges"], label=f"{label}: {row['changed by more than 0.1']:.1%} over 0.1, "
+            axes.stairs(row["share of each bin"], row["edges"], label=f"{label}: "
+                        f"{row['changed by more than 0.1']:.1%} over 0.1, "
                         f"{row['changed by more than 0.5']:.1%} over 0.5")
         axes.set(yscale="log", xlabel="p_tuned - p_base of a response's token", ylabel="share of tokens",
                  title="Fig. 2(b), responses: " + ", ".join(args.responses))
@@ -252,8 +270,9 @@ def fig2b(args, mesh, device):
         save_figure(figure, file)
 
     for label, row in found.items():
-        say(f"{label:<16} {row['tokens']:>8,} tokens   mean |change| {row['mean |change|']:.3f}   over 0.1: "
-            f"{row['changed by more than 0.1']:6.1%}   over 0.5: {row['changed by more than 0.5']:6.1%}")
+        say(f"{label:<16} {row['tokens']:>8,} tokens   mean |change| {row['mean |change|']:.3f}   "
+            f"over 0.1: {row['changed by more than 0.1']:6.1%}   "
+            f"over 0.5: {row['changed by more than 0.5']:6.1%}")
     yield "json", found
     yield "png", draw
 
@@ -296,8 +315,8 @@ def fig3(args, mesh, device):
                 points = np.array([point["distances"] for point in path])[:, dimensions]
                 axes.plot(*points.T, marker="o", markersize=3, label=label)
                 axes.plot(*points[-1:].T, marker="*", markersize=11, color=axes.lines[-1].get_color())
-            for set_label, k in zip((axes.set_xlabel, axes.set_ylabel, getattr(axes, "set_zlabel", None)), dimensions):
-                set_label(f"distance to {names[k]}")
+            for axis, k in zip("xyz", dimensions):
+                axes.set(**{f"{axis}label": f"distance to {names[k]}"})
         plots[0][0].legend()
         save_figure(figure, file)
 
@@ -308,8 +327,8 @@ def fig3(args, mesh, device):
 # ----------------------------------------------------------------------------------------------------------
 # Fig. 4, 5, 6, A2: what runs logged, one curve a paradigm.
 
-PANELS = {"fig4": ["accuracy", "entropy"], "fig5": ["accuracy", "length", "entropy"], "figA2": ["accuracy", "reward", "entropy"],
-          "fig6": ["reward", "length", "entropy", "accuracy"]}
+PANELS = {"fig4": ["accuracy", "entropy"], "fig5": ["accuracy", "length", "entropy"],
+          "fig6": ["reward", "length", "entropy", "accuracy"], "figA2": ["accuracy", "reward", "entropy"]}
 METRICS = {"accuracy": "eval/", "entropy": "eval_entropy/", "length": "eval_len/", "reward": "reward/mean"}
 UNITS = {"accuracy": "held-out accuracy", "entropy": "entropy, nats a token", "length": "response, tokens",
          "reward": "training reward"}
@@ -352,7 +371,8 @@ def curves(args, *_):
             for label, curve in found[name].items():
                 if curve["step"]:
                     (line,) = axes.plot(curve["step"], curve["mean"], label=label, marker="o", markersize=3)
-                    axes.fill_between(curve["step"], curve["least"], curve["most"], alpha=0.15, color=line.get_color())
+                    axes.fill_between(curve["step"], curve["least"], curve["most"], alpha=0.15,
+                                      color=line.get_color())
             axes.set(xlabel="step", title=UNITS[name])
             axes.grid(alpha=0.3)
             if axes.lines:
@@ -360,7 +380,8 @@ def curves(args, *_):
         save_figure(figure, file)
 
     for label in found[panels[0]]:
-        say(f"{label:<16} " + "   ".join(f"{name} {found[name][label]['mean'][-1]:.3f}" for name in panels if found[name][label]["mean"]))
+        means = {name: found[name][label]["mean"] for name in panels}
+        say(f"{label:<16} " + "   ".join(f"{name} {mean[-1]:.3f}" for name, mean in means.items() if mean))
     yield "json", found
     yield "png", draw
 
@@ -399,45 +420,53 @@ FIGURES = {"respond": respond, "fig2a": fig2a, "fig2b": fig2b, "fig3": fig3} | d
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line; --help and `analysis.py FIGURE --help` explain it. Exits with 2 on a mistake."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     parser.error = lambda message: parser.exit(2, f"analysis.py: {message} (--help explains each figure)\n")
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, function in FIGURES.items():
-        p = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__, allow_abbrev=False)
-        p.error = parser.error
-        p.add_argument("--out", default=f"out/figures/{name}", help="path of the files, without their suffix [%(default)s]")
+        p = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
+                               allow_abbrev=False)
+        p.error, flag = parser.error, p.add_argument
+        flag("--out", default=f"out/figures/{name}", help="path of the files, without their suffix [%(default)s]")
         if function is curves:
-            p.add_argument("curves", nargs="+", metavar="LABEL=RUN", help="RUN, RUN+RUN (a sequence), with more seeds after commas")
+            flag("curves", nargs="+", metavar="LABEL=RUN",
+                 help="RUN, RUN+RUN (a sequence), with more seeds after commas")
             continue
         if name == "respond":
-            p.add_argument("--model", required=True, help="whose responses")
-            p.add_argument("--seed", type=int, default=0, help="of sampling [%(default)s]")
+            flag("--model", required=True, help="whose responses")
+            flag("--seed", type=int, default=0, help="of sampling [%(default)s]")
         elif name == "fig3":
-            p.add_argument("--references", nargs=3, required=True, metavar="LABEL=FILE", help="responses of the three models "
-                           "that span the space, written by `respond` (paper: base, DeepSeek-R1, QwQ-32B)")
-            p.add_argument("--runs", nargs="+", required=True, metavar="LABEL=RUN", help="runs with checkpoints; RUN+RUN a sequence")
+            flag("--references", nargs=3, required=True, metavar="LABEL=FILE", help="responses of the three models "
+                 "that span the space, written by `respond` (paper: base, DeepSeek-R1, QwQ-32B)")
+            flag("--runs", nargs="+", required=True, metavar="LABEL=RUN",
+                 help="runs with checkpoints; RUN+RUN a sequence")
         else:
-            p.add_argument("--base", required=True, help="the model before fine-tuning")
-            p.add_argument("--tuned", nargs=1 if name == "fig2a" else "+", required=True, metavar="LABEL=MODEL", help="after it")
-            p.add_argument("--responses", nargs=1 if name == "fig2a" else "+", default=["demo"], help="whose responses are scored: "
-                           "the demonstrations of --data, or a file of `respond`; for fig2b also one for each model [demo]")
+            several = 1 if name == "fig2a" else "+"
+            flag("--base", required=True, help="the model before fine-tuning")
+            flag("--tuned", nargs=several, required=True, metavar="LABEL=MODEL", help="after it")
+            flag("--responses", nargs=several, default=["demo"], help="whose responses are scored: the "
+                 "demonstrations of --data, or a file of `respond`; for fig2b also one for each model [demo]")
         if name == "fig2a":
-            p.add_argument("--scale", choices=("probability", "log"), default="probability", help="colour: the change of p, or of "
-                           "log p [%(default)s]")
+            flag("--scale", choices=("probability", "log"), default="probability",
+                 help="colour: the change of p, or of log p [%(default)s]")
         if name != "fig3":
-            p.add_argument("--data", default="", help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
-            p.add_argument("--limit", type=int, default=1024, help="problems of each file (App. E: 1,024) [%(default)s]")
-            p.add_argument("--template", choices=tuple(TEMPLATES), default="paper", help="prompt template [%(default)s]")
-        for flag, default, meaning in (("max_prompt_tokens", 1024, "longer prompts are dropped"),
-                                       ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),
-                                       ("micro_batch_tokens", 16_384, "packed tokens per forward"),
-                                       ("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own"),
-                                       ("window", 0, "context window; 0 keeps the model's own")):
-            p.add_argument(f"--{flag}", type=type(default), default=default, help=f"{meaning} [%(default)s]")
+            flag("--data", default="", help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
+            flag("--limit", type=int, default=1024, help="problems of each file (App. E: 1,024) [%(default)s]")
+            flag("--template", choices=tuple(TEMPLATES), default="paper", help="prompt template [%(default)s]")
+        for option, default, meaning in (
+                ("max_prompt_tokens", 1024, "longer prompts are dropped"),
+                ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),
+                ("micro_batch_tokens", 16_384, "packed tokens per forward"),
+                ("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own"),
+                ("window", 0, "context window; 0 keeps the model's own")):
+            flag(f"--{option}", type=type(default), default=default, help=f"{meaning} [%(default)s]")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
+    """Make one figure: its function yields (suffix, content), and rank 0 writes each to --out."""
     args = parse(argv)
     try:
         mesh = device = None
@@ -447,7 +476,10 @@ def main(argv=None):
             if not dist.is_initialized() or dist.get_rank() == 0:
                 file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")
                 file.parent.mkdir(parents=True, exist_ok=True)
-                content(file) if callable(content) else file.write_text(content if isinstance(content, str) else json.dumps(content))
+                if callable(content):
+                    content(file)
+                else:
+                    file.write_text(content if isinstance(content, str) else json.dumps(content))
                 print(f"wrote {file}")
     except (ValueError, OSError) as error:              # a mistake of the caller: one line, no traceback
         sys.exit(f"analysis.py: {error}")

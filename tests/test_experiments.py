@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,9 +56,97 @@ def test_experts_see_no_problem_of_the_task_and_make_no_mistake(style):
     assert all(re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in expert)
 
 
-def test_steps_to_a_level():
-    rows = [{"step": s, "eval/heldout": s / 10, "eval/long": s / 20} if s % 2 == 0 else {"step": s} for s in range(9)]
-    assert P.steps_to(rows, 30) == 4 and P.steps_to(rows, 99) == 12
+def test_held_out_demonstrations_are_of_the_held_out_problems_and_as_good_as_those_of_training():
+    demonstrated = P.held_out_demonstrations()
+    assert [e.problem for e in demonstrated] == [e.problem for e in tiny_examples("heldout")]
+    assert 0.75 < np.mean([re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in demonstrated]) < 0.9
+
+
+def synthetic(folder, true):
+    """Results of five seeds, every statement of which is the paper's (true), or its opposite."""
+    swap = (lambda x: x) if true else (lambda x: 1 - x)
+    final = {"srft": 0.9, "sft-12>srft": 0.9, "srft weak": 0.96, "srft qwen3": 0.9, "sft+rl": 0.8, "luffy": 0.75, "relift": 0.7,
+             "sft-12>grpo": 0.72, "sft-20>grpo": 0.72, "sft-28>grpo": 0.72, "sft_kl": 0.5, "grpo-truncated": 0.66, "grpo": 0.6,
+             "sft": 0.5, "grpo-12>sft": 0.4, "grpo-12>sft_kl": 0.45, **dict.fromkeys(P.TABLE3, 0.6), **dict.fromkeys(P.SWITCHES, 0.95)}
+    results = P.Results.__new__(P.Results)
+    results.bench = SimpleNamespace(seeds=range(5), results=folder)
+    results.rows = {}
+    for name, run in P.RUNS.items():
+        late = (name == "sft+rl") != true          # when it reaches what it reaches in the end: at its first evaluation, or its last
+        for seed in range(5):
+            jitter, end = 0.001 * ((7 * seed + len(name)) % 5), swap(final.get(name, 0.6))
+            rows = [{"step": 0, "entropy": 0.5, "accuracy": 0.0}]
+            for step in range(4, run.steps + 1, 4):
+                rows.append({"step": step, "entropy": 0.5, "accuracy": end if step == run.steps or not late else 0.0,
+                             "response_len/mean": 50.0, "reward/mean": 0.5, "entropy/rollout": 0.3})
+                rows[-1] |= {f"grad_norm/{term}": n for n, term in enumerate(("sft_demo", "rl_demo", "rl_pos", "rl_neg"), 1)}
+            if name == "grpo-12>sft":
+                rows[0] |= {"accuracy": swap(0.7), "entropy": swap(0.2)}
+                rows[1] |= {"accuracy": swap(0.3), "entropy": swap(0.8)}
+            if name in ("grpo", "srft"):
+                up = (name == "srft") == true
+                rows[0]["entropy"], rows[-1]["entropy"] = swap(0.8), swap(0.2)
+                rows[-1]["response_len/mean"] += 10 if up else -10
+                for row in rows[1:]:
+                    row |= {"reward/mean": 0.8 if up else 0.2, "entropy/rollout": 0.8 if up else 0.2}
+            results.rows[name, seed] = [
+                {**{k: v for k, v in row.items() if k not in ("entropy", "accuracy")},
+                 **{f"eval/{split}": row["accuracy"] + jitter for split in ("heldout", "long")},
+                 **{f"eval_entropy/{split}": row["entropy"] + jitter for split in ("heldout", "long")}} for row in rows]
+    for seed in range(5):
+        for source in ("demo", "own"):
+            (folder / f"fig2b-{source}-{seed}.json").write_text(json.dumps({
+                label: {"changed by more than 0.1": swap(x) + seed / 1000} for label, x in (("SFT", 0.7), ("SRFT", 0.55), ("RL", 0.4))}))
+    return results
+
+
+@pytest.mark.parametrize("true, says", [(True, "holds"), (False, "does not hold")])
+def test_every_claim_has_the_direction_of_the_paper(tmp_path, true, says):
+    results = synthetic(tmp_path, true)
+    claims = P.claims(results)
+    assert len(claims) == 34 and {text: verdict for text, _, verdict in claims if verdict != says} == {}
+    asked = P.reviews(results)
+    assert {text: verdict for text, _, verdict in asked if "SRFT" in text and verdict != says} == {}
+    assert [found for text, found, _ in asked if "distillation" in text] == [f"{10 * n}.0 \u00b1 0.0 %, 5 seeds" for n in (1, 2, 3, 4)]
+    assert {verdict for text, _, verdict in asked if text.startswith("`")} == {"better" if true else "worse"}
+
+
+def test_steps_are_counted_through_a_sequence_at_multiples_of_8(tmp_path):
+    results = synthetic(tmp_path, True)
+    row = lambda step, accuracy: {"step": step, "eval/heldout": accuracy, "eval/long": accuracy}
+    results.rows["sft-12", 0] = [row(0, 0.0), row(8, 0.1), row(12, 0.4)]
+    results.rows["sft-12>grpo", 0] = [row(0, 0.4), row(4, 0.2), row(8, 0.9), row(12, 0.5), row(28, 0.6)]
+    assert [results.steps_to("sft-12>grpo", level)[0] for level in (10, 15, 45, 60, 99)] == [8, 16, 24, 40, 48]
+
+
+def test_each_rate_is_tuned_once_for_what_is_wanted_and_second_stages_start_from_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bench = P.Bench(SimpleNamespace(quick=False, jobs=2, seeds=5))
+    bench.out, bench.results, bench.tuning, trained = tmp_path, tmp_path, tmp_path / "tuning.json", []
+
+    def train(name, seed, lr, evaluation, folder):
+        assert seed == P.TUNING_SEED and evaluation == "tiny:valid"
+        trained.append((name, lr, folder.name))
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"eval/valid": {1e-4: 0.1, 3e-4: 0.7, 1e-3: 0.7, 3e-3: 0.0}[lr]}) + "\n")
+
+    monkeypatch.setattr(bench, "train", train)
+    wanted = {name: P.RUNS[name] for name in ("sft", "sft-28", "sft-28>grpo", "srft --eq12_advantage")}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):                                                                   # the second time, nothing is left
+            P.tune(bench, pool, wanted)
+    rates = [(name, lr) for name in ("sft", "srft", "sft-28>grpo") for lr in P.GRID]
+    assert sorted(trained[:8] + trained[9:]) == sorted((name, lr, bench.folder(name, 100, lr).name) for name, lr in rates)
+    assert trained[8] == ("sft-28", 3e-4, "sft-28-100")                                      # the smaller of the best two
+    assert bench.lr("sft-28>grpo") == bench.lr("srft --eq12_advantage") == 3e-4
+
+
+def test_a_run_that_a_signal_stopped_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
+    monkeypatch.setattr(bench, "start", lambda command, log: (tmp_path / "run").mkdir())      # as srft.py: exit code 0, no hf/
+    with pytest.raises(RuntimeError, match="stopped before its end"):
+        bench.train("sft", 0, 1e-3, "tiny:valid", tmp_path / "run")
 
 
 @pytest.mark.slow
