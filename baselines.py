@@ -23,8 +23,10 @@ import torch
 def sequence_mean(x, mask, cfg):
     """<x>_i = (1/|y_i|) sum_t x_{i,t} (Eq. 3), or the sum alone ("token"), or over a constant. (B,T) ->
     (B,)."""
-    norm = {"sequence": mask.sum(1).clamp(min=1), "token": 1.0, "constant": cfg.max_response_tokens}
-    return (x * mask).sum(1) / norm[cfg.loss_norm]
+    total = (x * mask).sum(1)
+    if cfg.loss_norm == "sequence":
+        return total / mask.sum(1).clamp(min=1)
+    return total / cfg.max_response_tokens if cfg.loss_norm == "constant" else total
 
 
 def average(x, which, n):
@@ -43,7 +45,7 @@ def add_up(terms, only=None, **more):
     floats)."""
     loss = sum(term for name, term in terms.items() if only in (None, name))
     named = terms | more
-    return loss, dict(zip(named, torch.stack(list(named.values())).tolist()))          # one transfer
+    return loss, dict(zip(named, torch.stack(list(named.values())).tolist()))  # all in one transfer
 
 
 def clipped_surrogate(logp, logp_old, advantage, eps):
@@ -53,17 +55,23 @@ def clipped_surrogate(logp, logp_old, advantage, eps):
     return torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - eps, 1 + eps) * advantage[:, None])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The losses.
+def shaped(p, gamma):
+    """LUFFY's f(p) = p/(p + gamma), which favours tokens of little probability; gamma 0: p itself (Eq. 10)."""
+    return p / (p + gamma) if gamma else p
 
-def sft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, only=None, **_):
+
+# ----------------------------------------------------------------------------------------------------------
+# The losses. All take the same arguments, needed or not, so that the training loop can call any of them.
+
+def sft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
+             tis=None, kl=None, entropy_floor=0.0, only=None):
     """Eq. 1: (1/n_demo) sum over demonstrations <-log pi>_i."""
     mask, logp = without_padding(mask, logp)
     return add_up({"loss/sft": average(sequence_mean(-logp, mask, cfg), is_demo.bool(), n_demo)}, only)
 
 
-def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, kl=None, only=None,
-                **_):
+def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
+                tis=None, kl=None, entropy_floor=0.0, only=None):
     """Eq. A1: Eq. 1 plus lambda KL(pi_theta || pi_base), lambda = cfg.kl_coef (0.2), on the demonstrations'
     tokens.
 
@@ -75,7 +83,7 @@ def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_
 
 
 def grpo_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
-              tis=None, entropy_floor=0.0, only=None, **_):
+              tis=None, kl=None, entropy_floor=0.0, only=None):
     """Eq. 3: -(1/n_rollout) sum over rollouts <min{r A, clip(r) A}>_i, A of Eq. 2 over the rollouts.
 
     App. A.2: tokens whose entropy H_t is below `entropy_floor` (nats) keep their value and lose their
@@ -100,20 +108,19 @@ def sft_plus_rl_loss(*args, only=None, **kwargs):
 
 
 def luffy_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
-               tis=None, only=None, **_):
+               tis=None, kl=None, entropy_floor=0.0, only=None):
     """LUFFY's mixed-policy GRPO: one mean over rollouts and demonstrations, A of Eq. 7 over both.
 
-    Rollouts enter by Eq. 3, demonstrations by -A <f(pi)>_i with f(p) = p/(p + gamma), gamma =
-    cfg.demo_shaping (0.1), unclipped: the gradient then favours tokens to which the policy gives little
-    probability.
+    Rollouts enter by Eq. 3, demonstrations by -A <f(pi)>_i with f of `shaped`, gamma = cfg.demo_shaping
+    (0.1), unclipped.
     """
     mask, logp, logp_old, tis = without_padding(mask, logp, logp_old, tis)
-    demo, n, p = is_demo.bool(), n_demo + n_rollout, logp.exp()
+    demo, n = is_demo.bool(), n_demo + n_rollout
     gain = clipped_surrogate(logp, logp_old, advantage, cfg.clip_eps)
     gain = gain if tis is None else gain * tis
-    shaped = advantage[:, None] * p / (p + cfg.demo_shaping)
+    of_demo = advantage[:, None] * shaped(logp.exp(), cfg.demo_shaping)
     return add_up({"loss/rl": -average(sequence_mean(gain, mask, cfg), ~demo, n),
-                   "loss/rl_demo": -average(sequence_mean(shaped, mask, cfg), demo, n)}, only)
+                   "loss/rl_demo": -average(sequence_mean(of_demo, mask, cfg), demo, n)}, only)
 
 
 # name -> (loss; each of its terms with the kind of sequence that it counts)

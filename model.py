@@ -341,14 +341,20 @@ def accumulate(policy, last):
 def load_config(path, rope_theta=0.0, window=0):
     """The model's config with App. B's overrides; 0 keeps the model's own value.
 
-    Raises ValueError where the override is not App. B's (RoPE theta 10,000 -> 40,000), which would quietly
-    break the model, and for architectures whose attention the packed kernel does not reproduce.
+    Raises ValueError where the override is not App. B's (RoPE theta 10,000 -> 40,000, which makes room for a
+    longer window) and would quietly break the model, and for architectures whose attention the packed kernel
+    does not reproduce.
     """
     config = AutoConfig.from_pretrained(path)
+    own = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if own is None:
+        raise ValueError(f"{path}: has no single RoPE theta; use a Qwen2, Llama or one of their kin")
     if window:
+        if window > config.max_position_embeddings and rope_theta in (0, own):
+            raise ValueError(f"{path}: --window {window} is over its {config.max_position_embeddings} tokens, "
+                             "and its RoPE stays as it is; pass --window 0 to keep the model's own")
         config.max_position_embeddings = window
     if rope_theta:
-        own = config.rope_parameters.get("rope_theta")
         if own not in (10_000, rope_theta):
             raise ValueError(f"{path}: its RoPE theta is {own:,.0f}, and changing it to {rope_theta:,.0f} "
                              "would break it; pass --rope_theta 0 --window 0 to keep the model's own")

@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model as M
 from config import check_config, sequences_per_prompt
+from processes import mesh_shape
 from rollout import kv_bytes
 
 GIB = 2**30
@@ -79,12 +80,10 @@ def _hub_config(name):
 @contextmanager
 def simulated_gpus(world, per_node=NODE):
     """A mesh of `world` ranks that exist in name only, and fake tensors that take model.py's GPU paths.
-    Of the shape that processes.init_distributed makes: (world,), or (nodes, per_node) on several nodes."""
+    Of the shape that processes.init_distributed makes."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        shape, names = (((world // per_node, per_node), ("replicate", "shard")) if world > per_node else
-                        ((world,), ("shard",)))
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = init_device_mesh("cpu", **mesh_shape(world, per_node))
         # A CPU build of torch cannot index fake CUDA tensors. So these lie on "cpu" but claim `is_cuda`, for
         # which model.py takes the flash kernel (linear in N) and the head gradient without a temporary.
         gpu = mock.patch.object(FakeTensor, "is_cuda", True)
@@ -104,7 +103,8 @@ def simulate(config, cfg, world=8, per_node=NODE):
       peak         highest sum in the second step: two full micro-batches, clip, AdamW
       activations  peak less these three: activations, gathered bf16 weights, unsharded gradients, buffers of
                    collectives, the head's (chunk, V) blocks and its fp32 (V, D) gradient
-      reference    with kl_coef: shards of the frozen model, and its root, which stays gathered in bf16
+      reference    with kl_coef: shards of the frozen model, and its root, which stays gathered in bf16; its
+                   forward and token_kl's three (chunk, V) blocks and (V, D) gradient are not simulated
       host         with offload: the first three, 16P/w, which then lie in host memory and count 0 here; but
                    for the gradients on several nodes, which stay here until they have been reduced across
 
@@ -174,7 +174,7 @@ def budget(cfg, memory):
     (tensor parallel 1), its workspace and, with what is left, the KV cache.
     """
     share, both = cfg.engine_memory * CARD, lambda name: [memory[name]] * 2
-    rows = [("weights: fp32 shards", *both("weights")), ("reference model", *both("reference")),
+    rows = [("weights: fp32 shards", *both("weights")), ("reference model: weights", *both("reference")),
             ("optimizer: two moments of AdamW", *both("optimizer")),
             ("gradients: fp32 shards", memory["gradients"], 0),
             ("activations, temporaries at peak", memory["activations"], 0),
@@ -227,7 +227,7 @@ def report(config, cfg, memory, source, world=8):
     lines += ["", f"{'Memory a rank, GiB':<36}{'training':>12}{'generating':>12}",
               *(f"  {name:<34}{gib(a)}{gib(b)}" for name, a, b in rows if a or b)]
     room, engine = kv / kv_bytes(config), 2 * memory["parameters"]
-    fill = " or ".join(f"{room / sum(n):,.0f} sequences of {sum(n):,}" for n in lengths.values())
+    fill = " or ".join(f"{int(room / sum(n)):,} sequences of {sum(n):,}" for n in lengths.values())
     lines += [f"vLLM's share: {engine / GIB:.2f} weights, {WORKSPACE / GIB:.2f} workspace (assumed), KV",
               f"  cache of {room:,.0f} tokens: {fill}"]
     if memory["host"]:

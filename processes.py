@@ -61,21 +61,35 @@ def init_distributed(timeout_minutes=START_MINUTES):
         store.set_timeout(timedelta(seconds=5))
         _here.store = dist.PrefixStore("phase", store)
         _tell()
-    shape, names = (((world // local, local), ("replicate", "shard")) if world > local else
-                    ((world,), ("shard",)))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, **mesh_shape(world, local))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return dist.get_rank(), world, device, mesh
+
+
+def mesh_shape(world, per_node):
+    """The mesh of FSDP2 on one node, of HSDP on several, as init_device_mesh's arguments."""
+    if world % min(world, per_node):
+        raise ValueError(f"{world} ranks are not whole nodes of {per_node}: start as many on every node")
+    if world <= per_node:
+        return {"mesh_shape": (world,), "mesh_dim_names": ("shard",)}
+    return {"mesh_shape": (world // per_node, per_node), "mesh_dim_names": ("replicate", "shard")}
 
 
 def fetch(name, repo_type, flag):
     """A local folder for `name`: itself if it exists, else a snapshot from the Hugging Face hub.
 
     One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag
-    when it cannot be had.
+    when it cannot be had. A collective, once there is a group.
     """
-    if Path(name).exists():
+    here = [Path(name).exists()]
+    if dist.is_initialized():
+        here *= dist.get_world_size()
+        dist.all_gather_object(here, here[0])
+    if all(here):
         return str(name)
+    if any(here):                 # these ranks would go on alone, and hang in the next collective
+        raise FileNotFoundError(f"{flag} {name}: only ranks {[i for i, x in enumerate(here) if x]} have this "
+                                "path; put it on every node")
     from huggingface_hub import snapshot_download
     first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
     wanted = ["*.parquet", "*.jsonl"]

@@ -16,19 +16,19 @@ PANELS = [                     # title; metrics drawn in it, or how all of them 
 
 def read_rows(file):
     """The rows of a .jsonl file, none if there is no file; a last line that a kill
-    cut short is left out."""
-    rows = []
-    for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
+    cut short is left out. Raises ValueError for any other that is not JSON."""
+    rows, lines = [], Path(file).read_text().splitlines() if Path(file).exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            break
+            if number < len(lines):
+                raise ValueError(f"{file}: line {number} of {len(lines)} is not JSON") from None
     return rows
 
 
 def draw_curves(run):
-    """Draw run/curves.png from run/metrics.jsonl (Fig. 6: reward, response length, entropy;
-    and the two weights)."""
+    """Draw run/curves.png from run/metrics.jsonl: PANELS."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training
     rows = read_rows(Path(run) / "metrics.jsonl")
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -80,6 +80,8 @@ class RunLog:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(name, value, metrics["step"])
+        if last and self.board:
+            self.board.close()
         if last or time.monotonic() - self.drawn > 30:
             try:
                 draw_curves(self.run)

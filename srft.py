@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=2 srft.py --preset tiny  # the same code on a laptop's CPU, in minutes
     torchrun --nproc_per_node=8 srft.py --dry_run      # print the memory plan, run nothing
 
-Top to bottom: the objective, one optimizer update, the training loop. Every choice that the paper leaves
-open is a field of config.Config; the README's table of decisions says why its default is what it is.
+Top to bottom: the objective, the training loop; update.py has one optimizer update. Every choice that the
+paper leaves open is a field of config.Config; the README's table of decisions says why its default is what
+it is.
 """
 import json
 import os
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer
 import baselines
 import model as M
 from runlog import RunLog, read_rows
-from baselines import add_up, average, sequence_mean, without_padding
+from baselines import add_up, average, sequence_mean, shaped, without_padding
 from config import METHODS, Config, check_config, environment, parse_args, sequences_per_prompt
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
@@ -46,15 +47,16 @@ def group_advantage(reward, group, use_std=True, eps=1e-6):
     (Eq. 2 if it has no demo).
 
     reward (B,) float, group (B,) int64 (same number, same group) -> (B,). Population standard deviation.
-    A group whose rewards are all equal gets 0.
+    A group whose rewards are all equal gets 0: in float64, since eps would magnify the rounding of a mean.
 
     >>> group_advantage(torch.tensor([1., 0., 0., 1.]), torch.tensor([0, 0, 1, 1]))
     tensor([ 1.0000, -1.0000, -1.0000,  1.0000])
     """
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
     mean_of = lambda x: x.new_zeros(len(count)).index_add_(0, index, x) / count
-    centred = reward - mean_of(reward)[index]
-    return centred / (mean_of(centred**2).sqrt()[index] + eps) if use_std else centred
+    centred = reward.double() - mean_of(reward.double())[index]
+    advantage = centred / (mean_of(centred**2).sqrt()[index] + eps) if use_std else centred
+    return advantage.to(reward.dtype)
 
 
 def entropy_weight(kind, scale, exponent):
@@ -64,7 +66,7 @@ def entropy_weight(kind, scale, exponent):
 
 
 def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_demo, n_rollout,
-              logp_old=None, tis=None, kl=None, only=None, **_):
+              logp_old=None, tis=None, kl=None, entropy_floor=0.0, only=None):
     """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12),
     on one micro-batch.
 
@@ -81,7 +83,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     micro-batches simply add up. logp_old (B,T): log pi before the step's first update; None means pi
     itself. tis (B,T): truncated importance weights pi/pi_engine, used on rollouts only. kl (B,T):
     KL(pi_theta || base model) at each token, with gradient, for cfg.kl_coef. only: the name of the one term
-    to return as the loss.
+    to return as the loss. entropy_floor: of other objectives.
 
     Returns (scalar loss, stats): "loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg" sum to the
     loss (but for bonus and penalty switches); "w_sft", "w_rl": means over the sequences they apply to, 0
@@ -105,9 +107,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
 
     # Learning from demonstrations (Sec. 4.1).
     sft_demo = average(mean(w_sft * -logp), demo, n_demo)                                 # Eq. 8
-    ratio = logp.exp()                                                                    # Eq. 10
-    if cfg.demo_shaping:
-        ratio = ratio / (ratio + cfg.demo_shaping)
+    ratio = shaped(logp.exp(), cfg.demo_shaping)                                          # Eq. 10
     rl_demo = average(-advantage * mean(ratio), demo, n_demo)                             # Eq. 9
 
     # Learning from self-exploration (Sec. 4.2). The rewards {1,-1} of Eq. 11 enter as the sign of each sum.
@@ -164,6 +164,7 @@ class Run:
     step: int                        # steps done before this process started
     skipped: int                     # updates skipped so far
     failed: list                     # ReLIFT: prompts whose rollouts were all wrong, to be demonstrated
+    demo_rewards: dict               # id -> reward of the demonstrations graded so far
 
 
 def setup(cfg):
@@ -214,12 +215,15 @@ def setup(cfg):
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg) | {"ranks": world} | environment(), indent=2))
+        settings = json.dumps(asdict(replace(cfg, resume=False)) | {"ranks": world} | environment(), indent=2)
+        if checkpoint and (out / "config.json").read_text() != settings:     # of the steps until now
+            (out / "config.json").replace(out / f"config-until-{state['step']}.json")
+        (out / "config.json").write_text(settings)
     log = RunLog(out, rank == 0, state["step"] if checkpoint else -1)
     flops = partial(M.forward_backward_flops, config, sum(p.numel() for p in policy.parameters()))
     return Run(rank, world, device, mesh, dtype, tokenizer, policy, flops, reference, OBJECTIVES[cfg.method],
                optimizer, engine, grader, prompts, heldout, order, log, state["step"], state["skipped"],
-               state.get("failed", []))
+               state.get("failed", []), state.get("demo_rewards", {}))
 
 
 def restore(cfg, checkpoint, policy, optimizer, order, say):
@@ -228,10 +232,17 @@ def restore(cfg, checkpoint, policy, optimizer, order, say):
     if state["data"] != [cfg.data, order.n, cfg.seed]:
         raise ValueError(f"{checkpoint[0]}: was trained on {state['data']} (data, prompts, seed), now "
                          f"{[cfg.data, order.n, cfg.seed]}; resume with the run's own flags")
+    before = json.loads((Path(cfg.out) / "config.json").read_text())
+    changed = {name: (before[name], now) for name, now in asdict(cfg).items()
+               if name != "resume" and before.get(name, now) != now}
+    for name in changed.keys() & {"method", "template"}:
+        raise ValueError(f"{cfg.out}: was trained with --{name} {before[name]}; resume with that, or start "
+                         "another run from a model of its own, --model DIR")
     order.position = state["position"]
     for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
         group.update(weight_decay=cfg.weight_decay)
-    say(f"resumed {checkpoint[0]}")
+    say(f"resumed {checkpoint[0]}" + "".join(
+        f"\n  with --{name} {now}, until now {then}" for name, (then, now) in changed.items()))
     return state
 
 
@@ -269,19 +280,19 @@ def load_data(cfg, tokenizer, grader, say):
     return prompts, heldout
 
 
-def sample_and_grade(run, cfg, step, batch, mine, demo_rewards):
+def sample_and_grade(run, cfg, step, batch, mine):
     """This rank's rollouts: of the prompts batch[g] for g in mine, each graded as soon as it ends, which
     hides grading behind the decoding of longer ones.
 
-    Demonstrations whose reward is not in demo_rewards (id -> reward) are graded beside them; it is filled in,
-    unless grading failed. Returns, in the order of `mine`, groups of (Rollout, Verdict); id -> Verdict of the
-    demonstrations graded now; and the time when generation ended.
+    Demonstrations whose reward is not known yet are graded beside them. Returns, in the order of `mine`,
+    groups of (Rollout, Verdict); id -> Verdict of the demonstrations graded now; and the time when generation
+    ended.
     """
     # What a prompt yields depends on (seed, step, its place in the step),
     # not on ranks or on what went before.
     seeds = np.random.SeedSequence([cfg.seed, step]).generate_state(len(batch), np.uint64).tolist()
     new = {batch[g].example.id: batch[g].example for g in mine
-           if sequences_per_prompt(cfg)[1] and batch[g].demo and batch[g].example.id not in demo_rewards}
+           if sequences_per_prompt(cfg)[1] and batch[g].demo and batch[g].example.id not in run.demo_rewards}
     run.grader.submit([e.demo for e in new.values()], [e.answer for e in new.values()])
     places = []                                # of the rollouts, in the order in which they are submitted
 
@@ -298,11 +309,9 @@ def sample_and_grade(run, cfg, step, batch, mine, demo_rewards):
     generated = time.monotonic()
     phase("grade", step)
     verdicts = run.grader.collect()
-    of_demo = dict(zip(new, verdicts))
-    demo_rewards.update({id: v.reward for id, v in of_demo.items() if v.reason not in FAILED})
     of_rollout = dict(zip(places, verdicts[len(new):]))
     return [[(r, of_rollout[i, k]) for k, r in enumerate(group)] for i, group in enumerate(rollouts)
-            ], of_demo, generated
+            ], dict(zip(new, verdicts)), generated
 
 
 def demonstration(prompt, group=0, reward=0.0):
@@ -311,16 +320,16 @@ def demonstration(prompt, group=0, reward=0.0):
                       group=group, reward=reward)
 
 
-def augmented_groups(run, cfg, step, batch, demo_rewards):
+def augmented_groups(run, cfg, step, batch):
     """The step's augmented groups (Eq. 6): rollouts of the current policy and each prompt's demonstration, as
     the method has them, with rewards (Eq. A2). This rank answers its share of `batch` (the step's Prompts),
-    then all exchange.
+    then all exchange. Demonstrations are graded once, unless grading failed: run.demo_rewards.
 
     Returns (sequences, the same list on every rank; rows for samples.jsonl; Counter of the verdicts' reasons
     and of "ms"; time when generation ended). A collective.
     """
     mine = range(len(batch) * run.rank // run.world, len(batch) * (run.rank + 1) // run.world)
-    groups, of_demo, generated = sample_and_grade(run, cfg, step, batch, mine, demo_rewards)
+    groups, of_demo, generated = sample_and_grade(run, cfg, step, batch, mine)
     verdicts = [verdict for group in groups for _, verdict in group] + list(of_demo.values())
     grading = Counter(verdict.reason for verdict in verdicts) + Counter(ms=sum(v.ms for v in verdicts))
 
@@ -330,22 +339,27 @@ def augmented_groups(run, cfg, step, batch, demo_rewards):
     sequences, samples = [], []
     for g, group in zip(mine, groups):
         prompt, example = batch[g], batch[g].example
-        for r, verdict in group:
+        for k, (r, verdict) in enumerate(group):
             sequences.append(M.Sequence(
                 np.asarray(prompt.ids, np.int32), np.asarray(r.tokens, np.int32), group=g,
                 reward=verdict.reward, engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
-            if run.rank == 0 and len(samples) < cfg.log_samples:
-                samples.append(row(example, r.text, verdict, demo=False))
+            samples.append((k, row(example, r.text, verdict, demo=False)))
         if prompt.demo and sequences_per_prompt(cfg)[1]:                                        # Eq. 6
-            reward = of_demo[example.id].reward if example.id in of_demo else demo_rewards[example.id]
+            reward = of_demo[example.id].reward if example.id in of_demo else run.demo_rewards[example.id]
             sequences.append(demonstration(prompt, g, reward))
+    # Of rank 0's rollouts a few: the first of each prompt before the second of any.
+    samples = [r for _, r in sorted(samples, key=lambda sample: sample[0])[:cfg.log_samples]
+               ] if run.rank == 0 else []
     examples = {batch[g].example.id: batch[g].example for g in mine}
     samples += [row(examples[id], examples[id].demo, verdict, demo=True)        # kept, but a person
                 for id, verdict in of_demo.items() if not verdict.reward]       # should know
+    known = {id: verdict.reward for id, verdict in of_demo.items() if verdict.reason not in FAILED}
     phase("exchange", step)
     everyone = [None] * run.world
-    dist.all_gather_object(everyone, (sequences, samples, grading))  # tokens, no model tensors: a few MB
+    dist.all_gather_object(everyone, (sequences, samples, grading, known))   # tokens, no tensors: a few MB
     sequences, samples = ([x for part in everyone for x in part[i]] for i in (0, 1))
+    for part in everyone:
+        run.demo_rewards.update(part[3])
     return sequences, samples, sum((part[2] for part in everyone), Counter()), generated
 
 
@@ -395,7 +409,7 @@ def train(cfg, run):
 
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
-    demo_rewards, skipped, skipped_in_a_row, metrics, stop = {}, run.skipped, 0, {}, False
+    skipped, skipped_in_a_row, metrics, stop = run.skipped, 0, {}, False
     bar = tqdm(total=cfg.steps, initial=run.step, desc=cfg.method, disable=run.rank != 0,
                dynamic_ncols=True)
 
@@ -420,7 +434,7 @@ def train(cfg, run):
         # Sample prompts, generate G rollouts each, grade them, join the demonstrations (Eq. 6).
         indices = run.order.take(cfg.prompts_per_step)
         batch = [run.prompts[i] for i in indices]
-        sequences, samples, grading, generated = augmented_groups(run, cfg, step, batch, demo_rewards)
+        sequences, samples, grading, generated = augmented_groups(run, cfg, step, batch)
         clock, memory = clock + [generated, time.monotonic()], [memory_gb(run.device)]
 
         shares = divide(run, cfg, indices, sequences)                    # a share for each update
@@ -445,7 +459,10 @@ def train(cfg, run):
 
         # Send the new weights to the engine.
         phase("sync", step)
-        evaluate_now = step % cfg.eval_every == 0 or step == cfg.steps
+        stop = torch.tensor(float(bool(stopping)))
+        dist.all_reduce(stop, dist.ReduceOp.MAX)               # ranks may get the signal in different steps
+        # Who is told to stop has minutes: they are for the checkpoint.
+        evaluate_now = step == cfg.steps or step % cfg.eval_every == 0 and not stop
         if METHODS[cfg.method].rollouts or evaluate_now:
             run.engine.sync_weights(M.full_parameters(run.policy, run.dtype), version=step)
         clock.append(time.monotonic())
@@ -484,11 +501,9 @@ def train(cfg, run):
 
         # Checkpoint.
         phase("checkpoint", step)
-        stop = torch.tensor(float(bool(stopping)))
-        dist.all_reduce(stop, dist.ReduceOp.MAX)               # ranks may get the signal in different steps
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             state = {"step": step, "skipped": skipped, "position": run.order.position, "failed": run.failed,
-                     "data": [cfg.data, len(run.prompts), cfg.seed]}
+                     "demo_rewards": run.demo_rewards, "data": [cfg.data, len(run.prompts), cfg.seed]}
             M.save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
             break
@@ -528,6 +543,8 @@ def summarize(run, cfg, sequences, grading, updates, clock):
         "perf/grader_ms": grading["ms"] / max(1, gradings),
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
+        "engine/logp_diff_max": max(
+            (worst for update in updates if (worst := update["engine/logp_diff_max"]) is not None), default=None),
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
         "perf/mfu": run.flops(sequences) / (times[2] * run.world * peak) if peak else None}
@@ -557,8 +574,10 @@ def finish(run, cfg, exported):
         return
     rows = read_rows(Path(cfg.out) / "metrics.jsonl")
     for name in sorted({key for row in rows for key in row if key.startswith("eval/")}):
-        values = [row[name] for row in rows if name in row]
-        print(f"{name:<16} base {100 * values[0]:5.1f} %   trained {100 * values[-1]:5.1f} %")
+        values = {row["step"]: row[name] for row in rows if name in row}
+        first, last = min(values), max(values)
+        print(f"{name:<16} {f'step {first}' if first else 'base'} {100 * values[first]:5.1f} %   "
+              f"trained {100 * values[last]:5.1f} %")
     print(f"curves: {cfg.out}/curves.png   model for transformers and vllm: {cfg.out}/hf")
 
 

@@ -144,7 +144,8 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
     return {name: (total[name] if total[kind] else None) if name.startswith("loss/") else per(name, kind)
             for name, kind in counted.items()} | {
         "entropy/demo": per("h_demo", "demos"), "entropy/rollout": per("h_rollout", "rollouts"),
-        "engine/logp_diff_mean": per("diff", "tokens"), "engine/logp_diff_max": worst.item(),
+        "engine/logp_diff_mean": per("diff", "tokens"),
+        "engine/logp_diff_max": worst.item() if total["tokens"] else None,
         "tis/capped": per("capped", "tokens"), "grad_norm": norm}
 
 
@@ -159,10 +160,10 @@ def backward(run, cfg, batches, before, n_demo, n_rollout, only=None):
 
 def term_gradient_norms(run, cfg, batches, before, n_demo, n_rollout):
     """{"grad_norm/TERM": norm of the gradient of that loss term alone}: which term drives the update. One
-    forward and backward a term; changes nothing. A collective."""
-    norms = {}
-    for name in run.objective[1]:
-        if name.startswith("loss/"):
+    forward and backward for each term that the update has sequences of; changes nothing. A collective."""
+    norms, there = {}, {"demos": n_demo, "rollouts": n_rollout}
+    for name, kind in run.objective[1].items():
+        if name.startswith("loss/") and there[kind]:
             backward(run, cfg, batches, before, n_demo, n_rollout, only=name)
             norm = torch.nn.utils.get_total_norm([p.grad for p in run.policy.parameters()])
             norms[name.replace("loss/", "grad_norm/")] = norm.full_tensor().item()

@@ -34,15 +34,14 @@ def start(args, ranks=1, per_node=None):
 
 
 def run(args, ranks=1, per_node=None, timeout=240, ok=True):
-    """Run to the end; returns rank 0's output. Fails the test on a non-zero exit (unless ok=False) or a hang."""
+    """Run to the end; returns rank 0's output. Fails the test on a non-zero exit (ok=False: on a zero one), and on a hang."""
     processes = start(args, ranks, per_node)
     try:
         outputs = [p.communicate(timeout=timeout)[0] for p in processes]
     finally:
         for p in processes:
             p.kill()
-    if ok:
-        assert not any(p.returncode for p in processes), "\n".join(o[-3000:] for o in outputs)
+    assert ok is not any(p.returncode for p in processes), "\n".join(o[-3000:] for o in outputs)
     return outputs[0]
 
 

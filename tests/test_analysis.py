@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import analysis as A
 from config import TINY
 from data import tiny_examples, tiny_tokenizer
+from runlog import read_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
@@ -182,3 +183,13 @@ def test_a_file_that_respond_did_not_write_is_refused(text, tmp_path):
 def test_a_run_that_is_not_done_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="no hf/ yet"):
         A.model_folder(write_run(tmp_path / "run", [{"step": 0}]))
+
+
+def test_rows_are_read_up_to_a_torn_last_line_and_no_further_than_a_broken_one(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_rows(file) == []
+    file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_rows(file) == [{"step": 1}, {"step": 2}]
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 of 3 is not JSON"):
+        read_rows(file)

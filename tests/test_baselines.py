@@ -112,6 +112,21 @@ def test_a_micro_batch_of_one_kind_only_is_no_nan(method, is_demo):
     assert math.isfinite(found[0]) and all(d.isfinite().all() for d in found[2:])
 
 
+@pytest.mark.parametrize("method", ALL)
+def test_a_misspelled_argument_of_a_loss_is_an_error(method):
+    with pytest.raises(TypeError, match="tiss"):
+        ALL[method][0](*[torch.ones(1, 2)] * 3, *[torch.ones(1)] * 3, Config(), 1, 1, tiss=torch.ones(1, 2))
+
+
+def test_luffy_without_shaping_still_learns_from_demonstrations():
+    """gamma 0 means the plain ratio p of Eq. 10, not p/p."""
+    logp = torch.tensor([[0.2, 0.9]]).log().requires_grad_()
+    loss, _ = OBJECTIVES["luffy"][0](logp, logp, torch.ones(1, 2), torch.ones(1), torch.ones(1), torch.tensor([True]),
+                                     Config(method="luffy"), n_demo=1, n_rollout=0)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, -torch.tensor([[0.2, 0.9]]) / 2)
+
+
 def test_the_clipped_surrogate_worked_out_by_hand():
     """One rollout of two tokens, A = 1: ratios 1.5, cut to 1.2, and 0.5, which the minimum leaves alone."""
     logp, old = torch.tensor([[1.5, 0.5]]).log(), torch.zeros(1, 2)
@@ -191,6 +206,8 @@ def test_a_method_brings_the_papers_flags_which_presets_and_flags_override():
     (["--method", "grpo", "--entropy_quantile", "1"], "--entropy_quantile"),
     (["--method", "sft_kl", "--kl_coef", "0"], "needs --kl_coef"),
     (["--method", "sft", "--warmup", "1"], "--warmup"),
+    (["--warmup", "0.2"], "--warmup needs --lr_schedule linear"),
+    (["--reference", "tiny"], "--reference needs --kl_coef"),
 ])
 def test_a_flag_that_a_method_does_not_heed_is_refused(flags, says):
     with pytest.raises(ValueError, match=says):

@@ -430,6 +430,21 @@ def test_a_rope_override_that_is_not_the_papers_is_refused(tmp_path, theta, over
         assert M.load_config(tmp_path, override, 0).rope_parameters["rope_theta"] == (override or theta)
 
 
+@pytest.mark.parametrize("override", [0, 10_000])
+def test_a_longer_window_with_the_model_s_own_rope_is_refused(tmp_path, override):
+    transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+                             max_position_embeddings=4096).save_pretrained(tmp_path)
+    assert M.load_config(tmp_path, override, 2048).max_position_embeddings == 2048
+    with pytest.raises(ValueError, match="--window 16384 is over its 4096 tokens"):
+        M.load_config(tmp_path, override, 16_384)
+
+
+def test_a_model_without_one_rope_theta_is_refused_by_name(tmp_path):
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no single RoPE theta"):
+        M.load_config(tmp_path, 40_000, 0)
+
+
 @pytest.mark.parametrize("kind, overrides, refused", [
     ("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0), True),
     ("Qwen2", dict(use_sliding_window=False, sliding_window=8), False), ("Llama", {}, False),

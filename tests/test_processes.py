@@ -93,6 +93,20 @@ def test_an_error_on_one_rank_ends_the_others_too_which_name_it():
 
 
 @pytest.mark.slow
+def test_a_path_that_only_one_node_has_is_an_error_on_all_ranks_and_no_hang(tmp_path):
+    outputs, codes = finish(["tests/phases.py", f"fetch {tmp_path}", 0.2], per_node=1)
+    assert codes == [1, 1] and not any("FETCHED" in output or "HANG" in output for output in outputs)
+    assert all("only ranks [0] have this path; put it on every node" in output for output in outputs), outputs
+
+
+def test_a_mesh_is_one_node_or_whole_nodes():
+    assert processes.mesh_shape(4, 8) == {"mesh_shape": (4,), "mesh_dim_names": ("shard",)}
+    assert processes.mesh_shape(16, 8) == {"mesh_shape": (2, 8), "mesh_dim_names": ("replicate", "shard")}
+    with pytest.raises(ValueError, match="12 ranks are not whole nodes of 8"):
+        processes.mesh_shape(12, 8)
+
+
+@pytest.mark.slow
 def test_one_process_without_torchrun_is_watched_too():
     done = subprocess.run([sys.executable, "tests/phases.py", "sleep", str(MINUTES)], env=ENV, cwd=ROOT, text=True,
                           capture_output=True, timeout=60)
