@@ -4,13 +4,19 @@
 
 The oracle also differentiates by hand: d loss / d log pi and d loss / d H of each token, no autograd involved.
 """
+import inspect
 import math
 import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+import baselines
 import model as M
 import srft
 import update
@@ -368,3 +374,31 @@ def test_one_update_does_not_depend_on_how_the_step_is_split_into_micro_batches(
 def test_an_entropy_bonus_changes_the_update(monkeypatch, level):
     with_bonus, without = (grad_norm(monkeypatch, step_of_sequences(), entropy_level=level, entropy_coef=c) for c in (9.0, 0.0))
     assert with_bonus != pytest.approx(without, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Copying one piece, as the README says: what it names, the standard library, torch and numpy are enough.
+
+PIECES = {
+    "group_advantage": [], "pack": ["Sequence", "karmarkar_karp"], "collate": ["Sequence", "Batch"],
+    "srft_loss": ["entropy_weight", "sequence_mean", "average", "without_padding", "add_up", "shaped"],
+    "token_logprobs": ["_ChunkedLogProbs", "_addmm_fp32", "default_chunk"]}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_works_alone_with_what_the_readme_names(piece, monkeypatch):
+    sentence = (Path(srft.__file__).parent / "README.md").read_text().split("To copy one piece:")[1].split("\n\n")[0]
+    copy = {"__name__": "a_copy"} | {name: __import__(name) for name in ("torch", "math", "heapq")} | {
+        "np": np, "dataclass": dataclass, "F": torch.nn.functional}
+    monkeypatch.setitem(sys.modules, "a_copy", SimpleNamespace(__dict__=copy))      # dataclass looks for the class's module
+    for name in (*PIECES[piece], piece):
+        assert f"`{name}`" in sentence
+        owner = next(module for module in (srft, M, baselines) if hasattr(module, name))
+        exec(inspect.getsource(getattr(owner, name)), copy)
+    fields = {f.name: f.default for f in Config.__dataclass_fields__.values() if f.metadata["group"] == "objective"}
+    two = lambda: torch.full((1, 2), -0.5)
+    sequences = lambda: [copy["Sequence"]([1, 2], [3, 4, 5])]
+    assert {"group_advantage": lambda f: f(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])),
+            "pack": lambda f: f(sequences(), 9), "collate": lambda f: f(sequences(), "cpu"),
+            "srft_loss": lambda f: f(two(), two(), two(), torch.ones(1), torch.ones(1), torch.ones(1), SimpleNamespace(**fields), 1, 0),
+            "token_logprobs": lambda f: f(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2]))}[piece](copy[piece]) is not None
