@@ -4,8 +4,8 @@
     python experiments/smollm2_gsm8k.py --model DIR --train FILE --test FILE --cpu          # a night on 2 cores, few steps
 
 The files have the columns problem, answer and solution; the model is any chat model that one card trains. SRFT, GRPO, SFT,
-SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps, of prompts and of rollouts. A run that was stopped goes on from its
-newest checkpoint. Then the figures: out/smollm2/fig6.png (dynamics) and fig5.png (efficiency), and a table.
+SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps and of prompts, the same rollouts where they have any, and one
+learning rate, which is tuned for none of them. A run that was stopped goes on from its newest checkpoint. Then the figures: out/smollm2/fig6.png (dynamics) and fig5.png (efficiency), and a table.
 Math-Verify takes its answer from anywhere in the text here (--no-strict_box): the base model writes no box, and RL alone would
 never see a reward.
 """
