@@ -11,7 +11,8 @@ demo: env                          ## train the tiny model with SRFT in two proc
 	$(VENV)/bin/torchrun --standalone --nproc_per_node=2 srft.py --preset tiny
 
 test: $(VENV)/.tests-installed     ## all tests
-	$(VENV)/bin/python -m pytest -q --durations=25 tests
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not clock" --durations=25 tests
+	$(VENV)/bin/python -m pytest -q -m clock tests
 
 test-fast: env                     ## the core, under two minutes
 	$(VENV)/bin/python -m pytest -q -m "not slow" tests

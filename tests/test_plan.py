@@ -146,6 +146,7 @@ def test_a_name_that_is_neither_folder_nor_hub_model_is_refused_with_the_flag(tm
             plan.read_config(name)
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_default_flags_print_the_7b_plan_once_without_network_and_write_nothing(tmp_path):
     started = time.monotonic()

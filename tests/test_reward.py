@@ -326,6 +326,7 @@ def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math
     assert sum(v.reward == float(case["math_verify"]) for v, case in zip(verdicts, cases)) >= 95
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 @needs_data
 def test_two_workers_grade_300_responses_a_second():
@@ -368,6 +369,7 @@ def hostile_responses(marker):
     return (responses + [rf"\boxed{{{text}}}" for text in boxed])[:64]
 
 
+@pytest.mark.clock
 @pytest.mark.slow
 def test_64_hostile_responses_change_no_other_reward_and_keep_the_time_bound(tmp_path):
     marker, deadline_s, workers = tmp_path / "executed", 2.0, 2
@@ -456,6 +458,7 @@ def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000
     assert len(peaks) >= 2 and 20_000 < max(peaks.values()) <= memory_mb * 1024, peaks
 
 
+@pytest.mark.clock
 def test_the_time_bound_holds_when_every_response_must_be_killed():
     with Grader(workers=2, deadline_s=1.0) as grader:           # Math-Verify's own 1 s comes too late
         late = max(0.0, start_in_time(grader) - 0.7)            # a spare is late by as much
@@ -486,6 +489,7 @@ def test_submitted_responses_are_graded_while_other_work_goes_on_and_collected_i
         assert reasons(grader.grade([boxed("1"), boxed("2")], ["1", "1"])) == ["ok", "wrong"]
 
 
+@pytest.mark.clock
 def test_a_hung_response_that_was_submitted_holds_nobody_up_and_is_killed_at_its_deadline():
     with Grader(workers=2, deadline_s=4.0) as grader:
         grader.grade(["1"] * 2, ["1"] * 2)
@@ -533,6 +537,7 @@ def test_milliseconds_are_those_of_the_grading_not_of_a_parent_that_was_busy():
         assert verdict.reward == 1 and 0 < verdict.ms < 500
 
 
+@pytest.mark.clock
 def test_a_worker_in_which_no_alarm_can_fire_is_killed_at_the_deadline():
     with Grader(workers=2, deadline_s=2.0) as grader:
         start_in_time(grader)
