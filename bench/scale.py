@@ -218,7 +218,7 @@ def compare_measured():
                 byte_rows.append([world, name, key[0], *(f"{x.get(key, 0):,}" for x in (found, simulated, expected))])
         results[world] = {"measured_gb": real["gb"], "simulated_gb": memory["peak"] / GB, "formula_gb": by_hand / GB}
     parameters = memory["parameters"]
-    common.show(f"Measured on CPU: a random Llama of {parameters / 1e6:.1f} M parameters, two micro-batches of "
+    common.show(f"Measured on CPU: a random Llama of {parameters / 1e6:.1f} M parameters, micro-batches of "
                 f"{cfg.micro_batch_tokens:,} tokens, AdamW (MB a rank)",
                 ["ranks", "16P/w: weights, moments, gradients", "simulated peak", "measured peak", "measured / simulated - 1"],
                 [[*row[:4], f"{row[4]:+.1%}"] for row in memory_rows])
