@@ -157,8 +157,8 @@ def simulated_traffic(config, cfg, world, per_node=plan.NODE):
 
 # Few tokens: without AVX-512, bf16 products are forty times slower than fp32 ones on a CPU.
 SMALL = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
-                    vocab_size=8192, tie_word_embeddings=False, max_position_embeddings=2048, use_cache=False)
-SMALL_CFG = dict(max_prompt_tokens=64, max_response_tokens=96, micro_batch_tokens=128)
+                    vocab_size=4096, tie_word_embeddings=False, max_position_embeddings=2048, use_cache=False)
+SMALL_CFG = dict(max_prompt_tokens=32, max_response_tokens=48, micro_batch_tokens=64)
 
 
 def worker(out):
