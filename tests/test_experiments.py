@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import tiny_paper as P
 from conftest import ROOT
+from transformers import AutoTokenizer
 
+from config import TINY
 from data import tiny_examples
 
 
@@ -167,3 +170,24 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
     assert set(path) == {"SFT", "RL", "SRFT", "SFT->RL"} and len(path["SFT->RL"]) == 3
     again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "eval/heldout" not in again.stdout           # nothing is left to train
+
+
+@pytest.mark.slow
+def test_the_comparison_on_a_pretrained_model_runs_from_one_command_and_goes_on_where_it_was_stopped(tmp_path):
+    """The tiny model with a chat template in the place of SmolLM2."""
+    shutil.copytree(TINY, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, examples in (("train", tiny_examples("train")[:32]), ("test", tiny_examples("heldout")[:9])):
+        P.write_examples(tmp_path / f"{name}.jsonl", examples)
+    command = [sys.executable, "experiments/smollm2_gsm8k.py", "--cpu", "--model", tmp_path / "model", "--train", tmp_path / "train.jsonl",
+               "--test", tmp_path / "test.jsonl", "--limit", "4", "--steps", "2", "--only", "srft", "--only", "sft->rl", "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^(srft|sft->rl) +\d+\.\d %   response \d+ tokens$", done.stdout, re.M)) == 2
+    assert all((tmp_path / "out" / f"{figure}.png").stat().st_size > 5000 for figure in ("fig5", "fig6"))
+    assert {p.name for p in (tmp_path / "out").glob("*/hf")} == {"hf"} and len(list((tmp_path / "out").glob("*/hf"))) == 3
+    shutil.rmtree(tmp_path / "out" / "sft-rl-grpo" / "hf")                     # stopped before its end
+    again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout.count("srft.py --method") == 1, again.stderr[-3000:]
