@@ -305,6 +305,18 @@ def test_a_reference_that_nothing_can_match_is_named_and_left_out_of_training_bu
 
 
 @pytest.mark.slow
+def test_a_demonstration_is_graded_once_whatever_rank_meets_it_again_and_after_a_resume(tmp_path):
+    rows = [{"id": f"wrong{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i), "solution": r"\boxed{0}"} for i in range(8)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [*SMALL, "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"]
+    run([*command, "--steps", "4"], ranks=2)                                                    # two epochs
+    run([*command, "--steps", "6", "--resume"])
+    told = [row for row in map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines()) if row["demo"]]
+    assert sorted(row["id"] for row in told) == [row["id"] for row in rows]
+    assert all(row["reward/demo_mean"] == 0 for row in metrics(tmp_path / "run")[1:])
+
+
+@pytest.mark.slow
 def test_data_whose_every_reference_is_unusable_is_refused(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps({"problem": "1+1=?\n", "answer": r"\frac{"}) + "\n")
     done = run([*SMALL, "--steps", "1", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"], ok=False)
