@@ -207,9 +207,10 @@ def draw_heatmap(file, tokens, base, tuned, scale, title):
         if "\n" in token:
             lines, line = lines + [line], []
     lines = (lines + [line])[:60]
-    figure = new_figure(11, 0.6 + 0.26 * len(lines))
+    columns = max(48, *(sum(len(t) for t, _ in line) for line in lines))
+    figure = new_figure(0.12 * columns, 0.6 + 0.26 * len(lines))
     axes = figure.subplots()
-    axes.set(xlim=(0, 92), ylim=(len(lines), 0), title=title)
+    axes.set(xlim=(0, columns + 1), ylim=(len(lines), 0), title=title)
     axes.axis("off")
     for y, line in enumerate(lines):
         x = 0
