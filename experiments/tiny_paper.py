@@ -354,6 +354,10 @@ def shown(mean, half, n=None, digits=1):
     return f"{mean:.{digits}f}" + (f" \u00b1 {half:.{digits}f}" if half is not None else "")
 
 
+def of(n):
+    return f"{n} seed" + "s" * (n > 1)
+
+
 def table(results, title, runs):
     """Markdown: accuracy at the end of each run, mean and 95 % interval over seeds."""
     lines = [f"**{title}**", "", "| run | held-out | long | mean | lr | seeds |", "|---|---|---|---|---|---|"]
@@ -378,16 +382,17 @@ def claims(results):
     def claim(text, found, unit="points", least=0.0, digits=1):
         mean, half, n = found
         if n:
-            rows.append((text, f"{shown(mean, half, digits=digits)} {unit}, {n} seeds", verdict(mean, half, least)))
+            rows.append((text, f"{shown(mean, half, digits=digits)}{unit and f' {unit}'}, {of(n)}", verdict(mean, half, least)))
 
     for source, words in (("demo", "of held-out demonstrations"), ("own", "of its own responses")):
         fig = {seed: json.loads(file.read_text()) for seed in results.bench.seeds
                if (file := results.bench.results / f"fig2b-{source}-{seed}.json").exists()}
-        of = lambda label: {seed: 100 * found[label]["changed by more than 0.1"] for seed, found in fig.items()}
+        changed = lambda label: {seed: 100 * found[label]["changed by more than 0.1"] for seed, found in fig.items()}
         if fig:
-            claim(f"SFT changes more tokens than RL (by > 0.1; share of those {words}; Fig. 2b)", difference(of("SFT"), of("RL")))
-            claim(f"SRFT lies between: changes fewer than SFT ({words}; Fig. A1)", difference(of("SFT"), of("SRFT")))
-            claim(f"SRFT lies between: changes more than RL ({words}; Fig. A1)", difference(of("SRFT"), of("RL")))
+            claim(f"SFT changes more tokens than RL (by > 0.1; share of the tokens {words}; Fig. 2b)",
+                  difference(changed("SFT"), changed("RL")))
+            claim(f"SRFT lies between: changes fewer than SFT ({words}; Fig. A1)", difference(changed("SFT"), changed("SRFT")))
+            claim(f"SRFT lies between: changes more than RL ({words}; Fig. A1)", difference(changed("SRFT"), changed("RL")))
     forward, backward = f"sft-{STAGE}>grpo", f"grpo-{REST}>sft"
     claim("SFT->RL beats RL->SFT (Table 1)", minus(forward, backward))
     claim("SFT->RL beats SFT (Table 1)", minus(forward, "sft"))
@@ -439,7 +444,7 @@ def reviews(results):
     def ask(text, a, b, least=0.0):
         mean, half, n = difference(accuracy(a), accuracy(b))
         if n:
-            rows.append((text, f"{shown(mean, half)} points, {n} seeds", verdict(mean, half, least)))
+            rows.append((text, f"{shown(mean, half)} points, {of(n)}", verdict(mean, half, least)))
 
     ask("from the same fine-tuned start (12 steps of SFT), SRFT beats RL", "sft-12>srft", "sft-12>grpo")
     for name in ("sft", "sft+rl", "luffy"):
@@ -454,11 +459,11 @@ def reviews(results):
     for term, *values in zip(terms, *norms.values()) if norms else ():
         shares = [100 * v / sum(norms[seed]) for v, seed in zip(values, norms)]
         rows.append((f"is it distillation? Share of {term} in the sum of the terms' gradient norms, all steps",
-                     f"{shown(*interval(shares))} %, {len(shares)} seeds", ""))
+                     f"{shown(*interval(shares))} %, {of(len(shares))}", ""))
     for name in SWITCHES:
         mean, half, n = difference(accuracy(name), accuracy("srft"))
         if n:
-            rows.append((f"`{name.removeprefix('srft ')}` against the default", f"{shown(mean, half)} points, {n} seeds",
+            rows.append((f"`{name.removeprefix('srft ')}` against the default", f"{shown(mean, half)} points, {of(n)}",
                          {"holds": "better", "does not hold": "worse"}.get(verdict(mean, half), "cannot tell")))
     return rows
 
