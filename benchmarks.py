@@ -17,7 +17,6 @@ depends on (seed, id) alone, whatever else is evaluated.
 import csv
 import json
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 

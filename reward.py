@@ -26,7 +26,6 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import selectors
 import signal

@@ -3,7 +3,6 @@
     pytest tests/test_baselines.py
 """
 import math
-import random
 
 import numpy as np
 import pytest
