@@ -365,10 +365,16 @@ def curves(args, *_):
     panels = PANELS[args.figure]
     found = {name: {label: dict(zip(("step", "mean", "least", "most"), read_curves(runs, METRICS[name])))
                     for label, runs in named(args.curves)} for name in panels}
+    panels = [name for name in panels if any(curve["step"] for curve in found[name].values())]
+    empty = ", ".join(UNITS[name] for name in PANELS[args.figure] if name not in panels)
+    if not panels:
+        raise ValueError(f"no run has any of {empty}: these are measured where srft.py gets --eval_data")
+    if empty:
+        say(f"left out, since no run has it (train with --eval_data): {empty}")
 
     def draw(file):
         figure = new_figure(4.6 * len(panels), 4)
-        for axes, name in zip(figure.subplots(1, len(panels)), panels):
+        for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for label, curve in found[name].items():
                 if curve["step"]:
                     (line,) = axes.plot(curve["step"], curve["mean"], label=label, marker="o", markersize=3)

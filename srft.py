@@ -334,8 +334,8 @@ def augmented_groups(run, cfg, step, batch):
     grading = Counter(verdict.reason for verdict in verdicts) + Counter(ms=sum(v.ms for v in verdicts))
 
     row = lambda example, response, verdict, demo: {
-        "step": step, "id": example.id, "demo": demo, "prompt": example.problem, "response": response,
-        "reward": verdict.reward, "reason": verdict.reason}
+        "step": step, "id": example.id, "demo": demo, "prompt": example.problem, "answer": example.answer,
+        "response": response, "reward": verdict.reward, "reason": verdict.reason}
     sequences, samples = [], []
     for g, group in zip(mine, groups):
         prompt, example = batch[g], batch[g].example

@@ -159,6 +159,15 @@ def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, 
     assert (tmp_path / "f.png").stat().st_size > 5000 and "SFT->RL" in capsys.readouterr().out
 
 
+def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_is_refused(tmp_path, capsys):
+    run = write_run(tmp_path / "rl", [{"step": s, "reward/mean": 0.5} for s in range(1, 4)])         # no --eval_data
+    A.main(["fig6", f"RL={run}", "--out", str(tmp_path / "f")])
+    assert "left out" in (said := capsys.readouterr().out) and "--eval_data" in said and "reward 0.500" in said
+    with pytest.raises(SystemExit, match="--eval_data"):
+        A.main(["fig5", f"RL={run}", "--out", str(tmp_path / "g")])
+    assert not (tmp_path / "g.png").exists()
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["fig6", "x=/no/such/run"], "/no/such/run: no metrics.jsonl"),
     (["fig6", "a=x", "a=y"], "name them LABEL=PATH"),
