@@ -1,6 +1,6 @@
 """The paper's tables and figures on the tiny task: every paradigm, the same number of steps for all, several seeds.
 
-    python experiments/tiny_paper.py                 # everything: about 4 hours on 2 cores; goes on where it was stopped
+    python experiments/tiny_paper.py                 # everything: about 5 hours on 2 cores; goes on where it was stopped
     python experiments/tiny_paper.py --quick         # Tables 1-3 and the figures in 5 minutes: 2 steps, 1 seed; they mean nothing
     python experiments/tiny_paper.py --only table1   # a part (table1, table2, table3, switches, reviews) and what it needs
     python experiments/tiny_paper.py --report        # no runs: tables, figures and claims from the results that are there
