@@ -14,8 +14,8 @@ test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not clock" --durations=25 tests
 	$(VENV)/bin/python -m pytest -q -m clock tests
 
-test-fast: env                     ## the core, under two minutes
-	$(VENV)/bin/python -m pytest -q -m "not slow" tests
+test-fast: $(VENV)/.tests-installed ## the core, under two minutes
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not clock" tests
 
 env: $(VENV)/.installed            ## the virtual environment
 

@@ -265,8 +265,8 @@ def fig2b(args, mesh, device):
             axes.stairs(row["share of each bin"], row["edges"], label=f"{label}: "
                         f"{row['changed by more than 0.1']:.1%} over 0.1, "
                         f"{row['changed by more than 0.5']:.1%} over 0.5")
-        axes.set(yscale="log", xlabel="p_tuned - p_base of a response's token", ylabel="share of tokens",
-                 title="Fig. 2(b), responses: " + ", ".join(args.responses))
+        axes.set(yscale="log", xlabel="p_tuned - p_base of a response's token", ylabel="share of tokens")
+        axes.set_title("responses: " + ", ".join(Path(source).stem for source in args.responses), fontsize=9)
         axes.legend()
         save_figure(figure, file)
 
