@@ -1,8 +1,8 @@
 """The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it
 shows.
 
-    python analysis.py respond --model BASE --data FILE --out base.jsonl    # a response to each, for the next 3
-    python analysis.py fig2a --base BASE --tuned out/srft --data FILE       # one response, by tokens (also A1)
+    python analysis.py respond --model BASE --data FILE --out base.jsonl   # a response to each, for the rest
+    python analysis.py fig2a --base BASE --tuned out/srft --data FILE      # one response, by tokens (also A1)
     python analysis.py fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
     python analysis.py fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SRFT=out/srft
     python analysis.py fig4  "SFT->RL=out/sft+out/sft-rl" "RL->SFT=out/grpo+out/rl-sft"
@@ -436,7 +436,7 @@ def parse(argv=None):
         p = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
                                allow_abbrev=False)
         p.error, flag = parser.error, p.add_argument
-        flag("--out", default=f"out/figures/{name}", help="path of the files, without their suffix [%(default)s]")
+        flag("--out", default=f"out/figures/{name}", help="path of the files, without suffix [%(default)s]")
         if function is curves:
             flag("curves", nargs="+", metavar="LABEL=RUN",
                  help="RUN, RUN+RUN (a sequence), with more seeds after commas")
@@ -445,8 +445,9 @@ def parse(argv=None):
             flag("--model", required=True, help="whose responses")
             flag("--seed", type=int, default=0, help="of sampling [%(default)s]")
         elif name == "fig3":
-            flag("--references", nargs=3, required=True, metavar="LABEL=FILE", help="responses of the three models "
-                 "that span the space, written by `respond` (paper: base, DeepSeek-R1, QwQ-32B)")
+            flag("--references", nargs=3, required=True, metavar="LABEL=FILE",
+                 help="responses of the three models that span the space, written by `respond` (paper: base, "
+                 "DeepSeek-R1, QwQ-32B)")
             flag("--runs", nargs="+", required=True, metavar="LABEL=RUN",
                  help="runs with checkpoints; RUN+RUN a sequence")
         else:
@@ -459,9 +460,12 @@ def parse(argv=None):
             flag("--scale", choices=("probability", "log"), default="probability",
                  help="colour: the change of p, or of log p [%(default)s]")
         if name != "fig3":
-            flag("--data", default="", help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
-            flag("--limit", type=int, default=1024, help="problems of each file (App. E: 1,024) [%(default)s]")
-            flag("--template", choices=tuple(TEMPLATES), default="paper", help="prompt template [%(default)s]")
+            flag("--data", default="",
+                 help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
+            flag("--limit", type=int, default=1024,
+                 help="problems of each file (App. E: 1,024) [%(default)s]")
+            flag("--template", choices=tuple(TEMPLATES), default="paper",
+                 help="prompt template [%(default)s]")
         for option, default, meaning in (
                 ("max_prompt_tokens", 1024, "longer prompts are dropped"),
                 ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),

@@ -56,7 +56,7 @@ def clipped_surrogate(logp, logp_old, advantage, eps):
 
 
 def shaped(p, gamma):
-    """LUFFY's f(p) = p/(p + gamma), which favours tokens of little probability; gamma 0: p itself (Eq. 10)."""
+    """LUFFY's f(p) = p/(p + gamma), which favours tokens of small probability; gamma 0: p (Eq. 10)."""
     return p / (p + gamma) if gamma else p
 
 

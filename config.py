@@ -104,7 +104,7 @@ class Config:
     std_in_advantage: bool = opt(True, "objective", "A is divided by the group's standard "
                                  "deviation (Eq. 2, 7)")
     loss_norm: str = opt("sequence", "objective", "a response's sum over tokens is divided by |y_i| "
-                         "(Eq. 3), by all tokens of the step, or by max_response_tokens",
+                         "(Eq. 3), by all tokens of its kind, or by max_response_tokens",
                          ("sequence", "token", "constant"))
     w_sft: str = opt("entropy", "objective", "w_SFT of Eq. 8: 0.5 exp(-H); 1.0 (Table 3, w/o w_SFT); "
                      "or 0.5", ("entropy", "one", "constant"))

@@ -351,8 +351,8 @@ def load_config(path, rope_theta=0.0, window=0):
         raise ValueError(f"{path}: has no single RoPE theta; use a Qwen2, Llama or one of their kin")
     if window:
         if window > config.max_position_embeddings and rope_theta in (0, own):
-            raise ValueError(f"{path}: --window {window} is over its {config.max_position_embeddings} tokens, "
-                             "and its RoPE stays as it is; pass --window 0 to keep the model's own")
+            raise ValueError(f"{path}: --window {window} is over its {config.max_position_embeddings} "
+                             "tokens, and its RoPE stays as it is; pass --window 0 to keep the model's own")
         config.max_position_embeddings = window
     if rope_theta:
         if own not in (10_000, rope_theta):

@@ -233,8 +233,8 @@ def report(config, cfg, memory, source, world=8):
     if memory["host"]:
         lines += [f"in host memory (--offload): {memory['host'] / GIB:.2f} GiB a rank, "
                   f"{memory['host'] * shard / GIB:.1f} a node: weights, optimizer, gradients"]
-    lines.append(f"on disk     {12 * memory['parameters'] / 1e9:,.0f} GB a checkpoint; {cfg.keep + 1} at a time with "
-                 f"--keep {cfg.keep}")
+    lines.append(f"on disk     {12 * memory['parameters'] / 1e9:,.0f} GB a checkpoint; "
+                 f"{cfg.keep + 1} at a time with --keep {cfg.keep}")
     return lines + [""] + verdicts(cfg, used, room)
 
 

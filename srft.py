@@ -532,6 +532,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
         return sum(values) / len(values) if values else None
 
     gradings = grading.total() - grading["ms"]
+    worst = [x for x in (update["engine/logp_diff_max"] for update in updates) if x is not None]
     return {
         "reward/mean": mean(s.reward for s in rollouts), "reward/demo_mean": mean(s.reward for s in demos),
         "reward/all_correct": mean(solved[:, 0] == solved[:, 1]) if rollouts else None,
@@ -543,8 +544,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
         "perf/grader_ms": grading["ms"] / max(1, gradings),
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
-        "engine/logp_diff_max": max(
-            (worst for update in updates if (worst := update["engine/logp_diff_max"]) is not None), default=None),
+        "engine/logp_diff_max": max(worst, default=None),
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
         "perf/mfu": run.flops(sequences) / (times[2] * run.world * peak) if peak else None}

@@ -78,7 +78,6 @@ EXPERTS = {f"expert-{style}": Run("sft", 2 * STEPS, flags=("--data", f"out/tiny_
 PARTS = {"table1": TABLE1, "table2": TABLE1 | TABLE2, "table3": {"srft": TABLE2["srft"], **TABLE3},
          "switches": {"srft": TABLE2["srft"], **SWITCHES}, "reviews": TABLE1 | TABLE2 | REVIEWS | SECOND_FAMILY}
 RUNS = TABLE1 | TABLE2 | TABLE3 | SWITCHES | REVIEWS | SECOND_FAMILY | EXPERTS
-TUNED = [name for name, run in RUNS.items() if not run.lr]
 
 KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr", "time/step")
 

@@ -122,7 +122,7 @@ def test_two_real_ranks_move_the_bytes_of_the_formula_and_hold_the_simulated_mem
     found = scale.measured(2)
     assert found["phases"] == scale.formula(*found["sizes"], 2)
     simulated = plan.simulate(scale.SMALL, Config(**scale.SMALL_CFG), 2)["peak"]
-    assert found["gb"] * 1e9 == pytest.approx(simulated, rel=0.15)
+    assert -0.05 * simulated < found["gb"] * 1e9 - simulated < min(0.10 * simulated, 60e6)      # kernels' and gloo's buffers
 
 
 @pytest.mark.slow

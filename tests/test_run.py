@@ -112,6 +112,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
     assert [row["step"] for row in resumed] == list(range(7))
     assert resumed[:done + 1] == uninterrupted[:done + 1]
     # The first resumed step samples the same prompts with the same seeds from the same weights.
+    assert resumed[done + 1]["reward/mean"] == pytest.approx(uninterrupted[done + 1]["reward/mean"], abs=0.13)
     first = lambda out: [row for row in map(json.loads, (out / "samples.jsonl").read_text().splitlines()) if row["step"] == done + 1
                          and not row["demo"]]
     mine, theirs = first(out), first(whole_run)
