@@ -1,4 +1,4 @@
-"""Start many short runs: the scripts of this project in processes that have torch, transformers and vLLM imported already.
+"""Start many short runs: scripts of this project in processes that have torch, transformers and vLLM imported already.
 
     child = start(["srft.py", "--preset", "tiny"], env={"RANK": 0}, output=Path("log"))     # as subprocess.Popen would
     child.wait(timeout=60); child.returncode; child.send_signal(signal.SIGTERM); child.kill()

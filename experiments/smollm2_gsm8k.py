@@ -1,13 +1,14 @@
 """The comparison on a pretrained model: SmolLM2-135M on GSM8K, whose solutions are the demonstrations; one seed.
 
-    python experiments/smollm2_gsm8k.py --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl          # one GPU
-    python experiments/smollm2_gsm8k.py --model DIR --train FILE --test FILE --cpu          # a night on 2 cores, few steps
+    python experiments/smollm2_gsm8k.py --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl     # one GPU
+    python experiments/smollm2_gsm8k.py --model DIR --train FILE --test FILE --cpu     # a night on 2 cores, few steps
 
-The files have the columns problem, answer and solution; the model is any chat model that one card trains. SRFT, GRPO, SFT,
-SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps and of prompts, the same rollouts where they have any, and one
-learning rate, which is tuned for none of them. A run that was stopped goes on from its newest checkpoint. Then the figures: out/smollm2/fig6.png (dynamics) and fig5.png (efficiency), and a table.
-Math-Verify takes its answer from anywhere in the text here (--no-strict_box): the base model writes no box, and RL alone would
-never see a reward.
+The files have the columns problem, answer and solution; the model is any chat model that one card trains. SRFT, GRPO,
+SFT, SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps and of prompts, the same rollouts where they have any,
+and one learning rate, which is tuned for none of them. A run that was stopped goes on from its newest checkpoint. In the
+end come a table and the figures out/smollm2/fig6.png (dynamics) and fig5.png (efficiency).
+Math-Verify takes its answer from anywhere in the text here (--no-strict_box): the base model writes no box, and RL alone
+would never see a reward.
 """
 import argparse
 import os
@@ -17,18 +18,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from runlog import read_rows                                                                       # noqa: E402
+from runlog import read_rows                                                                    # noqa: E402
 
 RUNS = {"sft": [("sft", 1.0)], "grpo": [("grpo", 1.0)], "sft+rl": [("sft+rl", 1.0)], "srft": [("srft", 1.0)],
         "sft->rl": [("sft", 0.7), ("grpo", 0.3)]}
-GPU = dict(steps=200, prompts_per_step=64, n_rollouts=8, max_response_tokens=400, micro_batch_tokens=32768, lr=5e-6, eval_every=20,
-           save_every=20)
-CPU = dict(steps=20, prompts_per_step=8, n_rollouts=4, max_response_tokens=192, micro_batch_tokens=2048, lr=2e-5, eval_every=10,
-           save_every=5, engine_sequences=32)
+GPU = dict(steps=200, prompts_per_step=64, n_rollouts=8, max_response_tokens=400, micro_batch_tokens=32768, lr=5e-6,
+           eval_every=20, save_every=20)
+CPU = dict(steps=20, prompts_per_step=8, n_rollouts=4, max_response_tokens=192, micro_batch_tokens=2048, lr=2e-5,
+           eval_every=10, save_every=5, engine_sequences=32)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--train", required=True, help="problems with solutions")
     parser.add_argument("--test", required=True, help="held-out problems")
@@ -39,15 +41,15 @@ def main():
     parser.add_argument("--only", choices=tuple(RUNS), action="append", help="some of the paradigms; may be repeated")
     parser.add_argument("--out", default="out/smollm2", help="folder of the runs [%(default)s]")
     args = parser.parse_args()
-    local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name          # runs start in the root
+    local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name     # runs start in the root
     args.model, args.train, args.out = local(args.model), local(args.train), str(Path(args.out).resolve())
     flags = CPU if args.cpu else GPU
     steps, limit, out = args.steps or flags["steps"], args.limit or (100 if args.cpu else 0), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     test = out / "test.jsonl"
     test.write_text("".join(Path(args.test).read_text().splitlines(keepends=True)[:limit or None]))
-    common = ["--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0, "--window", 0, "--no-strict_box",
-              "--max_prompt_tokens", 300, "--resume", "--keep", 1]
+    common = ["--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0, "--window", 0,
+              "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1]
     curves = {}
     for name in args.only or RUNS:
         model, stages = args.model, []
@@ -64,10 +66,11 @@ def main():
             model, stages = folder / "hf", [*stages, folder]
         curves[name] = "+".join(map(str, stages))
         rows = read_rows(stages[-1] / "metrics.jsonl")
-        print(f"{name:<8} {100 * rows[-1]['eval/test']:5.1f} %   response {rows[-1]['eval_len/test']:.0f} tokens", flush=True)
+        accuracy, tokens = 100 * rows[-1]["eval/test"], rows[-1]["eval_len/test"]
+        print(f"{name:<8} {accuracy:5.1f} %   response {tokens:.0f} tokens", flush=True)
     for figure in ("fig5", "fig6"):
-        subprocess.run([sys.executable, "analysis.py", figure, *(f"{name}={runs}" for name, runs in curves.items()), "--out",
-                        str(out / figure)], check=True, cwd=ROOT)
+        curve = [f"{name}={runs}" for name, runs in curves.items()]
+        subprocess.run([sys.executable, "analysis.py", figure, *curve, "--out", str(out / figure)], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

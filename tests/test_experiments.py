@@ -8,8 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import claims as C
 import numpy as np
 import pytest
+import runs as R
 import tiny_paper as P
 from conftest import ROOT
 from transformers import AutoTokenizer
@@ -22,26 +24,26 @@ from data import tiny_examples
     (2.0, 1.0, 0.0, "holds"), (-2.0, 1.0, 0.0, "does not hold"), (0.5, 1.0, 0.0, "cannot tell"), (5.0, None, 0.0, "cannot tell"),
     (-1.0, 1.0, -3.0, "holds"), (-5.0, 1.0, -3.0, "does not hold"), (-3.0, 1.0, -3.0, "cannot tell")])
 def test_a_claim_holds_only_if_the_whole_interval_lies_on_its_side(mean, half, least, says):
-    assert P.verdict(mean, half, least) == says
+    assert C.verdict(mean, half, least) == says
 
 
 def test_intervals_are_students_and_differences_paired_over_common_seeds():
-    mean, half, n = P.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half, n = C.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (mean, n) == (3.0, 5) and half == pytest.approx(2.776 * np.sqrt(2.5) / np.sqrt(5))
-    assert P.interval([4.0]) == (4.0, None, 1) and P.interval([]) == (None, None, 0)
-    mean, half, n = P.difference({0: 10.0, 1: 20.0, 2: 30.0, 7: 99.0}, {0: 9.0, 1: 19.0, 2: 29.0})
+    assert C.interval([4.0]) == (4.0, None, 1) and C.interval([]) == (None, None, 0)
+    mean, half, n = C.difference({0: 10.0, 1: 20.0, 2: 30.0, 7: 99.0}, {0: 9.0, 1: 19.0, 2: 29.0})
     assert (mean, half, n) == (1.0, 0.0, 3)
 
 
 def test_every_run_can_be_trained():
     """What it starts from exists and has the same steps in all; learning rates are its own or another's."""
-    for name, run in P.RUNS.items():
-        assert not run.lr or not P.RUNS[run.lr].lr, name
+    for name, run in R.RUNS.items():
+        assert not run.lr or not R.RUNS[run.lr].lr, name
         if run.start:
-            assert P.RUNS[run.start].steps + run.steps == P.STEPS, name
-        elif ">" not in name and not any(other.start == name for other in P.RUNS.values()) and name not in P.EXPERTS:
-            assert run.steps == P.STEPS, name
-    for part, runs in P.PARTS.items():
+            assert R.RUNS[run.start].steps + run.steps == R.STEPS, name
+        elif ">" not in name and not any(other.start == name for other in R.RUNS.values()) and name not in R.EXPERTS:
+            assert run.steps == R.STEPS, name
+    for part, runs in R.PARTS.items():
         assert all(not run.start or run.start in runs for run in runs.values()), part
 
 
@@ -70,11 +72,11 @@ def synthetic(folder, true):
     swap = (lambda x: x) if true else (lambda x: 1 - x)
     final = {"srft": 0.9, "sft-12>srft": 0.9, "srft weak": 0.96, "srft qwen3": 0.9, "sft+rl": 0.8, "luffy": 0.75, "relift": 0.7,
              "sft-12>grpo": 0.72, "sft-20>grpo": 0.72, "sft-28>grpo": 0.72, "sft_kl": 0.5, "grpo-truncated": 0.66, "grpo": 0.6,
-             "sft": 0.5, "grpo-12>sft": 0.4, "grpo-12>sft_kl": 0.45, **dict.fromkeys(P.TABLE3, 0.6), **dict.fromkeys(P.SWITCHES, 0.95)}
-    results = P.Results.__new__(P.Results)
+             "sft": 0.5, "grpo-12>sft": 0.4, "grpo-12>sft_kl": 0.45, **dict.fromkeys(R.TABLE3, 0.6), **dict.fromkeys(R.SWITCHES, 0.95)}
+    results = C.Results.__new__(C.Results)
     results.bench = SimpleNamespace(seeds=range(5), results=folder)
     results.rows = {}
-    for name, run in P.RUNS.items():
+    for name, run in R.RUNS.items():
         late = (name == "sft+rl") != true          # when it reaches what it reaches in the end: at its first evaluation, or its last
         for seed in range(5):
             jitter, end = 0.001 * ((7 * seed + len(name)) % 5), swap(final.get(name, 0.6))
@@ -106,9 +108,9 @@ def synthetic(folder, true):
 @pytest.mark.parametrize("true, says", [(True, "holds"), (False, "does not hold")])
 def test_every_claim_has_the_direction_of_the_paper(tmp_path, true, says):
     results = synthetic(tmp_path, true)
-    claims = P.claims(results)
+    claims = C.claims(results)
     assert len(claims) == 34 and {text: verdict for text, _, verdict in claims if verdict != says} == {}
-    asked = P.reviews(results)
+    asked = C.reviews(results)
     assert {text: verdict for text, _, verdict in asked if "SRFT" in text and verdict != says} == {}
     assert [found for text, found, _ in asked if "distillation" in text] == [f"{10 * n}.0 \u00b1 0.0 %, 5 seeds" for n in (1, 2, 3, 4)]
     assert {verdict for text, _, verdict in asked if text.startswith("`")} == {"better" if true else "worse"}
@@ -128,17 +130,17 @@ def test_each_rate_is_tuned_once_for_what_is_wanted_and_second_stages_start_from
     bench.out, bench.results, bench.tuning, trained = tmp_path, tmp_path, tmp_path / "tuning.json", []
 
     def train(name, seed, lr, evaluation, folder):
-        assert seed == P.TUNING_SEED and evaluation == "tiny:valid"
+        assert seed == R.TUNING_SEED and evaluation == "tiny:valid"
         trained.append((name, lr, folder.name))
         folder.mkdir(exist_ok=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"eval/valid": {1e-4: 0.1, 3e-4: 0.7, 1e-3: 0.7, 3e-3: 0.0}[lr]}) + "\n")
 
     monkeypatch.setattr(bench, "train", train)
-    wanted = {name: P.RUNS[name] for name in ("sft", "sft-28", "sft-28>grpo", "srft --eq12_advantage")}
+    wanted = {name: R.RUNS[name] for name in ("sft", "sft-28", "sft-28>grpo", "srft --eq12_advantage")}
     with ThreadPoolExecutor(2) as pool:
         for _ in range(2):                                                                   # the second time, nothing is left
             P.tune(bench, pool, wanted)
-    rates = [(name, lr) for name in ("sft", "srft", "sft-28>grpo") for lr in P.GRID]
+    rates = [(name, lr) for name in ("sft", "srft", "sft-28>grpo") for lr in R.GRID]
     assert sorted(trained[:8] + trained[9:]) == sorted((name, lr, bench.folder(name, 100, lr).name) for name, lr in rates)
     assert trained[8] == ("sft-28", 3e-4, "sft-28-100")                                      # the smaller of the best two
     assert bench.lr("sft-28>grpo") == bench.lr("srft --eq12_advantage") == 3e-4
@@ -163,7 +165,7 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
         assert (results / f"{figure}.png").stat().st_size > 5000, figure
         assert json.loads((results / f"{figure}.json").read_text())
     tables, claims = (results / "tables.md").read_text(), (results / "claims.md").read_text()
-    for title, runs in (("Table 1", P.TABLE1), ("Table 2", P.TABLE2), ("Table 3", P.TABLE3)):
+    for title, runs in (("Table 1", R.TABLE1), ("Table 2", R.TABLE2), ("Table 3", R.TABLE3)):
         assert f"**{title}" in tables and all(f"| {name} |" in tables for name in runs)
     assert claims.count("cannot tell") >= 25 and "| holds" not in claims          # one seed proves nothing
     path = json.loads((results / "fig3.json").read_text())["runs"]

@@ -1,0 +1,265 @@
+"""Tables, figures and claims from the runs of tiny_paper.py: 95 % intervals, judged by a rule fixed beforehand.
+
+`report` writes experiments/results/ and fills in the tables of experiments/README.md. See `verdict` for the rule.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from runlog import read_rows
+from runs import REST, REVIEWS, RUNS, SECOND_FAMILY, STAGE, SWITCHES, TABLE1, TABLE2, TABLE3
+
+# Student's t by the number of seeds.
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+FORWARD, BACKWARD = f"sft-{STAGE}>grpo", f"grpo-{REST}>sft"
+SEQUENCES = [f"sft-{switch}>grpo" for switch in (12, 20, STAGE)]
+METRICS = {"heldout": ("eval/heldout",), "long": ("eval/long",), "accuracy": ("eval/heldout", "eval/long")}
+TERMS = ("sft_demo", "rl_demo", "rl_pos", "rl_neg")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Numbers, one a seed.
+
+class Results:
+    """What is known: rows of each run and seed, and numbers made from them."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.rows = {(name, seed): rows for name in RUNS for seed in bench.seeds
+                     if (rows := read_rows(bench.known(name, seed) / "metrics.jsonl"))}
+
+    def each(self, name, value):
+        """{seed: value(rows)}"""
+        return {seed: value(rows) for (run, seed), rows in self.rows.items() if run == name}
+
+    def final(self, name, metric="accuracy"):
+        """{seed: accuracy at the end}, in percent: held out, long, or the mean of the two."""
+        return self.each(name, lambda rows: 100 * float(np.mean([rows[-1][key] for key in METRICS[metric]])))
+
+    def minus(self, a, b, metric="accuracy"):
+        """The interval of `final` of a minus that of b."""
+        return difference(self.final(a, metric), self.final(b, metric))
+
+    def steps_to(self, name, level):
+        """{seed: the first multiple of 8 steps, counted through a sequence, at which `percent` is at least `level`;
+        else 8 more than all steps}. At multiples of 8 every run was evaluated."""
+        run, found = RUNS[name], {}
+        first = RUNS[run.start].steps if run.start else 0
+        for seed, rows in self.each(name, lambda rows: rows).items():
+            before = [(row["step"], row) for row in self.rows.get((run.start, seed), [])]
+            rows = before + [(first + row["step"], row) for row in rows]
+            reached = (step for step, row in rows if step % 8 == 0 and "eval/long" in row and percent(row) >= level)
+            found[seed] = next(reached, first + run.steps + 8)
+        return found
+
+    def changed_tokens(self, source, label):
+        """{seed: percent of tokens whose probability a run has changed by more than 0.1}; source: "demo" or "own"."""
+        files = {seed: self.bench.results / f"fig2b-{source}-{seed}.json" for seed in self.bench.seeds}
+        return {seed: 100 * json.loads(file.read_text())[label]["changed by more than 0.1"]
+                for seed, file in files.items() if file.exists()}
+
+
+def percent(row):
+    """The mean of both accuracies of a row that was evaluated, in percent."""
+    return 50 * (row["eval/heldout"] + row["eval/long"])
+
+
+def entropy(row):
+    """The mean of both entropies of a row that was evaluated, in nats."""
+    return float(np.mean([row["eval_entropy/heldout"], row["eval_entropy/long"]]))
+
+
+def interval(values):
+    """(mean, half width of its 95 % interval by Student's t, seeds); the half width is None for one seed."""
+    values = list(values)
+    n = len(values)
+    half = T_95[n] * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
+    return (float(np.mean(values)) if n else None), half, n
+
+
+def difference(a, b):
+    """interval of a - b over the seeds that both have: one seed is one order of data and one series of draws."""
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+
+
+def negative(found):
+    return tuple(-x if i == 0 and x is not None else x for i, x in enumerate(found))
+
+
+def verdict(mean, half, least=0.0):
+    """The rule: a claim "x > least" holds if the whole 95 % interval lies above, does not if all of it lies below."""
+    if half is None:
+        return "cannot tell"
+    return "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables.
+
+def shown(mean, half, n=None, digits=1):
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + (f" \u00b1 {half:.{digits}f}" if half is not None else "")
+
+
+def of(n):
+    return f"{n} seed" + "s" * (n > 1)
+
+
+def table(results, title, runs):
+    """Markdown: accuracy at the end of each run, mean and 95 % interval over seeds."""
+    lines = [f"**{title}**", "", "| run | held-out | long | mean | lr | seeds |", "|---|---|---|---|---|---|"]
+    start = [results.each(name, lambda rows: rows[0]) for name in runs if not RUNS[name].start]
+    start = max(start, key=len, default={})                         # the base model, by each seed's draws
+    if start:
+        held, longer = ([100 * row[f"eval/{split}"] for row in start.values()] for split in ("heldout", "long"))
+        means = [percent(row) for row in start.values()]
+        cells = [shown(*interval(values)) for values in (held, longer, means)]
+        lines.append(f"| base | {' | '.join(cells)} | | {len(start)} |")
+    for name in runs:
+        if results.final(name):
+            cells = [shown(*interval(results.final(name, metric).values())) for metric in METRICS]
+            cells += [f"{results.bench.lr(name):g}", str(len(results.final(name)))]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Claims and questions.
+
+def claims(results):
+    """[(claim, figure, verdict)] of the paper's text."""
+    rows, minus = [], results.minus
+
+    def claim(text, found, unit="points", least=0.0, digits=1):
+        mean, half, n = found
+        if n:
+            figure = f"{shown(mean, half, digits=digits)} {unit}".rstrip()
+            rows.append((text, f"{figure}, {of(n)}", verdict(mean, half, least)))
+
+    for source, words in (("demo", "of held-out demonstrations"), ("own", "of its own responses")):
+        sft, rl, srft = (results.changed_tokens(source, label) for label in ("SFT", "RL", "SRFT"))
+        claim(f"SFT changes more tokens than RL (by > 0.1; share of the tokens {words}; Fig. 2b)",
+              difference(sft, rl))
+        claim(f"SRFT lies between: changes fewer than SFT ({words}; Fig. A1)", difference(sft, srft))
+        claim(f"SRFT lies between: changes more than RL ({words}; Fig. A1)", difference(srft, rl))
+    claim("SFT->RL beats RL->SFT (Table 1)", minus(FORWARD, BACKWARD))
+    claim("SFT->RL beats SFT (Table 1)", minus(FORWARD, "sft"))
+    claim("SFT->RL beats RL (Table 1)", minus(FORWARD, "grpo"))
+    claim("RL beats SFT (Table 1; in Table 2 it is SFT that beats RL)", minus("grpo", "sft"))
+    claim("RL->SFT loses to RL (Table 1)", minus("grpo", BACKWARD))
+    claim("RL->SFT loses to SFT (Table 1)", minus("sft", BACKWARD))
+    claim("KL in SFT does not rescue RL->SFT: RL stays ahead of RL->SFT_KL (Table 1)",
+          minus("grpo", f"{BACKWARD}_kl"))
+
+    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]
+    change = lambda rows, value: value(evaluated(rows)[1]) - value(evaluated(rows)[0])
+    switch = lambda value: interval(results.each(BACKWARD, lambda rows: change(rows, value)).values())
+    claim("accuracy falls when SFT follows RL (Fig. 4a: four steps after the switch)", negative(switch(percent)))
+    claim("entropy jumps when SFT follows RL (Fig. 4b: four steps after the switch)",
+          switch(entropy), "nats", digits=3)
+    fall = results.each("grpo", lambda rows: entropy(evaluated(rows)[0]) - entropy(evaluated(rows)[-1]))
+    claim("RL lowers entropy (Fig. 4b)", interval(fall.values()), "nats", digits=3)
+
+    rivals = (*SEQUENCES, "sft+rl")
+    if all(results.final(name) for name in rivals):
+        level = 0.9 * min(interval(results.final(name).values())[0] for name in rivals)
+        until = {name: results.steps_to(name, level) for name in rivals}
+        fastest = min(SEQUENCES, key=lambda name: np.mean(list(until[name].values())))
+        claim("SFT+RL in one stage needs fewer steps than the fastest SFT->RL "
+              f"({fastest}), to {level:.0f} % (Fig. 5)", difference(until[fastest], until["sft+rl"]), "steps")
+    claim("SFT+RL beats RL (Fig. 5)", minus("sft+rl", "grpo"))
+    for name in ("sft", "sft_kl", "grpo", FORWARD, "sft+rl", "luffy", "relift"):
+        claim(f"SRFT beats {name} (Table 2)", minus("srft", name))
+    claim("SRFT beats RL in distribution (Sec. 5.2)", minus("srft", "grpo", "heldout"))
+    claim("SRFT beats RL out of distribution (Sec. 5.2)", minus("srft", "grpo", "long"))
+    claim("w_SFT matters: SRFT beats SRFT with w_SFT = 1 (Table 3)", minus("srft", "srft-w_sft-1"))
+    claim("w_RL matters: SRFT beats SRFT with w_RL = 1 (Table 3)", minus("srft", "srft-w_rl-1"))
+
+    late = lambda rows: np.mean([row["entropy/rollout"] for row in rows[1:][-10:]])
+    reward = lambda rows: np.mean([row["reward/mean"] for row in rows[1:]])
+    grown = lambda rows: rows[-1]["response_len/mean"] - rows[1]["response_len/mean"]
+    against_rl = lambda value: difference(results.each("srft", value), results.each("grpo", value))
+    claim("SRFT keeps more entropy than RL (Fig. 6c: last 10 steps)", against_rl(late), "nats", digits=3)
+    claim("SRFT lengthens responses (Fig. 6b)", interval(results.each("srft", grown).values()), "tokens")
+    claim("RL shortens responses (Fig. 6b)", negative(interval(results.each("grpo", grown).values())), "tokens")
+    claim("SRFT's reward rises faster than RL's (Fig. 6a: mean over all steps)", against_rl(reward), "", digits=3)
+    claim("without gradients on low-entropy tokens RL loses less than 3 points (Fig. A2)",
+          minus("grpo-truncated", "grpo"), least=-3.0)
+    return rows
+
+
+def reviews(results):
+    """[(question, figure, verdict)] of what the paper's reviewers asked, and of the switches of our decisions."""
+    rows = []
+
+    def ask(text, a, b, least=0.0, words=("holds", "does not hold")):
+        mean, half, n = results.minus(a, b)
+        if n:
+            says = verdict(mean, half, least)
+            says = dict(zip(("holds", "does not hold"), words)).get(says, says)
+            rows.append((text, f"{shown(mean, half)} points, {of(n)}", says))
+
+    ask("from the same fine-tuned start (12 steps of SFT), SRFT beats RL", "sft-12>srft", "sft-12>grpo")
+    for name in ("sft", "sft+rl", "luffy"):
+        ask(f"weak demonstrations: SRFT beats {name}", "srft weak", f"{name} weak")
+    ask("weak demonstrations: SRFT still beats RL, which sees none", "srft weak", "grpo")
+    ask("weak demonstrations cost SRFT less than 3 points", "srft weak", "srft", least=-3.0)
+    for name in ("sft", "grpo", "sft+rl"):
+        ask(f"second family (Qwen3): SRFT beats {name}", "srft qwen3", f"{name} qwen3")
+    norm = lambda rows, term: np.mean([row[f"grad_norm/{term}"] for row in rows if f"grad_norm/{term}" in row])
+    norms = results.each("srft", lambda rows: np.array([norm(rows, term) for term in TERMS])).values()
+    for term, *shares in zip(TERMS, *(100 * each / each.sum() for each in norms)) if norms else ():
+        rows.append((f"is it distillation? Share of {term} in the sum of the terms' gradient norms, all steps",
+                     f"{shown(*interval(shares))} %, {of(len(shares))}", ""))
+    for name in SWITCHES:
+        ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", words=("better", "worse"))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def figures(bench, results):
+    """{figure: {label: run folders}}: seeds joined by ",", the stages of a sequence by "+", as analysis.py has it."""
+    def curve(*names):
+        seeds = [seed for seed in bench.seeds if all((name, seed) in results.rows for name in names)]
+        return ",".join("+".join(str(bench.known(name, seed)) for name in names) for seed in seeds)
+
+    sequences = {f"SFT->RL, {RUNS[RUNS[name].start].steps} + {RUNS[name].steps}": curve(RUNS[name].start, name)
+                 for name in SEQUENCES}
+    last = f"SFT->RL, {STAGE} + {REST}"
+    back = {"RL->SFT": curve(f"grpo-{REST}", BACKWARD), "RL->SFT_KL": curve(f"grpo-{REST}", f"{BACKWARD}_kl")}
+    rl = curve("grpo")
+    return {"fig4": {last: sequences[last], **back}, "fig5": {"RL": rl, **sequences, "SFT+RL": curve("sft+rl")},
+            "fig6": {"RL": rl, "SRFT": curve("srft")}, "figA2": {"RL": rl, "RL, truncated": curve("grpo-truncated")}}
+
+
+def report(bench):
+    """tables.md, the figures of curves, and the claims of experiments/README.md (quick: in the results' folder)."""
+    results = Results(bench)
+    if not results.rows:
+        raise SystemExit("no results yet: run without --report")
+    parts = {"Table 1: SFT, RL and sequences": TABLE1,
+             "Table 2: SRFT and its baselines": ["sft", "grpo", FORWARD, *TABLE2],
+             "Table 3: without the entropy weights": ["srft", *TABLE3],
+             "Switches of the table of decisions": ["srft", *SWITCHES],
+             "What the reviewers asked": REVIEWS,
+             "A second family, Qwen3": SECOND_FAMILY}
+    tables = "\n".join(table(results, title, runs) for title, runs in parts.items() if any(map(results.final, runs)))
+    (bench.results / "tables.md").write_text(tables)
+    row = lambda cells: f"| {' | '.join(cells)} |"
+    text = "\n".join(["| claim | found | |", "|---|---|---|", *map(row, claims(results)), "",
+                      "| asked | found | |", "|---|---|---|", *map(row, reviews(results))])
+    page = Path("experiments/README.md")
+    if bench.quick or not page.exists():
+        (bench.results / "claims.md").write_text(text + "\n")
+    else:
+        before, _, after = page.read_text().partition("<!-- claims -->\n")
+        after = after.partition("<!-- end of claims -->")[2]
+        page.write_text(f"{before}<!-- claims -->\n{text}\n<!-- end of claims -->{after}")
+    for name, curves in figures(bench, results).items():
+        if all(curves.values()):
+            runs = [f"{label}={folders}" for label, folders in curves.items()]
+            bench.analysis(name, *runs, "--out", bench.results / name)
+    print(tables, text, sep="\n")
