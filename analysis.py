@@ -9,6 +9,7 @@ shows.
     python analysis.py fig5  RL=out/grpo "SFT->RL=out/sft+out/sft-rl" SFT+RL=out/both
     python analysis.py fig6  RL=out/grpo SRFT=out/srft
     python analysis.py figA2 RL=out/grpo truncated=out/grpo-q80
+    python analysis.py terms SRFT=out/srft                                 # gradient norm of each loss term
 
 A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a
 sequence of runs (each started from the one before), with more seeds after commas: their mean is drawn, and
@@ -326,13 +327,16 @@ def fig3(args, mesh, device):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Fig. 4, 5, 6, A2: what runs logged, one curve a paradigm.
+# Fig. 4, 5, 6, A2, and the gradients of the loss terms: what runs logged, one curve a paradigm.
 
+TERMS = {"sft_demo": "Eq. 8", "rl_demo": "Eq. 9", "rl_pos": "Eq. 12, left", "rl_neg": "Eq. 12, right"}
 PANELS = {"fig4": ["accuracy", "entropy"], "fig5": ["accuracy", "length", "entropy"],
-          "fig6": ["reward", "length", "entropy", "accuracy"], "figA2": ["accuracy", "reward", "entropy"]}
-METRICS = {"accuracy": "eval/", "entropy": "eval_entropy/", "length": "eval_len/", "reward": "reward/mean"}
+          "fig6": ["reward", "length", "entropy", "accuracy"], "figA2": ["accuracy", "reward", "entropy"],
+          "terms": list(TERMS)}
+METRICS = {"accuracy": "eval/", "entropy": "eval_entropy/", "length": "eval_len/", "reward": "reward/mean",
+           **{term: f"grad_norm/{term}" for term in TERMS}}
 UNITS = {"accuracy": "held-out accuracy", "entropy": "entropy, nats a token", "length": "response, tokens",
-         "reward": "training reward"}
+         "reward": "training reward", **{term: f"gradient norm, {term} ({eq})" for term, eq in TERMS.items()}}
 
 
 def read_curve(run, prefix):
@@ -361,16 +365,17 @@ def read_curves(seeds, prefix):
 
 
 def curves(args, *_):
-    """Fig. 4, 5, 6 and A2: mean over seeds, shaded from the least to the most."""
+    """Fig. 4, 5, 6, A2 and the terms' gradients: mean over seeds, shaded from the least to the most."""
     panels = PANELS[args.figure]
     found = {name: {label: dict(zip(("step", "mean", "least", "most"), read_curves(runs, METRICS[name])))
                     for label, runs in named(args.curves)} for name in panels}
+    flag = "--term_gradients" if args.figure == "terms" else "--eval_data"
     panels = [name for name in panels if any(curve["step"] for curve in found[name].values())]
     empty = ", ".join(UNITS[name] for name in PANELS[args.figure] if name not in panels)
     if not panels:
-        raise ValueError(f"no run has any of {empty}: these are measured where srft.py gets --eval_data")
+        raise ValueError(f"no run has any of {empty}: these are measured where srft.py gets {flag}")
     if empty:
-        say(f"left out, since no run has it (train with --eval_data): {empty}")
+        say(f"left out, since no run has it (train with {flag}): {empty}")
 
     def draw(file):
         figure = new_figure(4.6 * len(panels), 4)

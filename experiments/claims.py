@@ -70,6 +70,13 @@ def entropy(row):
     return float(np.mean([row["eval_entropy/heldout"], row["eval_entropy/long"]]))
 
 
+def gradient_share(rows, term, half):
+    """Percent of the sum of the four terms' gradient norms, in half 0 or 1 of the steps of a run."""
+    measured = [row for row in rows if f"grad_norm/{term}" in row and (row["step"] > rows[-1]["step"] / 2) == half]
+    return 100 * sum(row[f"grad_norm/{term}"] for row in measured) / sum(
+        row[f"grad_norm/{each}"] for row in measured for each in TERMS)
+
+
 def interval(values):
     """(mean, half width of its 95 % interval by Student's t, seeds); the half width is None for one seed."""
     values = list(values)
@@ -208,11 +215,11 @@ def reviews(results):
     ask("weak demonstrations cost SRFT less than 3 points", "srft weak", "srft", least=-3.0)
     for name in ("sft", "grpo", "sft+rl"):
         ask(f"second family (Qwen3): SRFT beats {name}", "srft qwen3", f"{name} qwen3")
-    norm = lambda rows, term: np.mean([row[f"grad_norm/{term}"] for row in rows if f"grad_norm/{term}" in row])
-    norms = results.each("srft", lambda rows: np.array([norm(rows, term) for term in TERMS])).values()
-    for term, *shares in zip(TERMS, *(100 * each / each.sum() for each in norms)) if norms else ():
-        rows.append((f"is it distillation? Share of {term} in the sum of the terms' gradient norms, all steps",
-                     f"{shown(*interval(shares))} %, {of(len(shares))}", ""))
+    for term in TERMS if results.final("srft") else ():
+        first, second = (interval(results.each("srft", lambda rows: gradient_share(rows, term, half)).values())
+                         for half in (0, 1))
+        rows.append((f"is it distillation? Share of {term} in the sum of the terms' gradient norms",
+                     f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, {of(first[-1])}", ""))
     for name in SWITCHES:
         ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", words=("better", "worse"))
     return rows
@@ -232,7 +239,8 @@ def figures(bench, results):
     back = {"RL->SFT": curve(f"grpo-{REST}", BACKWARD), "RL->SFT_KL": curve(f"grpo-{REST}", f"{BACKWARD}_kl")}
     rl = curve("grpo")
     return {"fig4": {last: sequences[last], **back}, "fig5": {"RL": rl, **sequences, "SFT+RL": curve("sft+rl")},
-            "fig6": {"RL": rl, "SRFT": curve("srft")}, "figA2": {"RL": rl, "RL, truncated": curve("grpo-truncated")}}
+            "fig6": {"RL": rl, "SRFT": curve("srft")}, "terms": {"SRFT": curve("srft")},
+            "figA2": {"RL": rl, "RL, truncated": curve("grpo-truncated")}}
 
 
 def report(bench):

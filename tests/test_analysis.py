@@ -150,12 +150,14 @@ def test_a_sequence_counts_its_steps_through_and_seeds_give_mean_and_range(tmp_p
 
 @pytest.mark.parametrize("figure", A.PANELS)
 def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, tmp_path, capsys):
-    rows = [{"step": s, "eval/x": s / 4, "eval_len/x": 9.0, "eval_entropy/x": 0.5, "reward/mean": s / 3 if s else None} for s in range(4)]
+    rows = [{"step": s, "eval/x": s / 4, "eval_len/x": 9.0, "eval_entropy/x": 0.5, "reward/mean": s / 3 if s else None}
+            | {f"grad_norm/{term}": s / 4 for term in A.TERMS} for s in range(4)]
     sft = [{k: None if k == "reward/mean" else v for k, v in row.items()} for row in rows]
     runs = [write_run(tmp_path / name, r) for name, r in (("rl", rows), ("sft", sft))]
     A.main([figure, f"RL={runs[0]}", f"SFT->RL={runs[1]}+{runs[0]},{runs[1]}+{runs[0]}", "--out", str(tmp_path / "f")])
     found = json.loads((tmp_path / "f.json").read_text())
-    assert found["accuracy"]["RL"]["mean"] == [0, 0.25, 0.5, 0.75] and found["accuracy"]["SFT->RL"]["step"] == [0, 1, 2, 3, 4, 5, 6]
+    panel = found["rl_neg" if figure == "terms" else "accuracy"]
+    assert panel["RL"]["mean"] == [0, 0.25, 0.5, 0.75] and panel["SFT->RL"]["step"] == [0, 1, 2, 3, 4, 5, 6]
     assert (tmp_path / "f.png").stat().st_size > 5000 and "SFT->RL" in capsys.readouterr().out
 
 
@@ -165,6 +167,8 @@ def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_
     assert "left out" in (said := capsys.readouterr().out) and "--eval_data" in said and "reward 0.500" in said
     with pytest.raises(SystemExit, match="--eval_data"):
         A.main(["fig5", f"RL={run}", "--out", str(tmp_path / "g")])
+    with pytest.raises(SystemExit, match="--term_gradients"):
+        A.main(["terms", f"RL={run}", "--out", str(tmp_path / "g")])
     assert not (tmp_path / "g.png").exists()
 
 
