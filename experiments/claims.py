@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from runlog import read_rows
-from runs import REST, REVIEWS, RUNS, SECOND_FAMILY, STAGE, SWITCHES, TABLE1, TABLE2, TABLE3
+from runs import REST, REVIEWS, RUNS, SECOND_FAMILY, STAGE, STEPS, SWITCHES, TABLE1, TABLE2, TABLE3
 
 # Student's t by the number of seeds.
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -53,11 +53,18 @@ class Results:
             found[seed] = next(reached, first + run.steps + 8)
         return found
 
-    def changed_tokens(self, source, label):
-        """{seed: percent of tokens whose probability a run has changed by more than 0.1}; source: "demo" or "own"."""
-        files = {seed: self.bench.results / f"fig2b-{source}-{seed}.json" for seed in self.bench.seeds}
-        return {seed: 100 * json.loads(file.read_text())[label]["changed by more than 0.1"]
-                for seed, file in files.items() if file.exists()}
+    def figure(self, name, value):
+        """{seed: value(what the JSON of figure NAME-SEED says)}"""
+        files = {seed: self.bench.results / f"{name}-{seed}.json" for seed in self.bench.seeds}
+        return {seed: value(json.loads(file.read_text())) for seed, file in files.items() if file.exists()}
+
+    def distance(self, label, step=None):
+        """{seed: Fig. 3's distance to the base model after a step, by default the last}, in percent of probability."""
+        def of(found):
+            path = found["runs"][label]
+            at = path[-1]["step"] if step is None else step
+            return 100 * next(point for point in path if point["step"] == at)["distances"][0]
+        return self.figure("fig3", of)
 
 
 def percent(row):
@@ -70,11 +77,11 @@ def entropy(row):
     return float(np.mean([row["eval_entropy/heldout"], row["eval_entropy/long"]]))
 
 
-def gradient_share(rows, term, half):
-    """Percent of the sum of the four terms' gradient norms, in half 0 or 1 of the steps of a run."""
-    measured = [row for row in rows if f"grad_norm/{term}" in row and (row["step"] > rows[-1]["step"] / 2) == half]
-    return 100 * sum(row[f"grad_norm/{term}"] for row in measured) / sum(
-        row[f"grad_norm/{each}"] for row in measured for each in TERMS)
+def gradient_share(rows, terms, half):
+    """Percent that terms have of the sum of all four terms' gradient norms, in half 0 or 1 of the steps of a run."""
+    measured = [row for row in rows if "grad_norm/sft_demo" in row and (row["step"] > rows[-1]["step"] / 2) == half]
+    total = lambda terms: sum(row[f"grad_norm/{term}"] for row in measured for term in terms)
+    return 100 * total(terms) / total(TERMS)
 
 
 def interval(values):
@@ -139,35 +146,51 @@ def claims(results):
     """[(claim, figure, verdict)] of the paper's text."""
     rows, minus = [], results.minus
 
-    def claim(text, found, unit="points", least=0.0, digits=1):
+    def claim(text, found, unit="points", least=0.0, digits=1, later=False):
         mean, half, n = found
         if n:
             figure = f"{shown(mean, half, digits=digits)} {unit}".rstrip()
-            rows.append((text, f"{figure}, {of(n)}", verdict(mean, half, least)))
+            rows.append((text + " \u2020" * later, f"{figure}, {of(n)}", verdict(mean, half, least)))
 
-    for source, words in (("demo", "of held-out demonstrations"), ("own", "of its own responses")):
-        sft, rl, srft = (results.changed_tokens(source, label) for label in ("SFT", "RL", "SRFT"))
-        claim(f"SFT changes more tokens than RL (by > 0.1; share of the tokens {words}; Fig. 2b)",
-              difference(sft, rl))
-        claim(f"SRFT lies between: changes fewer than SFT ({words}; Fig. A1)", difference(sft, srft))
-        claim(f"SRFT lies between: changes more than RL ({words}; Fig. A1)", difference(srft, rl))
-    claim("SFT->RL beats RL->SFT (Table 1)", minus(FORWARD, BACKWARD))
-    claim("SFT->RL beats SFT (Table 1)", minus(FORWARD, "sft"))
-    claim("SFT->RL beats RL (Table 1)", minus(FORWARD, "grpo"))
-    claim("RL beats SFT (Table 1; in Table 2 it is SFT that beats RL)", minus("grpo", "sft"))
-    claim("RL->SFT loses to RL (Table 1)", minus("grpo", BACKWARD))
-    claim("RL->SFT loses to SFT (Table 1)", minus("sft", BACKWARD))
-    claim("KL in SFT does not rescue RL->SFT: RL stays ahead of RL->SFT_KL (Table 1)",
-          minus("grpo", f"{BACKWARD}_kl"))
+    for source, words in (("demo", "tokens of held-out demonstrations"), ("own", "tokens of its own responses")):
+        changed = lambda label, what: results.figure(f"fig2b-{source}", lambda found: 100 * found[label][what])
+        for what, later in (("changed by more than 0.1", False), ("changed by more than 0.5", True)):
+            claim(f"SFT changes more tokens than RL (share of the {words} {what}; Fig. 2b)",
+                  difference(changed("SFT", what), changed("RL", what)), later=later)
+        claim(f"SFT changes probabilities more than RL (mean change over {words}; Fig. 2b)",
+              difference(changed("SFT", "mean |change|"), changed("RL", "mean |change|")), digits=2, later=True)
+        sft, rl, srft = (changed(label, "changed by more than 0.1") for label in ("SFT", "RL", "SRFT"))
+        claim(f"SRFT lies between: changes fewer than SFT ({words}, by more than 0.1; Fig. A1)", difference(sft, srft))
+        claim(f"SRFT lies between: changes more than RL ({words}, by more than 0.1; Fig. A1)", difference(srft, rl))
+    distance = results.distance
+    claim("SFT moves further from the base model than RL (Fig. 3)", difference(distance("SFT"), distance("RL")),
+          digits=2, later=True)
+    claim("SFT->RL comes back towards the base model in its RL stage (Fig. 3)",
+          difference(distance("SFT->RL", STAGE), distance("SFT->RL")), digits=2, later=True)
+    claim("SRFT stays closer to the base model than SFT->RL (Fig. 3)",
+          difference(distance("SFT->RL"), distance("SRFT")), digits=2, later=True)
 
-    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]
-    change = lambda rows, value: value(evaluated(rows)[1]) - value(evaluated(rows)[0])
-    switch = lambda value: interval(results.each(BACKWARD, lambda rows: change(rows, value)).values())
-    claim("accuracy falls when SFT follows RL (Fig. 4a: four steps after the switch)", negative(switch(percent)))
-    claim("entropy jumps when SFT follows RL (Fig. 4b: four steps after the switch)",
-          switch(entropy), "nats", digits=3)
-    fall = results.each("grpo", lambda rows: entropy(evaluated(rows)[0]) - entropy(evaluated(rows)[-1]))
-    claim("RL lowers entropy (Fig. 4b)", interval(fall.values()), "nats", digits=3)
+    for forward, backward, words in ((FORWARD, BACKWARD, ""), ("sft>grpo", "grpo>sft", ", both stages in full")):
+        rank = lambda text, a, b: claim(f"{text} (Table 1{words})", minus(a, b), later=bool(words))
+        rank("SFT->RL beats RL->SFT", forward, backward)
+        rank("SFT->RL beats SFT", forward, "sft")
+        rank("SFT->RL beats RL", forward, "grpo")
+        rank("RL->SFT loses to RL", "grpo", backward)
+        rank("RL->SFT loses to SFT", "sft", backward)
+        rank("KL in SFT does not rescue RL->SFT: RL stays ahead of RL->SFT_KL", "grpo", f"{backward}_kl")
+
+    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]          # every 4 steps in a stage
+    change = lambda name, value, n: interval(results.each(
+        name, lambda rows: value(evaluated(rows)[n]) - value(evaluated(rows)[0])).values())
+    claim("accuracy falls when SFT follows RL (Fig. 4a; four steps after the switch)",
+          negative(change(BACKWARD, percent, 1)))
+    claim("accuracy falls when SFT follows RL (Fig. 4a; both stages in full, eight steps after the switch)",
+          negative(change("grpo>sft", percent, 2)), later=True)
+    claim("entropy jumps when SFT follows RL (Fig. 4b; four steps after the switch)",
+          change(BACKWARD, entropy, 1), "nats", digits=3)
+    claim("entropy jumps when SFT follows RL (Fig. 4b; both stages in full, eight steps after the switch)",
+          change("grpo>sft", entropy, 2), "nats", digits=3, later=True)
+    claim("RL lowers entropy (Fig. 4b)", negative(change("grpo", entropy, -1)), "nats", digits=3)
 
     rivals = (*SEQUENCES, "sft+rl")
     if all(results.final(name) for name in rivals):
@@ -176,11 +199,18 @@ def claims(results):
         fastest = min(SEQUENCES, key=lambda name: np.mean(list(until[name].values())))
         claim("SFT+RL in one stage needs fewer steps than the fastest SFT->RL "
               f"({fastest}), to {level:.0f} % (Fig. 5)", difference(until[fastest], until["sft+rl"]), "steps")
+    claim("accuracy falls for a while when RL follows long SFT (Fig. 5; four steps after the switch)",
+          negative(change(FORWARD, percent, 1)), later=True)
     claim("SFT+RL beats RL (Fig. 5)", minus("sft+rl", "grpo"))
-    for name in ("sft", "sft_kl", "grpo", FORWARD, "sft+rl", "luffy", "relift"):
+    for name in ("sft", "sft_kl", "grpo", FORWARD, "luffy", "relift"):
         claim(f"SRFT beats {name} (Table 2)", minus("srft", name))
-    claim("SRFT beats RL in distribution (Sec. 5.2)", minus("srft", "grpo", "heldout"))
-    claim("SRFT beats RL out of distribution (Sec. 5.2)", minus("srft", "grpo", "long"))
+    claim("SRFT beats sft+rl (not compared in the paper: are the weights worth more than the plain sum?)",
+          minus("srft", "sft+rl"))
+    claim("SFT_KL loses to SFT (Table 2)", minus("sft", "sft_kl"), later=True)
+    claim("SRFT beats RL in distribution (abstract)", minus("srft", "grpo", "heldout"))
+    claim("SRFT beats RL out of distribution (abstract)", minus("srft", "grpo", "long"))
+    for name in (FORWARD, "luffy", "relift"):
+        claim(f"SRFT beats {name} out of distribution (Sec. 5.2)", minus("srft", name, "long"), later=True)
     claim("w_SFT matters: SRFT beats SRFT with w_SFT = 1 (Table 3)", minus("srft", "srft-w_sft-1"))
     claim("w_RL matters: SRFT beats SRFT with w_RL = 1 (Table 3)", minus("srft", "srft-w_rl-1"))
 
@@ -188,10 +218,10 @@ def claims(results):
     reward = lambda rows: np.mean([row["reward/mean"] for row in rows[1:]])
     grown = lambda rows: rows[-1]["response_len/mean"] - rows[1]["response_len/mean"]
     against_rl = lambda value: difference(results.each("srft", value), results.each("grpo", value))
-    claim("SRFT keeps more entropy than RL (Fig. 6c: last 10 steps)", against_rl(late), "nats", digits=3)
+    claim("SRFT keeps more entropy than RL (Fig. 6c; last 10 steps)", against_rl(late), "nats", digits=3)
     claim("SRFT lengthens responses (Fig. 6b)", interval(results.each("srft", grown).values()), "tokens")
     claim("RL shortens responses (Fig. 6b)", negative(interval(results.each("grpo", grown).values())), "tokens")
-    claim("SRFT's reward rises faster than RL's (Fig. 6a: mean over all steps)", against_rl(reward), "", digits=3)
+    claim("SRFT's reward rises faster than RL's (Fig. 6a; mean over all steps)", against_rl(reward), "", digits=3)
     claim("without gradients on low-entropy tokens RL loses less than 3 points (Fig. A2)",
           minus("grpo-truncated", "grpo"), least=-3.0)
     return rows
@@ -208,6 +238,7 @@ def reviews(results):
             says = dict(zip(("holds", "does not hold"), words)).get(says, says)
             rows.append((text, f"{shown(mean, half)} points, {of(n)}", says))
 
+    ask("RL against SFT: the paper has RL ahead in Table 1, SFT in Table 2", "grpo", "sft", words=("RL ahead", "SFT ahead"))
     ask("from the same fine-tuned start (12 steps of SFT), SRFT beats RL", "sft-12>srft", "sft-12>grpo")
     for name in ("sft", "sft+rl", "luffy"):
         ask(f"weak demonstrations: SRFT beats {name}", "srft weak", f"{name} weak")
@@ -215,10 +246,10 @@ def reviews(results):
     ask("weak demonstrations cost SRFT less than 3 points", "srft weak", "srft", least=-3.0)
     for name in ("sft", "grpo", "sft+rl"):
         ask(f"second family (Qwen3): SRFT beats {name}", "srft qwen3", f"{name} qwen3")
-    for term in TERMS if results.final("srft") else ():
-        first, second = (interval(results.each("srft", lambda rows: gradient_share(rows, term, half)).values())
+    for terms in (*((term,) for term in TERMS), TERMS[:2]) if results.final("srft") else ():
+        first, second = (interval(results.each("srft", lambda rows: gradient_share(rows, terms, half)).values())
                          for half in (0, 1))
-        rows.append((f"is it distillation? Share of {term} in the sum of the terms' gradient norms",
+        rows.append((f"is it distillation? Share of {' and '.join(terms)} in the sum of the terms' gradient norms",
                      f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, {of(first[-1])}", ""))
     for name in SWITCHES:
         ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", words=("better", "worse"))
@@ -236,7 +267,12 @@ def figures(bench, results):
     sequences = {f"SFT->RL, {RUNS[RUNS[name].start].steps} + {RUNS[name].steps}": curve(RUNS[name].start, name)
                  for name in SEQUENCES}
     last = f"SFT->RL, {STAGE} + {REST}"
-    back = {"RL->SFT": curve(f"grpo-{REST}", BACKWARD), "RL->SFT_KL": curve(f"grpo-{REST}", f"{BACKWARD}_kl")}
+    whole = f"{STEPS} + {STEPS}"
+    back = {f"RL->SFT, {REST} + {STAGE}": curve(f"grpo-{REST}", BACKWARD),
+            f"RL->SFT_KL, {REST} + {STAGE}": curve(f"grpo-{REST}", f"{BACKWARD}_kl"),
+            **{f"{label}, {whole}": curve(*stages) for label, stages in {
+                "SFT->RL": ("sft", "sft>grpo"), "RL->SFT": ("grpo", "grpo>sft"),
+                "RL->SFT_KL": ("grpo", "grpo>sft_kl")}.items()}}
     rl = curve("grpo")
     return {"fig4": {last: sequences[last], **back}, "fig5": {"RL": rl, **sequences, "SFT+RL": curve("sft+rl")},
             "fig6": {"RL": rl, "SRFT": curve("srft")}, "terms": {"SRFT": curve("srft")},
@@ -249,7 +285,7 @@ def report(bench):
     if not results.rows:
         raise SystemExit("no results yet: run without --report")
     parts = {"Table 1: SFT, RL and sequences": TABLE1,
-             "Table 2: SRFT and its baselines": ["sft", "grpo", FORWARD, *TABLE2],
+             "Table 2: SRFT, its baselines, and the runs of Fig. 5 and A2": ["sft", "grpo", FORWARD, *TABLE2],
              "Table 3: without the entropy weights": ["srft", *TABLE3],
              "Switches of the table of decisions": ["srft", *SWITCHES],
              "What the reviewers asked": REVIEWS,

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 STEPS, STAGE = 40, 28              # of every paradigm; of SFT in the sequences: 70 %, as 350 of the paper's 500
 REST = STEPS - STAGE
-GRID = (1e-4, 3e-4, 1e-3, 3e-3)
+GRID, BEYOND = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-2)       # learning rates; one more where the best is at an edge
 TUNING_SEED = 100
 
 
@@ -32,19 +32,21 @@ TABLE1 = {
     "grpo": Run("grpo"),
     **sequence("sft", "grpo", STAGE),
     **sequence("grpo", "sft", REST),
-    f"grpo-{REST}>sft_kl": Run("sft_kl", STAGE, f"grpo-{REST}", ("--reference", "tiny"))}
+    f"grpo-{REST}>sft_kl": Run("sft_kl", STAGE, f"grpo-{REST}", ("--reference", "tiny")),
+    # both stages in full, twice the budget: what the paper says of SFT after RL, it says of RL that has converged
+    "sft>grpo": Run("grpo", start="sft"),
+    "grpo>sft": Run("sft", start="grpo"),
+    "grpo>sft_kl": Run("sft_kl", start="grpo", flags=("--reference", "tiny"))}
 TABLE2 = {
     **{name: Run(name) for name in ("sft_kl", "sft+rl", "luffy", "relift", "srft")},
-    "sft-12": Run("sft", 12, lr="sft"),
-    "sft-12>grpo": Run("grpo", 28, "sft-12", lr=f"sft-{STAGE}>grpo"),
-    "sft-20": Run("sft", 20, lr="sft"),
-    "sft-20>grpo": Run("grpo", 20, "sft-20", lr=f"sft-{STAGE}>grpo"),
+    **sequence("sft", "grpo", 12),
+    **sequence("sft", "grpo", 20),
     "grpo-truncated": Run("grpo", flags=("--entropy_quantile", "0.8"), lr="grpo")}
 TABLE3 = {
     "srft-w_sft-1": Run("srft", flags=("--w_sft", "one")),
     "srft-w_rl-1": Run("srft", flags=("--w_rl", "one"))}
 SWITCHES = {f"srft {flags}": Run("srft", flags=tuple(flags.split()), lr="srft") for flags in (
-    "--w_sft_sign 1", "--eq12_advantage", "--demo_shaping 0.1", "--loss_norm token", "--entropy_level token",
+    "--w_sft constant --w_rl constant", "--w_sft_sign 1", "--eq12_advantage", "--demo_shaping 0.1", "--loss_norm token", "--entropy_level token",
     "--entropy_level batch", "--demo_in_group replaces", "--no-std_in_advantage")}
 REVIEWS = {
     **{name: TABLE2[name] for name in ("sft-12", "sft-12>grpo")},

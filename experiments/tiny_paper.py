@@ -29,7 +29,7 @@ import claims                                                                   
 import preloaded                                                                                # noqa: E402
 from data import TINY_SPLITS, Example, tiny_examples, tiny_problem, tiny_response, tiny_terms   # noqa: E402
 from runlog import read_rows                                                                    # noqa: E402
-from runs import DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED              # noqa: E402
+from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED      # noqa: E402
 
 KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr", "time/step")
 
@@ -52,9 +52,10 @@ class Bench:
         return json.loads(self.tuning.read_text()) if self.tuning.exists() else {}
 
     def lr(self, name):
-        """The best rate of the grid; a tie goes to the smaller one."""
-        scores, name = self.scores(), RUNS[name].lr or name
-        return 3e-4 if self.quick else max(GRID, key=lambda lr: scores[f"{name} {lr:g}"])
+        """The best rate of those tried; a tie goes to the smaller one."""
+        scores, key = self.scores(), lambda lr: f"{RUNS[name].lr or name} {lr:g}"
+        tried = [lr for lr in sorted((*GRID, *BEYOND)) if key(lr) in scores]
+        return 3e-4 if self.quick else max(tried, key=lambda lr: scores[key(lr)])
 
     def folder(self, name, seed, lr=None):
         name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")      # "+" joins runs in analysis.py
@@ -77,7 +78,7 @@ class Bench:
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all. Raises RuntimeError if it failed, or was stopped."""
         run, began, seconds = RUNS[name], time.time(), Path(f"{folder}.seconds")
-        if seconds.exists() and (folder / "hf").is_dir():
+        if seconds.exists() and (folder / "hf").is_dir() and rate(folder) == lr:
             return
         shutil.rmtree(folder, ignore_errors=True)
         model = ["--model", self.folder(run.start, seed) / "hf" if run.start else "tiny"]
@@ -94,6 +95,12 @@ class Bench:
         if not (folder / "hf").is_dir():                    # a signal: srft.py ends after its step, with exit code 0
             raise RuntimeError(f"{folder}: stopped before its end; the same command starts it again")
         seconds.write_text(f"{time.time() - began:.0f}")
+
+
+def rate(folder):
+    """The learning rate of a run that has begun, or None."""
+    file = folder / "config.json"
+    return json.loads(file.read_text())["lr"] if file.exists() else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,11 +182,14 @@ def tune(bench, pool, wanted):
         print(f"tuning {key}: {scores[key]:.3f}", flush=True)
 
     for second in (False, True):
-        jobs = [(name, lr) for name in names if bool(RUNS[name].start) == second
-                for lr in GRID if f"{name} {lr:g}" not in scores]
-        if second:                                          # what they start from, by the rate just found
-            list(pool.map(first, sorted({RUNS[name].start for name, _ in jobs})))
-        list(pool.map(score, jobs))
+        stage = [name for name in names if bool(RUNS[name].start) == second]
+        todo = lambda tried: [(name, lr) for name in stage for lr in tried(name) if f"{name} {lr:g}" not in scores]
+        edge = lambda name: {GRID[0]: BEYOND[:1], GRID[-1]: BEYOND[1:]}.get(bench.lr(name), ())
+        for tried in (lambda name: GRID, edge):
+            jobs = todo(tried)
+            if second:                                      # what they start from, by the rate just found
+                list(pool.map(first, sorted({RUNS[name].start for name, _ in jobs})))
+            list(pool.map(score, jobs))
 
 
 def run_all(bench, wanted):
@@ -191,7 +201,7 @@ def run_all(bench, wanted):
         write_examples(bench.out / f"{style}.jsonl", expert_demonstrations(style))
     with ThreadPoolExecutor(bench.jobs) as pool:
         tune(bench, pool, wanted)
-        if set(SHOWN.values()) <= set(wanted) and not (bench.results / "fig3.json").exists():
+        if not all(measured(bench, seed, wanted) for seed in bench.seeds):
             expert = lambda name: bench.train(name, 0, bench.lr(name), evaluation, bench.folder(name, 0))
             list(pool.map(expert, EXPERTS))
         for seed in bench.seeds:
@@ -205,11 +215,10 @@ def run_all(bench, wanted):
 def one(bench, name, seed, evaluation, wanted):
     """Train one run, unless its results are there and nothing asks for its model; keep its metrics."""
     known, folder = bench.known(name, seed), bench.folder(name, seed)
-    asked_for = any(run.start == name and not (bench.known(other, seed) / "metrics.jsonl").exists()
-                    for other, run in RUNS.items() if other in wanted)
-    asked_for |= (not measured(bench, seed, wanted)
-                  and name in (*SHOWN.values(), *(TRAJECTORY if seed == 0 else ())))
-    if (known / "metrics.jsonl").exists() and not asked_for:
+    done = lambda other: rate(bench.known(other, seed)) == bench.lr(other)
+    asked_for = any(run.start == name and not done(other) for other, run in RUNS.items() if other in wanted)
+    asked_for |= not measured(bench, seed, wanted) and name in (*SHOWN.values(), *TRAJECTORY)
+    if done(name) and not asked_for:
         return
     bench.train(name, seed, bench.lr(name), evaluation, folder)
     rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()
@@ -217,18 +226,18 @@ def one(bench, name, seed, evaluation, wanted):
     config = json.loads((folder / "config.json").read_text())
     config["seconds"] = int(Path(f"{folder}.seconds").read_text())
     known.mkdir(parents=True, exist_ok=True)
-    (known / "config.json").write_text(json.dumps(config, indent=1))
     (known / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (known / "config.json").write_text(json.dumps(config, indent=1))                # last: it says that both are there
     accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
     print(f"{known.name}: {'  '.join(accuracy)}", flush=True)
 
 
 def measured(bench, seed, wanted):
-    return not set(SHOWN.values()) <= set(wanted) or (bench.results / f"fig2b-own-{seed}.json").exists()
+    return not {*SHOWN.values(), *TRAJECTORY} <= set(wanted) or (bench.results / f"fig3-{seed}.json").exists()
 
 
 def measure(bench, seed, wanted, pool):
-    """analysis.py on this seed's models: Fig. 2(b) for every seed, Fig. 2(a) and 3 for seed 0."""
+    """analysis.py on this seed's models: Fig. 2 and 3, of which only seed 0 has pages and checkpoints along the way."""
     if measured(bench, seed, wanted):
         return
     results, folder = bench.results, lambda name: bench.folder(name, seed)
@@ -236,24 +245,24 @@ def measure(bench, seed, wanted, pool):
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
     tuned = [f"{label}={folder(name)}" for label, name in SHOWN.items()]
     models = {"base": "tiny", **{label: folder(name) for label, name in SHOWN.items()},
-              **({name: folder(name) for name in EXPERTS} if seed == 0 else {})}
+              **{name: bench.folder(name, 0) for name in EXPERTS}}
     own = {label: bench.out / f"responses-{label}-{seed}.jsonl" for label in models}
 
     def respond(label):
         bench.analysis("respond", "--model", models[label], "--out", own[label], "--seed", seed, *data)
 
     list(pool.map(respond, own))
-    jobs = [("fig2b", "--base", "tiny", "--tuned", *tuned, "--out", results / f"fig2b-demo-{seed}", *data)]
+    jobs = [("fig2b", "--base", "tiny", "--tuned", *tuned, "--out", results / f"fig2b-demo-{seed}", *data),
+            ("fig2b", "--base", "tiny", "--tuned", *tuned, "--responses", *[own[label] for label in SHOWN],
+             "--out", results / f"fig2b-own-{seed}", *scale)]
     if seed == 0:
         jobs += [("fig2a", "--base", "tiny", "--tuned", pair, "--out", results / f"fig2a-{label}", *data)
                  for pair, label in zip(tuned, SHOWN)]
-        trajectories = [*tuned, "SFT->RL=" + "+".join(str(folder(name)) for name in TRAJECTORY)]
-        references = [f"{label}={own[label]}" for label in ("base", *EXPERTS)]
-        jobs += [("fig3", "--references", *references, "--runs", *trajectories, "--out", results / "fig3",
-                  *scale[2:])]
     list(pool.map(lambda job: bench.analysis(*job), jobs))
-    bench.analysis("fig2b", "--base", "tiny", "--tuned", *tuned, "--responses", *[own[label] for label in SHOWN],
-                   "--out", results / f"fig2b-own-{seed}", *scale)          # last: it says that all are there
+    references = [f"{label}={own[label]}" for label in ("base", *EXPERTS)]
+    trajectories = [*tuned, "SFT->RL=" + "+".join(str(folder(name)) for name in TRAJECTORY)]
+    bench.analysis("fig3", "--references", *references, "--runs", *trajectories, "--out", results / f"fig3-{seed}",
+                   *scale[2:])                                          # last: it says that all are there
 
 
 def main():
