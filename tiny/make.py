@@ -1,7 +1,7 @@
 """Make the base model of the tiny task: pretrain a 0.8M-parameter Llama on a mixture of ways to respond.
 
     python tiny/make.py                          # about 25 minutes on one core; the result is shipped beside this file
-    python tiny/make.py experiments/qwen3 qwen3  # the same of another family, for experiments/tiny_paper.py
+    python tiny/make.py experiments/qwen3 qwen3  # the same of another family, shipped for experiments/tiny_paper.py
 
 The mixture makes a base model in the paper's sense: it knows the arithmetic and has seen careful reasoning, but its habit
 is to blurt out a guess, and its reasoning slips. Phase 1 teaches arithmetic, phase 2 the habits.
