@@ -15,7 +15,7 @@ import pytest
 import runs as R
 import tiny_paper as P
 from conftest import ROOT
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config import TINY
 from data import tiny_examples
@@ -46,6 +46,14 @@ def test_every_run_can_be_trained():
             assert run.steps == R.STEPS, name
     for part, runs in R.PARTS.items():
         assert all(not run.start or run.start in runs for run in runs.values()), part
+
+
+def test_the_second_family_is_another_architecture_of_the_same_size_and_tokens():
+    other = ROOT / R.SECOND_FAMILY["srft qwen3"].flags[1]
+    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (TINY, other))
+    assert (first.config.model_type, second.config.model_type) == ("llama", "qwen3")
+    assert 1 < second.num_parameters() / first.num_parameters() < 1.01
+    assert AutoTokenizer.from_pretrained(TINY).get_vocab() == AutoTokenizer.from_pretrained(other).get_vocab()
 
 
 def test_weak_demonstrations_answer_the_same_problems_and_are_mostly_wrong():
