@@ -134,7 +134,8 @@ def table(results, title, runs):
     for name in runs:
         if results.final(name):
             cells = [shown(*interval(results.final(name, metric).values())) for metric in METRICS]
-            cells += [f"{results.bench.lr(name):g}", str(len(results.final(name)))]
+            rates = {results.bench.rate(results.bench.known(name, seed)) for seed in results.final(name)}
+            cells += [" / ".join(f"{rate:g}" for rate in sorted(rates)), str(len(results.final(name)))]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -57,6 +57,11 @@ class Bench:
         tried = [lr for lr in sorted((*GRID, *BEYOND)) if key(lr) in scores]
         return 3e-4 if self.quick else max(tried, key=lambda lr: scores[key(lr)])
 
+    def rate(self, folder):
+        """The learning rate of a run that has begun, or None."""
+        file = folder / "config.json"
+        return json.loads(file.read_text())["lr"] if file.exists() else None
+
     def folder(self, name, seed, lr=None):
         name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")      # "+" joins runs in analysis.py
         return self.out / (f"{name}-{seed}" + (f"-lr{lr:g}" if lr else ""))
@@ -78,7 +83,7 @@ class Bench:
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all. Raises RuntimeError if it failed, or was stopped."""
         run, began, seconds = RUNS[name], time.time(), Path(f"{folder}.seconds")
-        if seconds.exists() and (folder / "hf").is_dir() and rate(folder) == lr:
+        if seconds.exists() and (folder / "hf").is_dir() and self.rate(folder) == lr:
             return
         shutil.rmtree(folder, ignore_errors=True)
         model = ["--model", self.folder(run.start, seed) / "hf" if run.start else "tiny"]
@@ -95,12 +100,6 @@ class Bench:
         if not (folder / "hf").is_dir():                    # a signal: srft.py ends after its step, with exit code 0
             raise RuntimeError(f"{folder}: stopped before its end; the same command starts it again")
         seconds.write_text(f"{time.time() - began:.0f}")
-
-
-def rate(folder):
-    """The learning rate of a run that has begun, or None."""
-    file = folder / "config.json"
-    return json.loads(file.read_text())["lr"] if file.exists() else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ def run_all(bench, wanted):
 def one(bench, name, seed, evaluation, wanted):
     """Train one run, unless its results are there and nothing asks for its model; keep its metrics."""
     known, folder = bench.known(name, seed), bench.folder(name, seed)
-    done = lambda other: rate(bench.known(other, seed)) == bench.lr(other)
+    done = lambda other: bench.rate(bench.known(other, seed)) == bench.lr(other)
     asked_for = any(run.start == name and not done(other) for other, run in RUNS.items() if other in wanted)
     asked_for |= not measured(bench, seed, wanted) and name in (*SHOWN.values(), *TRAJECTORY)
     if done(name) and not asked_for:
