@@ -114,7 +114,7 @@ def verdict(mean, half, least=0.0):
 def shown(mean, half, n=None, digits=1):
     if mean is None:
         return "-"
-    return f"{mean:.{digits}f}" + (f" \u00b1 {half:.{digits}f}" if half is not None else "")
+    return f"{round(mean, digits) + 0.0:.{digits}f}" + (f" \u00b1 {half:.{digits}f}" if half is not None else "")
 
 
 def of(n):
@@ -166,8 +166,9 @@ def claims(results):
     distance = results.distance
     claim("SFT moves further from the base model than RL (Fig. 3)", difference(distance("SFT"), distance("RL")),
           digits=2, later=True)
+    at_switch = distance("SFT->RL", results.bench.steps(RUNS[f"sft-{STAGE}"]))
     claim("SFT->RL comes back towards the base model in its RL stage (Fig. 3)",
-          difference(distance("SFT->RL", STAGE), distance("SFT->RL")), digits=2, later=True)
+          difference(at_switch, distance("SFT->RL")), digits=2, later=True)
     claim("SRFT stays closer to the base model than SFT->RL (Fig. 3)",
           difference(distance("SFT->RL"), distance("SRFT")), digits=2, later=True)
 
@@ -182,16 +183,16 @@ def claims(results):
 
     evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]          # every 4 steps in a stage
     change = lambda name, value, n: interval(results.each(
-        name, lambda rows: value(evaluated(rows)[n]) - value(evaluated(rows)[0])).values())
+        name, lambda rows: value(evaluated(rows)[:n][-1]) - value(evaluated(rows)[0])).values())
     claim("accuracy falls when SFT follows RL (Fig. 4a; four steps after the switch)",
-          negative(change(BACKWARD, percent, 1)))
+          negative(change(BACKWARD, percent, 2)))
     claim("accuracy falls when SFT follows RL (Fig. 4a; both stages in full, eight steps after the switch)",
-          negative(change("grpo>sft", percent, 2)), later=True)
+          negative(change("grpo>sft", percent, 3)), later=True)
     claim("entropy jumps when SFT follows RL (Fig. 4b; four steps after the switch)",
-          change(BACKWARD, entropy, 1), "nats", digits=3)
+          change(BACKWARD, entropy, 2), "nats", digits=3)
     claim("entropy jumps when SFT follows RL (Fig. 4b; both stages in full, eight steps after the switch)",
-          change("grpo>sft", entropy, 2), "nats", digits=3, later=True)
-    claim("RL lowers entropy (Fig. 4b)", negative(change("grpo", entropy, -1)), "nats", digits=3)
+          change("grpo>sft", entropy, 3), "nats", digits=3, later=True)
+    claim("RL lowers entropy (Fig. 4b)", negative(change("grpo", entropy, None)), "nats", digits=3)
 
     rivals = (*SEQUENCES, "sft+rl")
     if all(results.final(name) for name in rivals):
@@ -201,7 +202,7 @@ def claims(results):
         claim("SFT+RL in one stage needs fewer steps than the fastest SFT->RL "
               f"({fastest}), to {level:.0f} % (Fig. 5)", difference(until[fastest], until["sft+rl"]), "steps")
     claim("accuracy falls for a while when RL follows long SFT (Fig. 5; four steps after the switch)",
-          negative(change(FORWARD, percent, 1)), later=True)
+          negative(change(FORWARD, percent, 2)), later=True)
     claim("SFT+RL beats RL (Fig. 5)", minus("sft+rl", "grpo"))
     for name in ("sft", "sft_kl", "grpo", FORWARD, "luffy", "relift"):
         claim(f"SRFT beats {name} (Table 2)", minus("srft", name))
