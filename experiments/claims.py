@@ -25,8 +25,8 @@ class Results:
     """What is known: rows of each run and seed, and numbers made from them."""
 
     def __init__(self, bench):
-        self.bench = bench
-        self.rows = {(name, seed): rows for name in RUNS for seed in bench.seeds
+        self.bench, self.seeds = bench, range(10)             # all that are there, whatever was asked for now
+        self.rows = {(name, seed): rows for name in RUNS for seed in self.seeds
                      if (rows := read_rows(bench.known(name, seed) / "metrics.jsonl"))}
 
     def each(self, name, value):
@@ -55,7 +55,7 @@ class Results:
 
     def figure(self, name, value):
         """{seed: value(what the JSON of figure NAME-SEED says)}"""
-        files = {seed: self.bench.results / f"{name}-{seed}.json" for seed in self.bench.seeds}
+        files = {seed: self.bench.results / f"{name}-{seed}.json" for seed in self.seeds}
         return {seed: value(json.loads(file.read_text())) for seed, file in files.items() if file.exists()}
 
     def distance(self, label, step=None):
@@ -134,8 +134,9 @@ def table(results, title, runs):
     for name in runs:
         if results.final(name):
             cells = [shown(*interval(results.final(name, metric).values())) for metric in METRICS]
-            rates = {results.bench.rate(results.bench.known(name, seed)) for seed in results.final(name)}
-            cells += [" / ".join(f"{rate:g}" for rate in sorted(rates)), str(len(results.final(name)))]
+            configs = [results.bench.known(name, seed) / "config.json" for seed in results.final(name)]
+            rates = sorted({json.loads(file.read_text())["lr"] for file in configs})
+            cells += [" / ".join(f"{rate:g}" for rate in rates), str(len(configs))]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -263,7 +264,7 @@ def reviews(results):
 def figures(bench, results):
     """{figure: {label: run folders}}: seeds joined by ",", the stages of a sequence by "+", as analysis.py has it."""
     def curve(*names):
-        seeds = [seed for seed in bench.seeds if all((name, seed) in results.rows for name in names)]
+        seeds = [seed for seed in results.seeds if all((name, seed) in results.rows for name in names)]
         return ",".join("+".join(str(bench.known(name, seed)) for name in names) for seed in seeds)
 
     sequences = {f"SFT->RL, {RUNS[RUNS[name].start].steps} + {RUNS[name].steps}": curve(RUNS[name].start, name)
@@ -302,8 +303,10 @@ def report(bench):
         (bench.results / "claims.md").write_text(text + "\n")
     else:
         before, _, after = page.read_text().partition("<!-- claims -->\n")
-        after = after.partition("<!-- end of claims -->")[2]
-        page.write_text(f"{before}<!-- claims -->\n{text}\n<!-- end of claims -->{after}")
+        _, end, after = after.partition("<!-- end of claims -->")
+        if not end:
+            raise SystemExit(f"{page}: the lines <!-- claims --> and <!-- end of claims --> are not there")
+        page.write_text(f"{before}<!-- claims -->\n{text}\n{end}{after}")
     for name, curves in figures(bench, results).items():
         if all(curves.values()):
             runs = [f"{label}={folders}" for label, folders in curves.items()]

@@ -8,10 +8,12 @@ each child then runs its script as __main__. Everything that the environment dec
 For machines without a GPU: CUDA does not survive a fork.
 """
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,9 +21,16 @@ PRELOAD = ["srft", "analysis", "vllm.entrypoints.llm"]
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # as rollout.py sets it, which the server imports later
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
+lock = threading.Lock()             # multiprocessing asks after all children whenever one starts: one thread at a time
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)                                             # else it would go on writing where the next run writes
 
 
 def _main(argv, env, output):
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1), os.dup2(file, 2)
     os.environ.clear()
@@ -52,17 +61,19 @@ class Child:
     def __init__(self, argv, env, output):
         self.output = Path(output)
         self.process = context.Process(target=_main, args=([*map(str, argv)], {k: str(v) for k, v in env.items()}, str(output)))
-        self.process.start()
+        with lock:
+            self.process.start()
         self.pid = self.process.pid
 
     @property
     def returncode(self):
-        return self.process.exitcode
+        with lock:
+            return self.process.exitcode
 
     poll = returncode.fget
 
     def wait(self, timeout=None):
-        self.process.join(timeout)
+        multiprocessing.connection.wait([self.process.sentinel], timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.process.name, timeout, output=self.text())
         return self.returncode

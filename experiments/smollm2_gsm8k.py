@@ -5,12 +5,13 @@
 
 The files have the columns problem, answer and solution; the model is any chat model that one card trains. SRFT, GRPO,
 SFT, SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps and of prompts, the same rollouts where they have any,
-and one learning rate, which is tuned for none of them. A run that was stopped goes on from its newest checkpoint. In the
-end come a table and the figures out/smollm2/fig6.png (dynamics) and fig5.png (efficiency).
+and one learning rate, tuned for none of them (SFT: linear schedule, as in App. B). A run that was stopped goes on from its
+newest checkpoint. In the end come a table and the figures out/smollm2/fig6.png (dynamics) and fig5.png (efficiency).
 Math-Verify takes its answer from anywhere in the text here (--no-strict_box): the base model writes no box, and RL alone
 would never see a reward.
 """
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +42,10 @@ def main():
     parser.add_argument("--only", choices=tuple(RUNS), action="append", help="some of the paradigms; may be repeated")
     parser.add_argument("--out", default="out/smollm2", help="folder of the runs [%(default)s]")
     args = parser.parse_args()
+    if args.steps == 1:
+        parser.error("--steps: 2 or more, for a sequence has two stages")
+    if set(args.out) & set("+,="):
+        parser.error("--out: not with +, comma or =, which join runs and name curves in analysis.py")
     local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name     # runs start in the root
     args.model, args.train, args.out = local(args.model), local(args.train), str(Path(args.out).resolve())
     flags = CPU if args.cpu else GPU
@@ -52,17 +57,26 @@ def main():
               "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1]
     curves = {}
     for name in args.only or RUNS:
-        model, stages = args.model, []
+        model, stages, left, plain = args.model, [], steps, name.replace(">", "").replace("+", "_plus_")
         for method, share in RUNS[name]:
-            folder = out / (name.replace(">", "") if share == 1 else f"{name.replace('>', '')}-{method}")
-            here = flags | {"steps": max(1, round(share * steps))}
+            folder = out / (plain if share == 1 else f"{plain}-{method}")
+            here = flags | {"steps": left if method == RUNS[name][-1][0] else max(1, round(share * steps))}
+            left -= here["steps"]
             command = ["srft.py", "--method", method, "--model", model, "--out", folder, *common,
                        *(x for flag, value in here.items() for x in (f"--{flag}", value))]
-            if not (folder / "hf").is_dir():
+            if (folder / "hf").is_dir():
+                known = json.loads((folder / "config.json").read_text())
+                asked = here | {"model": str(model), "data": args.train}
+                other = {key: known[key] for key, value in asked.items() if known[key] != value}
+                if other:
+                    sys.exit(f"{folder} was trained with {other}; delete it, or give another --out")
+            else:
                 launch = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc_per_node={args.ranks}"]
                 print(*command, flush=True)
                 subprocess.run(list(map(str, [*launch, *command])), check=True, cwd=ROOT,
                                env={"OMP_NUM_THREADS": "1"} | os.environ)
+                if not (folder / "hf").is_dir():
+                    sys.exit(f"{folder}: stopped before its end; the same command goes on with it")
             model, stages = folder / "hf", [*stages, folder]
         curves[name] = "+".join(map(str, stages))
         rows = read_rows(stages[-1] / "metrics.jsonl")

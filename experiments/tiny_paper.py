@@ -1,16 +1,19 @@
-"""The paper's tables and figures on the tiny task: every paradigm, the same number of steps for all, several seeds.
+"""The paper's tables and figures on the tiny task: every paradigm, in the same number of steps, with several seeds.
 
-    python experiments/tiny_paper.py                 # everything: TOTAL on 2 cores; goes on where it was stopped
+    python experiments/tiny_paper.py                 # everything: about 5 hours on 2 cores; goes on where stopped
     python experiments/tiny_paper.py --quick         # Tables 1-3, figures in 5 minutes: 2 steps, 1 seed, no meaning
     python experiments/tiny_paper.py --only table1   # table1, table2, table3, switches or reviews, and what it needs
     python experiments/tiny_paper.py --report        # no runs: tables, figures and claims from the results there are
 
 One run (runs.py) is one process on one core. Its metrics go to experiments/results/runs/NAME-SEED/, its models to
 out/tiny_paper/ (which a next stage and Fig. 2 and 3 need). Learning rates come from one grid for all, tuned for each
-paradigm, each ablation of Table 3 and each second stage on `tiny:valid`, which nothing else looks at, by a seed that
-is not among those reported. claims.py makes experiments/results/ and the claims of experiments/README.md of it.
+paradigm, each ablation of Table 3, each second stage and Qwen3 on `tiny:valid`, which nothing else looks at, by a seed
+that is not among those reported. claims.py makes experiments/results/ and the claims of experiments/README.md of it.
+A run is made again when its definition in runs.py, its rate, or its first stage has changed since; after a change of
+srft.py or of the task, delete results/ and out/tiny_paper/ (for --quick, out/tiny_paper_quick/).
 """
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -53,14 +56,23 @@ class Bench:
 
     def lr(self, name):
         """The best rate of those tried; a tie goes to the smaller one."""
-        scores, key = self.scores(), lambda lr: f"{RUNS[name].lr or name} {lr:g}"
-        tried = [lr for lr in sorted((*GRID, *BEYOND)) if key(lr) in scores]
-        return 3e-4 if self.quick else max(tried, key=lambda lr: scores[key(lr)])
+        scores, tuned = self.scores(), RUNS[name].lr or name
+        tried = [lr for lr in sorted((*GRID, *BEYOND)) if self.trial(tuned, lr) in scores]
+        return 3e-4 if self.quick else max(tried, key=lambda lr: scores[self.trial(tuned, lr)])
 
-    def rate(self, folder):
-        """The learning rate of a run that has begun, or None."""
-        file = folder / "config.json"
-        return json.loads(file.read_text())["lr"] if file.exists() else None
+    def trial(self, name, lr):
+        """What tuning.json calls the run at this rate: "sft 0.001", "sft-28>grpo 0.0001 after 0.001"."""
+        return f"{name} {lr:g}" + (f" after {self.lr(RUNS[name].start):g}" if RUNS[name].start else "")
+
+    def recipe(self, name, lr=None):
+        """All that defines a run, and the run that it starts from."""
+        start = RUNS[name].start
+        return [f"{RUNS[name]} {lr or self.lr(name):g}", *(self.recipe(start) if start else [])]
+
+    def done(self, name, seed):
+        """Whether the results of this run are there, as it is defined now."""
+        file = self.known(name, seed) / "config.json"
+        return file.exists() and json.loads(file.read_text())["recipe"] == self.recipe(name)
 
     def folder(self, name, seed, lr=None):
         name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")      # "+" joins runs in analysis.py
@@ -68,6 +80,9 @@ class Bench:
 
     def known(self, name, seed):
         return self.results / "runs" / self.folder(name, seed).name
+
+    def measured(self, seed):
+        return (self.results / f"fig3-{seed}.png").exists()
 
     def start(self, command, log):
         """Run a command on one thread; its output to `log`. Raises RuntimeError with the log's end."""
@@ -82,24 +97,25 @@ class Bench:
 
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all. Raises RuntimeError if it failed, or was stopped."""
-        run, began, seconds = RUNS[name], time.time(), Path(f"{folder}.seconds")
-        if seconds.exists() and (folder / "hf").is_dir() and self.rate(folder) == lr:
+        run, began, whole, recipe = RUNS[name], time.time(), Path(f"{folder}.json"), self.recipe(name, lr)
+        if whole.exists() and (folder / "hf").is_dir() and json.loads(whole.read_text())["recipe"] == recipe:
             return
         shutil.rmtree(folder, ignore_errors=True)
+        whole.unlink(missing_ok=True)
         model = ["--model", self.folder(run.start, seed) / "hf" if run.start else "tiny"]
         small = ["--prompts_per_step", 4, "--n_rollouts", 4] if self.quick else []
         drawn = name in DRAWN and seed != TUNING_SEED
         every = 1 if self.quick else run.steps if not drawn else 4 if run.start else 8
         terms = ["--term_gradients", 1 if self.quick else 4] if name == "srft" and drawn else []
         flags = [flag.replace("tiny_paper/", f"{self.out.name}/") for flag in run.flags]
-        # checkpoints along the way only where Fig. 3 draws a trajectory
+        save_every = 4 if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY) else 1000        # for Fig. 3
         self.start(["srft.py", "--preset", "tiny", "--method", run.method, "--steps", self.steps(run), "--seed", seed,
                     "--lr", lr, "--eval_data", evaluation, "--eval_every", every, "--grader_workers", 1,
-                    "--log_samples", 1, "--save_every", 4 if seed == 0 else 1000, "--keep", 99,
+                    "--log_samples", 1, "--save_every", save_every, "--keep", 99,
                     *terms, *small, *model, *flags, "--out", folder], Path(f"{folder}.log"))
         if not (folder / "hf").is_dir():                    # a signal: srft.py ends after its step, with exit code 0
             raise RuntimeError(f"{folder}: stopped before its end; the same command starts it again")
-        seconds.write_text(f"{time.time() - began:.0f}")
+        whole.write_text(json.dumps({"recipe": recipe, "seconds": round(time.time() - began)}))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -170,7 +186,7 @@ def tune(bench, pool, wanted):
         train(name, bench.lr(name), bench.folder(name, TUNING_SEED))
 
     def score(job):
-        (name, lr), key = job, "{} {:g}".format(*job)
+        (name, lr), key = job, bench.trial(*job)
         folder = bench.folder(name, TUNING_SEED, lr)
         train(name, lr, folder)
         with lock:
@@ -182,7 +198,7 @@ def tune(bench, pool, wanted):
 
     for second in (False, True):
         stage = [name for name in names if bool(RUNS[name].start) == second]
-        todo = lambda tried: [(name, lr) for name in stage for lr in tried(name) if f"{name} {lr:g}" not in scores]
+        todo = lambda tried: [(name, lr) for name in stage for lr in tried(name) if bench.trial(name, lr) not in scores]
         edge = lambda name: {GRID[0]: BEYOND[:1], GRID[-1]: BEYOND[1:]}.get(bench.lr(name), ())
         for tried in (lambda name: GRID, edge):
             jobs = todo(tried)
@@ -200,45 +216,44 @@ def run_all(bench, wanted):
         write_examples(bench.out / f"{style}.jsonl", expert_demonstrations(style))
     with ThreadPoolExecutor(bench.jobs) as pool:
         tune(bench, pool, wanted)
-        if not all(measured(bench, seed, wanted) for seed in bench.seeds):
+        shown = {*SHOWN.values(), *TRAJECTORY} <= set(wanted)
+        if shown and not all(map(bench.measured, bench.seeds)):
             expert = lambda name: bench.train(name, 0, bench.lr(name), evaluation, bench.folder(name, 0))
             list(pool.map(expert, EXPERTS))
         for seed in bench.seeds:
             for second in (False, True):
                 names = [name for name in wanted if bool(RUNS[name].start) == second]
                 list(pool.map(lambda name: one(bench, name, seed, evaluation, wanted), names))
-            measure(bench, seed, wanted, pool)
+            if shown and not bench.measured(seed):
+                measure(bench, seed, pool)
             print(f"seed {seed}: done", flush=True)
 
 
 def one(bench, name, seed, evaluation, wanted):
     """Train one run, unless its results are there and nothing asks for its model; keep its metrics."""
-    known, folder = bench.known(name, seed), bench.folder(name, seed)
-    done = lambda other: bench.rate(bench.known(other, seed)) == bench.lr(other)
-    asked_for = any(run.start == name and not done(other) for other, run in RUNS.items() if other in wanted)
-    asked_for |= not measured(bench, seed, wanted) and name in (*SHOWN.values(), *TRAJECTORY)
-    if done(name) and not asked_for:
+    known, folder, done = bench.known(name, seed), bench.folder(name, seed), bench.done(name, seed)
+    measures = name in (*SHOWN.values(), *TRAJECTORY)
+    asked_for = any(run.start == name and not bench.done(other, seed) for other, run in wanted.items())
+    if done and not asked_for and (bench.measured(seed) or not measures):
         return
+    if measures and not done:                                   # what was measured on another model of this name
+        (bench.results / f"fig3-{seed}.png").unlink(missing_ok=True)
     bench.train(name, seed, bench.lr(name), evaluation, folder)
     rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()
              if key.startswith(KEPT) and value is not None} for row in read_rows(folder / "metrics.jsonl")]
-    config = json.loads((folder / "config.json").read_text())
-    config["seconds"] = int(Path(f"{folder}.seconds").read_text())
-    known.mkdir(parents=True, exist_ok=True)
-    (known / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (known / "config.json").write_text(json.dumps(config, indent=1))                # last: it says that both are there
+    config = json.loads((folder / "config.json").read_text()) | json.loads(Path(f"{folder}.json").read_text())
+    partial = known.with_name(f".{known.name}")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.rmtree(known, ignore_errors=True)
+    partial.rename(known)
     accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
     print(f"{known.name}: {'  '.join(accuracy)}", flush=True)
 
 
-def measured(bench, seed, wanted):
-    return not {*SHOWN.values(), *TRAJECTORY} <= set(wanted) or (bench.results / f"fig3-{seed}.json").exists()
-
-
-def measure(bench, seed, wanted, pool):
+def measure(bench, seed, pool):
     """analysis.py on this seed's models: Fig. 2 and 3, of which only seed 0 has pages and checkpoints along the way."""
-    if measured(bench, seed, wanted):
-        return
     results, folder = bench.results, lambda name: bench.folder(name, seed)
     scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
@@ -280,6 +295,12 @@ def main():
     bench = Bench(args)
     if not args.report:
         parts = args.only or (["table1", "table2", "table3"] if args.quick else PARTS)
+        bench.out.mkdir(parents=True, exist_ok=True)
+        alone = open(bench.out / "lock", "w")                   # until this process ends
+        try:
+            fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"tiny_paper.py: another one is at work in {bench.out}; --jobs says how many runs go on at a time")
         run_all(bench, {name: run for part in parts for name, run in PARTS[part].items()})
     claims.report(bench)
 

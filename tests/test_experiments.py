@@ -1,10 +1,12 @@
 """experiments/: the rule of the claims, the statistics, the variants of the data; and everything once, in miniature."""
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,7 +85,7 @@ def synthetic(folder, true):
              **dict.fromkeys(("sft-12>grpo", "sft-20>grpo", "sft-28>grpo", "sft>grpo"), 0.72), "sft_kl": 0.48, "grpo>sft": 0.4, "grpo>sft_kl": 0.45, "grpo-truncated": 0.66, "grpo": 0.6,
              "sft": 0.5, "grpo-12>sft": 0.4, "grpo-12>sft_kl": 0.45, **dict.fromkeys(R.TABLE3, 0.6), **dict.fromkeys(R.SWITCHES, 0.95)}
     results = C.Results.__new__(C.Results)
-    results.bench = SimpleNamespace(seeds=range(5), results=folder, steps=lambda run: run.steps)
+    results.bench, results.seeds = SimpleNamespace(results=folder, steps=lambda run: run.steps), range(5)
     results.rows = {}
     for name, run in R.RUNS.items():
         late = (name == "sft+rl") != true          # when it reaches what it reaches in the end: at its first evaluation, or its last
@@ -132,6 +134,7 @@ def test_every_claim_has_the_direction_of_the_paper(tmp_path, true, says):
     assert [found for text, found, _ in asked if "distillation" in text] == [
         f"{early}.0 \u00b1 0.0 % in the first half of the steps, {late}.0 \u00b1 0.0 % in the second, 5 seeds"
         for early, late in ((10, 40), (20, 30), (30, 20), (40, 10), (30, 70))]
+    assert {verdict for text, _, verdict in asked if text.startswith("RL against SFT")} == {"RL ahead" if true else "SFT ahead"}
     assert {verdict for text, _, verdict in asked if text.startswith("`")} == {"better" if true else "worse"}
 
 
@@ -182,21 +185,60 @@ def test_a_best_rate_at_an_edge_of_the_grid_is_tried_one_further(best, more, tmp
     assert trained == [*R.GRID, *([more] if more else [])] and bench.lr("sft") == (more or best)
 
 
-def test_a_run_is_done_only_at_the_rate_that_is_now_the_best(tmp_path, monkeypatch):
+def test_what_has_changed_since_is_made_again_and_nothing_else(tmp_path, monkeypatch):
+    """A second stage: its own rate, its first stage's rate, the definition of either; and a figure of a model that is no more."""
     monkeypatch.chdir(ROOT)
     bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
-    bench.out, bench.results, bench.tuning, trained = tmp_path, tmp_path, tmp_path / "tuning.json", []
-    monkeypatch.setattr(bench, "train", lambda name, seed, lr, evaluation, folder: trained.append((name, lr)))
-    folder = bench.folder("grpo-truncated", 3)
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/long": 0.5}) + "\n")
-    Path(f"{folder}.seconds").write_text("7")
-    for best in (3e-4, 1e-4):
-        bench.tuning.write_text(json.dumps({f"grpo {lr:g}": float(lr == best) for lr in R.GRID}))
-        (folder / "config.json").write_text(json.dumps({"lr": best}))
-        for _ in range(2):                                                                  # the second time, it is known
-            P.one(bench, "grpo-truncated", 3, "", {"grpo-truncated": R.RUNS["grpo-truncated"]})
-    assert trained == [("grpo-truncated", 3e-4), ("grpo-truncated", 1e-4)]
+    bench.out, bench.results, bench.tuning, trained = tmp_path / "out", tmp_path / "results", tmp_path / "tuning.json", []
+
+    def train(command, log):                                                                # what srft.py would write
+        folder = Path(command[-1])
+        trained.append(folder.name)
+        (folder / "hf").mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 40, "eval/long": 0.5}) + "\n")
+        (folder / "config.json").write_text(json.dumps({"lr": command[command.index("--lr") + 1]}))
+
+    def again(**best):
+        scores = {"sft": 1e-3, "grpo": 3e-4} | best
+        bench.tuning.write_text(json.dumps({f"{name} {lr:g}": float(lr == scores[name]) for name in scores for lr in R.GRID} | {
+            f"sft-28>grpo {lr:g} after {first:g}": float(lr == 1e-4) for lr in R.GRID for first in R.GRID}))
+        trained.clear()
+        for name in ("sft-28", "sft-28>grpo"):
+            P.one(bench, name, 3, "", {name: R.RUNS[name] for name in ("sft-28", "sft-28>grpo")})
+        return trained
+
+    monkeypatch.setattr(bench, "start", train)
+    assert again() == ["sft-28-3", "sft-28_to_grpo-3"] and again() == []
+    (bench.results / "fig3-3.png").touch()
+    shutil.rmtree(bench.out)                                                                # results are enough
+    assert again() == [] and bench.measured(3)
+    assert again(sft=3e-4) == ["sft-28-3", "sft-28_to_grpo-3"] and not bench.measured(3) and again(sft=3e-4) == []
+    monkeypatch.setitem(R.RUNS, "sft-28>grpo", R.Run("grpo", 12, "sft-28", ("--clip_eps", "0.1")))
+    assert again(sft=3e-4) == ["sft-28_to_grpo-3"] and again(sft=3e-4) == []
+
+
+def test_a_child_ends_with_the_process_that_started_it(tmp_path):
+    code = f"""import os, sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT / "experiments")!r})
+if __name__ == "__main__":
+    import preloaded; preloaded.context.set_forkserver_preload([])
+    child = preloaded.start(["-c", "import time; time.sleep(100)"]); print(child.pid, flush=True); os._exit(9)"""
+    (tmp_path / "starter.py").write_text(code)
+    pid = int(subprocess.run([sys.executable, tmp_path / "starter.py"], stdout=subprocess.PIPE, timeout=60).stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there after 10 seconds")
+
+
+def test_two_at_once_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (ROOT / "out/tiny_paper_quick").mkdir(parents=True, exist_ok=True)
+    with open(ROOT / "out/tiny_paper_quick/lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(sys, "argv", ["tiny_paper.py", "--quick"])
+        with pytest.raises(SystemExit, match="another one is at work"):
+            P.main()
 
 
 def test_a_run_that_a_signal_stopped_is_no_result(tmp_path, monkeypatch):
@@ -237,12 +279,15 @@ def test_the_comparison_on_a_pretrained_model_runs_from_one_command_and_goes_on_
     for name, examples in (("train", tiny_examples("train")[:32]), ("test", tiny_examples("heldout")[:9])):
         P.write_examples(tmp_path / f"{name}.jsonl", examples)
     command = [sys.executable, "experiments/smollm2_gsm8k.py", "--cpu", "--model", tmp_path / "model", "--train", tmp_path / "train.jsonl",
-               "--test", tmp_path / "test.jsonl", "--limit", "4", "--steps", "2", "--only", "srft", "--only", "sft->rl", "--out", tmp_path / "out"]
+               "--test", tmp_path / "test.jsonl", "--limit", "4", "--steps", "2", "--only", "sft+rl", "--only", "sft->rl", "--out", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(re.findall(r"^(srft|sft->rl) +\d+\.\d %   response \d+ tokens$", done.stdout, re.M)) == 2
+    assert len(re.findall(r"^(sft\+rl|sft->rl) +\d+\.\d %   response \d+ tokens$", done.stdout, re.M)) == 2
     assert all((tmp_path / "out" / f"{figure}.png").stat().st_size > 5000 for figure in ("fig5", "fig6"))
     assert {p.name for p in (tmp_path / "out").glob("*/hf")} == {"hf"} and len(list((tmp_path / "out").glob("*/hf"))) == 3
     shutil.rmtree(tmp_path / "out" / "sft-rl-grpo" / "hf")                     # stopped before its end
     again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.count("srft.py --method") == 1, again.stderr[-3000:]
+    command[command.index("--steps") + 1] = "3"
+    other = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert other.returncode == 1 and "was trained with {'steps': 2}" in other.stderr
