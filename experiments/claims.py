@@ -59,7 +59,7 @@ class Results:
         return {seed: value(json.loads(file.read_text())) for seed, file in files.items() if file.exists()}
 
     def distance(self, label, step=None):
-        """{seed: Fig. 3's distance to the base model after a step, by default the last}, in percent of probability."""
+        """{seed: Fig. 3's distance to the base model after a step, by default the last}, in points of probability."""
         def of(found):
             path = found["runs"][label]
             at = path[-1]["step"] if step is None else step
@@ -162,7 +162,8 @@ def claims(results):
         claim(f"SFT changes probabilities more than RL (mean change over {words}; Fig. 2b)",
               difference(changed("SFT", "mean |change|"), changed("RL", "mean |change|")), digits=2, later=True)
         sft, rl, srft = (changed(label, "changed by more than 0.1") for label in ("SFT", "RL", "SRFT"))
-        claim(f"SRFT lies between: changes fewer than SFT ({words}, by more than 0.1; Fig. A1)", difference(sft, srft))
+        claim(f"SRFT lies between: changes fewer than SFT ({words}, by more than 0.1; Fig. A1)",
+              difference(sft, srft))
         claim(f"SRFT lies between: changes more than RL ({words}, by more than 0.1; Fig. A1)", difference(srft, rl))
     distance = results.distance
     claim("SFT moves further from the base model than RL (Fig. 3)", difference(distance("SFT"), distance("RL")),
@@ -182,7 +183,7 @@ def claims(results):
         rank("RL->SFT loses to SFT", "sft", backward)
         rank("KL in SFT does not rescue RL->SFT: RL stays ahead of RL->SFT_KL", "grpo", f"{backward}_kl")
 
-    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]          # every 4 steps in a stage
+    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]     # every 4 steps of 2nd stages
     change = lambda name, value, n: interval(results.each(
         name, lambda rows: value(evaluated(rows)[:n][-1]) - value(evaluated(rows)[0])).values())
     claim("accuracy falls when SFT follows RL (Fig. 4a; four steps after the switch)",
@@ -241,7 +242,8 @@ def reviews(results):
             says = dict(zip(("holds", "does not hold"), words)).get(says, says)
             rows.append((text, f"{shown(mean, half)} points, {of(n)}", says))
 
-    ask("RL against SFT: the paper has RL ahead in Table 1, SFT in Table 2", "grpo", "sft", words=("RL ahead", "SFT ahead"))
+    ask("RL against SFT: the paper has RL ahead in Table 1, SFT in Table 2", "grpo", "sft",
+        words=("RL ahead", "SFT ahead"))
     ask("from the same fine-tuned start (12 steps of SFT), SRFT beats RL", "sft-12>srft", "sft-12>grpo")
     for name in ("sft", "sft+rl", "luffy"):
         ask(f"weak demonstrations: SRFT beats {name}", "srft weak", f"{name} weak")
@@ -253,7 +255,8 @@ def reviews(results):
         first, second = (interval(results.each("srft", lambda rows: gradient_share(rows, terms, half)).values())
                          for half in (0, 1))
         rows.append((f"is it distillation? Share of {' and '.join(terms)} in the sum of the terms' gradient norms",
-                     f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, {of(first[-1])}", ""))
+                     f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, "
+                     f"{of(first[-1])}", ""))
     for name in SWITCHES:
         ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", words=("better", "worse"))
     return rows

@@ -46,8 +46,8 @@ TABLE3 = {
     "srft-w_sft-1": Run("srft", flags=("--w_sft", "one")),
     "srft-w_rl-1": Run("srft", flags=("--w_rl", "one"))}
 SWITCHES = {f"srft {flags}": Run("srft", flags=tuple(flags.split()), lr="srft") for flags in (
-    "--w_sft constant --w_rl constant", "--w_sft_sign 1", "--eq12_advantage", "--demo_shaping 0.1", "--loss_norm token", "--entropy_level token",
-    "--entropy_level batch", "--demo_in_group replaces", "--no-std_in_advantage")}
+    "--w_sft constant --w_rl constant", "--w_sft_sign 1", "--eq12_advantage", "--demo_shaping 0.1",
+    "--loss_norm token", "--entropy_level token", "--entropy_level batch", "--demo_in_group replaces", "--no-std_in_advantage")}
 REVIEWS = {
     **{name: TABLE2[name] for name in ("sft-12", "sft-12>grpo")},
     "sft-12>srft": Run("srft", 28, "sft-12"),

@@ -198,7 +198,8 @@ def tune(bench, pool, wanted):
 
     for second in (False, True):
         stage = [name for name in names if bool(RUNS[name].start) == second]
-        todo = lambda tried: [(name, lr) for name in stage for lr in tried(name) if bench.trial(name, lr) not in scores]
+        todo = lambda tried: [(name, lr) for name in stage for lr in tried(name)
+                              if bench.trial(name, lr) not in scores]
         edge = lambda name: {GRID[0]: BEYOND[:1], GRID[-1]: BEYOND[1:]}.get(bench.lr(name), ())
         for tried in (lambda name: GRID, edge):
             jobs = todo(tried)
@@ -253,7 +254,7 @@ def one(bench, name, seed, evaluation, wanted):
 
 
 def measure(bench, seed, pool):
-    """analysis.py on this seed's models: Fig. 2 and 3, of which only seed 0 has pages and checkpoints along the way."""
+    """analysis.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints along the way."""
     results, folder = bench.results, lambda name: bench.folder(name, seed)
     scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
@@ -300,7 +301,7 @@ def main():
         try:
             fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"tiny_paper.py: another one is at work in {bench.out}; --jobs says how many runs go on at a time")
+            sys.exit(f"tiny_paper.py: another one is at work in {bench.out}; --jobs N has it make N runs at a time")
         run_all(bench, {name: run for part in parts for name, run in PARTS[part].items()})
     claims.report(bench)
 
