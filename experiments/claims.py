@@ -26,8 +26,8 @@ class Results:
 
     def __init__(self, bench):
         self.bench, self.seeds = bench, range(10)             # all that are there, whatever was asked for now
-        self.rows = {(name, seed): rows for name in RUNS for seed in self.seeds
-                     if (rows := read_rows(bench.known(name, seed) / "metrics.jsonl"))}
+        self.rows = {(name, seed): read_rows(bench.known(name, seed) / "metrics.jsonl")
+                     for name in RUNS for seed in self.seeds if bench.done(name, seed)}
 
     def each(self, name, value):
         """{seed: value(rows)}"""

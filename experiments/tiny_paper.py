@@ -72,7 +72,7 @@ class Bench:
     def done(self, name, seed):
         """Whether the results of this run are there, as it is defined now."""
         file = self.known(name, seed) / "config.json"
-        return file.exists() and json.loads(file.read_text())["recipe"] == self.recipe(name)
+        return file.exists() and json.loads(file.read_text()).get("recipe") == self.recipe(name)
 
     def folder(self, name, seed, lr=None):
         name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")      # "+" joins runs in analysis.py

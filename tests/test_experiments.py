@@ -213,7 +213,9 @@ def test_what_has_changed_since_is_made_again_and_nothing_else(tmp_path, monkeyp
     shutil.rmtree(bench.out)                                                                # results are enough
     assert again() == [] and bench.measured(3)
     assert again(sft=3e-4) == ["sft-28-3", "sft-28_to_grpo-3"] and not bench.measured(3) and again(sft=3e-4) == []
+    assert set(C.Results(bench).rows) == {("sft-28", 3), ("sft-28>grpo", 3)}
     monkeypatch.setitem(R.RUNS, "sft-28>grpo", R.Run("grpo", 12, "sft-28", ("--clip_eps", "0.1")))
+    assert set(C.Results(bench).rows) == {("sft-28", 3)}                                    # no report of what was another run
     assert again(sft=3e-4) == ["sft-28_to_grpo-3"] and again(sft=3e-4) == []
 
 
