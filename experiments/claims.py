@@ -1,6 +1,6 @@
-"""Tables, figures and claims from the runs of tiny_paper.py: 95 % intervals, judged by a rule fixed beforehand.
+"""Tables, figures and claims from the runs of tiny_paper.py: 95 % intervals, and a rule (`verdict`).
 
-`report` writes experiments/results/ and fills in the tables of experiments/README.md. See `verdict` for the rule.
+`report` writes experiments/results/ and fills in the tables of experiments/README.md.
 """
 import json
 from pathlib import Path
@@ -42,14 +42,15 @@ class Results:
         return difference(self.final(a, metric), self.final(b, metric))
 
     def steps_to(self, name, level):
-        """{seed: the first multiple of 8 steps, counted through a sequence, at which `percent` is at least `level`;
-        else 8 more than all steps}. At multiples of 8 every run was evaluated."""
+        """{seed: the first multiple of 8 steps, counted through a sequence, at which `percent` is at least
+        `level`; else 8 more than all steps}. At multiples of 8 every run was evaluated."""
         run, found = RUNS[name], {}
         first = RUNS[run.start].steps if run.start else 0
         for seed, rows in self.each(name, lambda rows: rows).items():
             before = [(row["step"], row) for row in self.rows.get((run.start, seed), [])]
             rows = before + [(first + row["step"], row) for row in rows]
-            reached = (step for step, row in rows if step % 8 == 0 and "eval/long" in row and percent(row) >= level)
+            reached = (step for step, row in rows
+                       if step % 8 == 0 and "eval/long" in row and percent(row) >= level)
             found[seed] = next(reached, first + run.steps + 8)
         return found
 
@@ -59,7 +60,7 @@ class Results:
         return {seed: value(json.loads(file.read_text())) for seed, file in files.items() if file.exists()}
 
     def distance(self, label, step=None):
-        """{seed: Fig. 3's distance to the base model after a step, by default the last}, in points of probability."""
+        """{seed: Fig. 3's distance to the base model after a step, by default the last}, in points."""
         def of(found):
             path = found["runs"][label]
             at = path[-1]["step"] if step is None else step
@@ -78,8 +79,9 @@ def entropy(row):
 
 
 def gradient_share(rows, terms, half):
-    """Percent that terms have of the sum of all four terms' gradient norms, in half 0 or 1 of the steps of a run."""
-    measured = [row for row in rows if "grad_norm/sft_demo" in row and (row["step"] > rows[-1]["step"] / 2) == half]
+    """Percent that terms have of the sum of all four terms' gradient norms, in half 0 or 1 of the steps."""
+    measured = [row for row in rows
+                if "grad_norm/sft_demo" in row and (row["step"] > rows[-1]["step"] / 2) == half]
     total = lambda terms: sum(row[f"grad_norm/{term}"] for row in measured for term in terms)
     return 100 * total(terms) / total(TERMS)
 
@@ -93,7 +95,7 @@ def interval(values):
 
 
 def difference(a, b):
-    """interval of a - b over the seeds that both have: one seed is one order of data and one series of draws."""
+    """interval of a - b over the seeds that both have: a seed is one order of data, one series of draws."""
     return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
@@ -102,7 +104,7 @@ def negative(found):
 
 
 def verdict(mean, half, least=0.0):
-    """The rule: a claim "x > least" holds if the whole 95 % interval lies above, does not if all of it lies below."""
+    """The rule: "x > least" holds if the whole 95 % interval lies above, does not if all of it lies below."""
     if half is None:
         return "cannot tell"
     return "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
@@ -114,7 +116,8 @@ def verdict(mean, half, least=0.0):
 def shown(mean, half, n=None, digits=1):
     if mean is None:
         return "-"
-    return f"{round(mean, digits) + 0.0:.{digits}f}" + (f" \u00b1 {half:.{digits}f}" if half is not None else "")
+    half = f" \u00b1 {half:.{digits}f}" if half is not None else ""
+    return f"{round(mean, digits) + 0.0:.{digits}f}{half}"
 
 
 def of(n):
@@ -127,7 +130,8 @@ def table(results, title, runs):
     start = [results.each(name, lambda rows: rows[0]) for name in runs if not RUNS[name].start]
     start = max(start, key=len, default={})                         # the base model, by each seed's draws
     if start:
-        held, longer = ([100 * row[f"eval/{split}"] for row in start.values()] for split in ("heldout", "long"))
+        held, longer = ([100 * row[f"eval/{split}"] for row in start.values()]
+                        for split in ("heldout", "long"))
         means = [percent(row) for row in start.values()]
         cells = [shown(*interval(values)) for values in (held, longer, means)]
         lines.append(f"| base | {' | '.join(cells)} | | {len(start)} |")
@@ -154,27 +158,32 @@ def claims(results):
             figure = f"{shown(mean, half, digits=digits)} {unit}".rstrip()
             rows.append((text + " \u2020" * later, f"{figure}, {of(n)}", verdict(mean, half, least)))
 
-    for source, words in (("demo", "tokens of held-out demonstrations"), ("own", "tokens of its own responses")):
-        changed = lambda label, what: results.figure(f"fig2b-{source}", lambda found: 100 * found[label][what])
+    for source, words in (("demo", "tokens of held-out demonstrations"),
+                          ("own", "tokens of its own responses")):
+        changed = lambda label, what: results.figure(
+            f"fig2b-{source}", lambda found: 100 * found[label][what])
         for what, later in (("changed by more than 0.1", False), ("changed by more than 0.5", True)):
             claim(f"SFT changes more tokens than RL (share of the {words} {what}; Fig. 2b)",
                   difference(changed("SFT", what), changed("RL", what)), later=later)
         claim(f"SFT changes probabilities more than RL (mean change over {words}; Fig. 2b)",
-              difference(changed("SFT", "mean |change|"), changed("RL", "mean |change|")), digits=2, later=True)
+              difference(changed("SFT", "mean |change|"), changed("RL", "mean |change|")),
+              digits=2, later=True)
         sft, rl, srft = (changed(label, "changed by more than 0.1") for label in ("SFT", "RL", "SRFT"))
         claim(f"SRFT lies between: changes fewer than SFT ({words}, by more than 0.1; Fig. A1)",
               difference(sft, srft))
-        claim(f"SRFT lies between: changes more than RL ({words}, by more than 0.1; Fig. A1)", difference(srft, rl))
+        claim(f"SRFT lies between: changes more than RL ({words}, by more than 0.1; Fig. A1)",
+              difference(srft, rl))
     distance = results.distance
-    claim("SFT moves further from the base model than RL (Fig. 3)", difference(distance("SFT"), distance("RL")),
-          digits=2, later=True)
+    claim("SFT moves further from the base model than RL (Fig. 3)",
+          difference(distance("SFT"), distance("RL")), digits=2, later=True)
     at_switch = distance("SFT->RL", results.bench.steps(RUNS[f"sft-{STAGE}"]))
     claim("SFT->RL comes back towards the base model in its RL stage (Fig. 3)",
           difference(at_switch, distance("SFT->RL")), digits=2, later=True)
     claim("SRFT stays closer to the base model than SFT->RL (Fig. 3)",
           difference(distance("SFT->RL"), distance("SRFT")), digits=2, later=True)
 
-    for forward, backward, words in ((FORWARD, BACKWARD, ""), ("sft>grpo", "grpo>sft", ", both stages in full")):
+    for forward, backward, words in ((FORWARD, BACKWARD, ""),
+                                     ("sft>grpo", "grpo>sft", ", both stages in full")):
         rank = lambda text, a, b: claim(f"{text} (Table 1{words})", minus(a, b), later=bool(words))
         rank("SFT->RL beats RL->SFT", forward, backward)
         rank("SFT->RL beats SFT", forward, "sft")
@@ -183,7 +192,7 @@ def claims(results):
         rank("RL->SFT loses to SFT", "sft", backward)
         rank("KL in SFT does not rescue RL->SFT: RL stays ahead of RL->SFT_KL", "grpo", f"{backward}_kl")
 
-    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]     # every 4 steps of 2nd stages
+    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]    # every 4 steps
     change = lambda name, value, n: interval(results.each(
         name, lambda rows: value(evaluated(rows)[:n][-1]) - value(evaluated(rows)[0])).values())
     claim("accuracy falls when SFT follows RL (Fig. 4a; four steps after the switch)",
@@ -224,15 +233,17 @@ def claims(results):
     against_rl = lambda value: difference(results.each("srft", value), results.each("grpo", value))
     claim("SRFT keeps more entropy than RL (Fig. 6c; last 10 steps)", against_rl(late), "nats", digits=3)
     claim("SRFT lengthens responses (Fig. 6b)", interval(results.each("srft", grown).values()), "tokens")
-    claim("RL shortens responses (Fig. 6b)", negative(interval(results.each("grpo", grown).values())), "tokens")
-    claim("SRFT's reward rises faster than RL's (Fig. 6a; mean over all steps)", against_rl(reward), "", digits=3)
+    claim("RL shortens responses (Fig. 6b)", negative(interval(results.each("grpo", grown).values())),
+          "tokens")
+    claim("SRFT's reward rises faster than RL's (Fig. 6a; mean over all steps)", against_rl(reward), "",
+          digits=3)
     claim("without gradients on low-entropy tokens RL loses less than 3 points (Fig. A2)",
           minus("grpo-truncated", "grpo"), least=-3.0)
     return rows
 
 
 def reviews(results):
-    """[(question, figure, verdict)] of what the paper's reviewers asked, and of the switches of our decisions."""
+    """[(question, figure, verdict)] of what the paper's reviewers asked, and of our table of decisions."""
     rows = []
 
     def ask(text, a, b, least=0.0, words=("holds", "does not hold")):
@@ -252,11 +263,13 @@ def reviews(results):
     for name in ("sft", "grpo", "sft+rl"):
         ask(f"second family (Qwen3): SRFT beats {name}", "srft qwen3", f"{name} qwen3")
     for terms in (*((term,) for term in TERMS), TERMS[:2]) if results.final("srft") else ():
-        first, second = (interval(results.each("srft", lambda rows: gradient_share(rows, terms, half)).values())
-                         for half in (0, 1))
-        rows.append((f"is it distillation? Share of {' and '.join(terms)} in the sum of the terms' gradient norms",
-                     f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, "
-                     f"{of(first[-1])}", ""))
+        share = lambda half: interval(
+            results.each("srft", lambda rows: gradient_share(rows, terms, half)).values())
+        first, second = share(0), share(1)
+        rows.append((
+            f"is it distillation? Share of {' and '.join(terms)} in the sum of the terms' gradient norms",
+            f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, "
+            f"{of(first[-1])}", ""))
     for name in SWITCHES:
         ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", words=("better", "worse"))
     return rows
@@ -265,13 +278,13 @@ def reviews(results):
 # ----------------------------------------------------------------------------------------------------------
 
 def figures(bench, results):
-    """{figure: {label: run folders}}: seeds joined by ",", the stages of a sequence by "+", as analysis.py has it."""
+    """{figure: {label: run folders}}, seeds joined by ",", stages of a sequence by "+", as in analysis.py."""
     def curve(*names):
         seeds = [seed for seed in results.seeds if all((name, seed) in results.rows for name in names)]
         return ",".join("+".join(str(bench.known(name, seed)) for name in names) for seed in seeds)
 
-    sequences = {f"SFT->RL, {RUNS[RUNS[name].start].steps} + {RUNS[name].steps}": curve(RUNS[name].start, name)
-                 for name in SEQUENCES}
+    label = lambda name: f"SFT->RL, {RUNS[RUNS[name].start].steps} + {RUNS[name].steps}"
+    sequences = {label(name): curve(RUNS[name].start, name) for name in SEQUENCES}
     last = f"SFT->RL, {STAGE} + {REST}"
     whole = f"{STEPS} + {STEPS}"
     back = {f"RL->SFT, {REST} + {STAGE}": curve(f"grpo-{REST}", BACKWARD),
@@ -280,13 +293,14 @@ def figures(bench, results):
                 "SFT->RL": ("sft", "sft>grpo"), "RL->SFT": ("grpo", "grpo>sft"),
                 "RL->SFT_KL": ("grpo", "grpo>sft_kl")}.items()}}
     rl = curve("grpo")
-    return {"fig4": {last: sequences[last], **back}, "fig5": {"RL": rl, **sequences, "SFT+RL": curve("sft+rl")},
+    return {"fig4": {last: sequences[last], **back},
+            "fig5": {"RL": rl, **sequences, "SFT+RL": curve("sft+rl")},
             "fig6": {"RL": rl, "SRFT": curve("srft")}, "terms": {"SRFT": curve("srft")},
             "figA2": {"RL": rl, "RL, truncated": curve("grpo-truncated")}}
 
 
 def report(bench):
-    """tables.md, the figures of curves, and the claims of experiments/README.md (quick: in the results' folder)."""
+    """tables.md, the figures of curves, the claims of experiments/README.md (quick: claims.md)."""
     results = Results(bench)
     if not results.rows:
         raise SystemExit("no results yet: run without --report")
@@ -296,7 +310,10 @@ def report(bench):
              "Switches of the table of decisions": ["srft", *SWITCHES],
              "What the reviewers asked": REVIEWS,
              "A second family, Qwen3": SECOND_FAMILY}
-    tables = "\n".join(table(results, title, runs) for title, runs in parts.items() if any(map(results.final, runs)))
+    tables = "\n".join(table(results, title, runs) for title, runs in parts.items()
+                       if any(map(results.final, runs)))
+    seconds = [json.loads((bench.known(*run) / "config.json").read_text())["seconds"] for run in results.rows]
+    tables += f"\n{len(seconds)} runs, one core each: {sum(seconds) / 3600:.1f} hours, without tuning.\n"
     (bench.results / "tables.md").write_text(tables)
     row = lambda cells: f"| {' | '.join(cells)} |"
     text = "\n".join(["| claim | found | |", "|---|---|---|", *map(row, claims(results)), "",

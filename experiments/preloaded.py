@@ -1,11 +1,11 @@
-"""Start many short runs: scripts of this project in processes that have torch, transformers and vLLM imported already.
+"""Start many short runs of the project's scripts, in processes that have torch and vLLM imported already.
 
-    child = start(["srft.py", "--preset", "tiny"], env={"RANK": 0}, output=Path("log"))     # as subprocess.Popen would
+    child = start(["srft.py", "--preset", "tiny"], env={"RANK": 0}, output=Path("log"))   # as Popen
     child.wait(timeout=60); child.returncode; child.send_signal(signal.SIGTERM); child.kill()
 
-Importing them takes 11 of the 17 seconds that the shortest run takes on a CPU. Python's forkserver imports once and forks;
-each child then runs its script as __main__. Everything that the environment decides at import must be set before the first start.
-For machines without a GPU: CUDA does not survive a fork.
+Importing them takes 11 of the 17 seconds that the shortest run takes on a CPU. Python's forkserver imports
+once and forks; each child then runs its script as __main__. Everything that the environment decides at
+import must be set before the first start. For machines without a GPU: CUDA does not survive a fork.
 """
 import multiprocessing
 import multiprocessing.connection
@@ -18,15 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["srft", "analysis", "vllm.entrypoints.llm"]
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # as rollout.py sets it, which the server imports later
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")     # as rollout.py does, which it imports
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
-lock = threading.Lock()             # multiprocessing asks after all children whenever one starts: one thread at a time
+lock = threading.Lock()             # multiprocessing polls all children when one starts: one thread at a time
 
 
 def _end_with_parent():
     multiprocessing.parent_process().join()
-    os._exit(1)                                             # else it would go on writing where the next run writes
+    os._exit(1)                                     # else it would go on writing where the next run writes
 
 
 def _main(argv, env, output):
@@ -60,7 +60,8 @@ class Child:
 
     def __init__(self, argv, env, output):
         self.output = Path(output)
-        self.process = context.Process(target=_main, args=([*map(str, argv)], {k: str(v) for k, v in env.items()}, str(output)))
+        argv, env = [*map(str, argv)], {key: str(value) for key, value in env.items()}
+        self.process = context.Process(target=_main, args=(argv, env, str(output)))
         with lock:
             self.process.start()
         self.pid = self.process.pid
@@ -94,6 +95,6 @@ class Child:
 
 
 def start(argv, env=(), output=os.devnull):
-    """Run a script of the project, argv[0], or "-c" and code, from its root, with `env` on top of this process's;
-    stdout and stderr go to `output`."""
+    """Run a script of the project, argv[0], or "-c" and code, from its root, with `env` on top of this
+    process's; stdout and stderr go to `output`."""
     return Child(argv, os.environ | dict(env), output)

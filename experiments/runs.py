@@ -1,15 +1,15 @@
 """The runs of tiny_paper.py: what Tables 1-3, the switches and the reviewers' questions are made of."""
 from dataclasses import dataclass
 
-STEPS, STAGE = 40, 28              # of every paradigm; of SFT in the sequences: 70 %, as 350 of the paper's 500
+STEPS, STAGE = 40, 28              # of every paradigm; of SFT in sequences: 70 %, as 350 of the paper's 500
 REST = STEPS - STAGE
-GRID, BEYOND = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-2)       # learning rates; one more where the best is at an edge
+GRID, BEYOND = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-2)       # learning rates; one more beyond an edge
 TUNING_SEED = 100
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned learning rate it takes."""
+    """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned rate it takes."""
     method: str
     steps: int = STEPS
     start: str = ""
@@ -18,7 +18,7 @@ class Run:
 
 
 def sequence(first, second, switch):
-    """The two runs of a sequence that switches after `switch` steps; its first has the rate of the method alone."""
+    """The two runs of a sequence that switches after `switch` steps; the first has its method's own rate."""
     return {f"{first}-{switch}": Run(first, switch, lr=first),
             f"{first}-{switch}>{second}": Run(second, STEPS - switch, f"{first}-{switch}")}
 
@@ -33,7 +33,7 @@ TABLE1 = {
     **sequence("sft", "grpo", STAGE),
     **sequence("grpo", "sft", REST),
     f"grpo-{REST}>sft_kl": Run("sft_kl", STAGE, f"grpo-{REST}", ("--reference", "tiny")),
-    # both stages in full, twice the budget: what the paper says of SFT after RL, it says of RL that has converged
+    # both stages in full, twice the budget: the paper speaks of SFT after RL that has converged
     "sft>grpo": Run("grpo", start="sft"),
     "grpo>sft": Run("sft", start="grpo"),
     "grpo>sft_kl": Run("sft_kl", start="grpo", flags=("--reference", "tiny"))}
@@ -47,19 +47,23 @@ TABLE3 = {
     "srft-w_rl-1": Run("srft", flags=("--w_rl", "one"))}
 SWITCHES = {f"srft {flags}": Run("srft", flags=tuple(flags.split()), lr="srft") for flags in (
     "--w_sft constant --w_rl constant", "--w_sft_sign 1", "--eq12_advantage", "--demo_shaping 0.1",
-    "--loss_norm token", "--entropy_level token", "--entropy_level batch", "--demo_in_group replaces", "--no-std_in_advantage")}
+    "--loss_norm token", "--entropy_level token", "--entropy_level batch", "--demo_in_group replaces",
+    "--no-std_in_advantage")}
 REVIEWS = {
     **{name: TABLE2[name] for name in ("sft-12", "sft-12>grpo")},
     "sft-12>srft": Run("srft", 28, "sft-12"),
-    **variants(("sft", "sft+rl", "luffy", "srft"), "weak", "--data", "out/tiny_paper/weak.jsonl", tuned=False)}
+    **variants(("sft", "sft+rl", "luffy", "srft"), "weak", "--data", "out/tiny_paper/weak.jsonl",
+               tuned=False)}
 SECOND_FAMILY = variants(("sft", "grpo", "sft+rl", "srft"), "qwen3", "--model", "experiments/qwen3")
-# What Fig. 3 measures distances to, in the place of DeepSeek-R1 and QwQ-32B: experts, each in a style of its own.
-EXPERTS = {f"expert-{style}": Run("sft", 2 * STEPS, flags=("--data", f"out/tiny_paper/{style}.jsonl"), lr="sft")
-           for style in ("careful", "plain")}
+# What Fig. 3 measures distances to, in the place of DeepSeek-R1 and QwQ-32B: experts, each in its own style.
+EXPERTS = {
+    f"expert-{style}": Run("sft", 2 * STEPS, flags=("--data", f"out/tiny_paper/{style}.jsonl"), lr="sft")
+    for style in ("careful", "plain")}
 
-DRAWN = TABLE1 | TABLE2 | TABLE3                        # evaluated along the way; of others only the end counts
+DRAWN = TABLE1 | TABLE2 | TABLE3                    # evaluated along the way; of others only the end counts
 RUNS = DRAWN | SWITCHES | REVIEWS | SECOND_FAMILY | EXPERTS
 PARTS = {"table1": TABLE1, "table2": TABLE1 | TABLE2, "table3": {"srft": TABLE2["srft"], **TABLE3},
-         "switches": {"srft": TABLE2["srft"], **SWITCHES}, "reviews": TABLE1 | TABLE2 | REVIEWS | SECOND_FAMILY}
+         "switches": {"srft": TABLE2["srft"], **SWITCHES},
+         "reviews": TABLE1 | TABLE2 | REVIEWS | SECOND_FAMILY}
 SHOWN = {"SFT": "sft", "RL": "grpo", "SRFT": "srft"}    # in Fig. 2 and 3
 TRAJECTORY = (f"sft-{STAGE}", f"sft-{STAGE}>grpo")      # Fig. 3 shows this one, too

@@ -1,14 +1,14 @@
-"""The comparison on a pretrained model: SmolLM2-135M on GSM8K, whose solutions are the demonstrations; one seed.
+"""The comparison on a pretrained model: SmolLM2-135M on GSM8K and its solutions as demonstrations; one seed.
 
-    python experiments/smollm2_gsm8k.py --model DIR --train gsm8k_train.jsonl --test gsm8k_test.jsonl     # one GPU
-    python experiments/smollm2_gsm8k.py --model DIR --train FILE --test FILE --cpu     # a night on 2 cores, few steps
+    python experiments/smollm2_gsm8k.py --model DIR --train FILE --test FILE           # one GPU
+    python experiments/smollm2_gsm8k.py --model DIR --train FILE --test FILE --cpu     # a night on 2 cores
 
-The files have the columns problem, answer and solution; the model is any chat model that one card trains. SRFT, GRPO,
-SFT, SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps and of prompts, the same rollouts where they have any,
-and one learning rate, tuned for none of them (SFT: linear schedule, as in App. B). A run that was stopped goes on from its
-newest checkpoint. In the end come a table and the figures out/smollm2/fig6.png (dynamics) and fig5.png (efficiency).
-Math-Verify takes its answer from anywhere in the text here (--no-strict_box): the base model writes no box, and RL alone
-would never see a reward.
+The files have the columns problem, answer and solution; the model is any chat model that one card trains.
+SRFT, GRPO, SFT, SFT+RL and SFT->RL (70 % + 30 %) get the same number of steps and of prompts, the same
+rollouts where they have any, and one learning rate, tuned for none of them (SFT: linear schedule, as in App.
+B). A run that was stopped goes on from its newest checkpoint. In the end come a table and the figures
+out/smollm2/fig6.png (dynamics) and fig5.png (efficiency). Math-Verify takes its answer from anywhere in the
+text here (--no-strict_box): the base model writes no box, and RL alone would never see a reward.
 """
 import argparse
 import json
@@ -23,10 +23,10 @@ from runlog import read_rows                                                    
 
 RUNS = {"sft": [("sft", 1.0)], "grpo": [("grpo", 1.0)], "sft+rl": [("sft+rl", 1.0)], "srft": [("srft", 1.0)],
         "sft->rl": [("sft", 0.7), ("grpo", 0.3)]}
-GPU = dict(steps=200, prompts_per_step=64, n_rollouts=8, max_response_tokens=400, micro_batch_tokens=32768, lr=5e-6,
-           eval_every=20, save_every=20)
-CPU = dict(steps=20, prompts_per_step=8, n_rollouts=4, max_response_tokens=192, micro_batch_tokens=2048, lr=2e-5,
-           eval_every=10, save_every=5, engine_sequences=32)
+GPU = dict(steps=200, prompts_per_step=64, n_rollouts=8, max_response_tokens=400, micro_batch_tokens=32768,
+           lr=5e-6, eval_every=20, save_every=20)
+CPU = dict(steps=20, prompts_per_step=8, n_rollouts=4, max_response_tokens=192, micro_batch_tokens=2048,
+           lr=2e-5, eval_every=10, save_every=5, engine_sequences=32)
 
 
 def main():
@@ -37,24 +37,26 @@ def main():
     parser.add_argument("--test", required=True, help="held-out problems")
     parser.add_argument("--cpu", action="store_true", help="the reduced size")
     parser.add_argument("--ranks", type=int, default=1, help="processes [%(default)s]")
-    parser.add_argument("--limit", type=int, default=0, help="only the first test problems; 0: all, or 100 with --cpu")
+    parser.add_argument("--limit", type=int, default=0,
+                        help="only the first test problems; 0: all, or 100 with --cpu")
     parser.add_argument("--steps", type=int, default=0, help="of each paradigm; 0: 200, or 20 with --cpu")
-    parser.add_argument("--only", choices=tuple(RUNS), action="append", help="some of the paradigms; may be repeated")
+    parser.add_argument("--only", choices=tuple(RUNS), action="append",
+                        help="some of the paradigms; may be repeated")
     parser.add_argument("--out", default="out/smollm2", help="folder of the runs [%(default)s]")
     args = parser.parse_args()
     if args.steps == 1:
         parser.error("--steps: 2 or more, for a sequence has two stages")
     if set(args.out) & set("+,="):
         parser.error("--out: not with +, comma or =, which join runs and name curves in analysis.py")
-    local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name     # runs start in the root
+    local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name     # runs start in ROOT
     args.model, args.train, args.out = local(args.model), local(args.train), str(Path(args.out).resolve())
     flags = CPU if args.cpu else GPU
     steps, limit, out = args.steps or flags["steps"], args.limit or (100 if args.cpu else 0), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     test = out / "test.jsonl"
     test.write_text("".join(Path(args.test).read_text().splitlines(keepends=True)[:limit or None]))
-    common = ["--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0, "--window", 0,
-              "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1]
+    common = ["--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0,
+              "--window", 0, "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1]
     curves = {}
     for name in args.only or RUNS:
         model, stages, left, plain = args.model, [], steps, name.replace(">", "").replace("+", "_plus_")
@@ -71,7 +73,8 @@ def main():
                 if other:
                     sys.exit(f"{folder} was trained with {other}; delete it, or give another --out")
             else:
-                launch = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc_per_node={args.ranks}"]
+                torchrun = Path(sys.executable).with_name("torchrun")
+                launch = [torchrun, "--standalone", f"--nproc_per_node={args.ranks}"]
                 print(*command, flush=True)
                 subprocess.run(list(map(str, [*launch, *command])), check=True, cwd=ROOT,
                                env={"OMP_NUM_THREADS": "1"} | os.environ)
@@ -84,7 +87,8 @@ def main():
         print(f"{name:<8} {accuracy:5.1f} %   response {tokens:.0f} tokens", flush=True)
     for figure in ("fig5", "fig6"):
         curve = [f"{name}={runs}" for name, runs in curves.items()]
-        subprocess.run([sys.executable, "analysis.py", figure, *curve, "--out", str(out / figure)], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "analysis.py", figure, *curve, "--out", str(out / figure)],
+                       check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""The paper's tables and figures on the tiny task: every paradigm, in the same number of steps, with several seeds.
+"""The paper's tables and figures on the tiny task: every paradigm, the same number of steps, several seeds.
 
     python experiments/tiny_paper.py                 # everything: about 5 hours on 2 cores; goes on where stopped
-    python experiments/tiny_paper.py --quick         # Tables 1-3, figures in 5 minutes: 2 steps, 1 seed, no meaning
-    python experiments/tiny_paper.py --only table1   # table1, table2, table3, switches or reviews, and what it needs
-    python experiments/tiny_paper.py --report        # no runs: tables, figures and claims from the results there are
+    python experiments/tiny_paper.py --quick         # Tables 1-3, figures in 5 minutes: 2 steps, no meaning
+    python experiments/tiny_paper.py --only table1   # table1, table2, table3, switches or reviews; may repeat
+    python experiments/tiny_paper.py --report        # no runs: tables, figures, claims from what is there
 
-One run (runs.py) is one process on one core. Its metrics go to experiments/results/runs/NAME-SEED/, its models to
-out/tiny_paper/ (which a next stage and Fig. 2 and 3 need). Learning rates come from one grid for all, tuned for each
-paradigm, each ablation of Table 3, each second stage and Qwen3 on `tiny:valid`, which nothing else looks at, by a seed
-that is not among those reported. claims.py makes experiments/results/ and the claims of experiments/README.md of it.
-A run is made again when its definition in runs.py, its rate, or its first stage has changed since; after a change of
-srft.py or of the task, delete results/ and out/tiny_paper/ (for --quick, out/tiny_paper_quick/).
+One run (runs.py) is one process on one core. Its metrics go to experiments/results/runs/NAME-SEED/, its
+models to out/tiny_paper/ (which a next stage and Fig. 2 and 3 need). Learning rates come from one grid for
+all, tuned for each paradigm, each ablation of Table 3, each second stage and Qwen3 on `tiny:valid`, which
+nothing else looks at, by a seed that is not among those reported. claims.py makes experiments/results/ and
+the claims of experiments/README.md of it. A run is made again when its definition in runs.py, its rate, or
+its first stage has changed since; after a change of srft.py or of the task, delete results/ and
+out/tiny_paper/ (for --quick, out/tiny_paper_quick/).
 """
 import argparse
 import fcntl
@@ -26,15 +27,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),      # of all processes started
-               "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+               "CUDA_VISIBLE_DEVICES": ""}                                  # of all processes started
 import claims                                                                                   # noqa: E402
 import preloaded                                                                                # noqa: E402
 from data import TINY_SPLITS, Example, tiny_examples, tiny_problem, tiny_response, tiny_terms   # noqa: E402
 from runlog import read_rows                                                                    # noqa: E402
 from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED      # noqa: E402
 
-KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr", "time/step")
+KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr",
+        "time/step")
 
 
 class Bench:
@@ -75,7 +77,7 @@ class Bench:
         return file.exists() and json.loads(file.read_text()).get("recipe") == self.recipe(name)
 
     def folder(self, name, seed, lr=None):
-        name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")      # "+" joins runs in analysis.py
+        name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")    # "+" joins runs
         return self.out / (f"{name}-{seed}" + (f"-lr{lr:g}" if lr else ""))
 
     def known(self, name, seed):
@@ -109,11 +111,11 @@ class Bench:
         terms = ["--term_gradients", 1 if self.quick else 4] if name == "srft" and drawn else []
         flags = [flag.replace("tiny_paper/", f"{self.out.name}/") for flag in run.flags]
         save_every = 4 if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY) else 1000        # for Fig. 3
-        self.start(["srft.py", "--preset", "tiny", "--method", run.method, "--steps", self.steps(run), "--seed", seed,
-                    "--lr", lr, "--eval_data", evaluation, "--eval_every", every, "--grader_workers", 1,
-                    "--log_samples", 1, "--save_every", save_every, "--keep", 99,
+        self.start(["srft.py", "--preset", "tiny", "--method", run.method, "--steps", self.steps(run),
+                    "--seed", seed, "--lr", lr, "--eval_data", evaluation, "--eval_every", every,
+                    "--grader_workers", 1, "--log_samples", 1, "--save_every", save_every, "--keep", 99,
                     *terms, *small, *model, *flags, "--out", folder], Path(f"{folder}.log"))
-        if not (folder / "hf").is_dir():                    # a signal: srft.py ends after its step, with exit code 0
+        if not (folder / "hf").is_dir():            # a signal: srft.py ends after its step, with exit code 0
             raise RuntimeError(f"{folder}: stopped before its end; the same command starts it again")
         whole.write_text(json.dumps({"recipe": recipe, "seconds": round(time.time() - began)}))
 
@@ -163,7 +165,7 @@ def expert_demonstrations(style):
 
 
 def held_out_demonstrations():
-    """The held-out problems, demonstrated as those of training are: for Fig. 2(b), on texts that no run has seen."""
+    """The held-out problems, demonstrated as those of training: texts for Fig. 2(b) that no run has seen."""
     rng, examples = random.Random(7), tiny_examples("heldout")
     for e in examples:
         e.demo = tiny_response(terms_of(e), rng, "careful", slip=0.03)
@@ -174,7 +176,7 @@ def held_out_demonstrations():
 # Tuning, training, measuring.
 
 def tune(bench, pool, wanted):
-    """The accuracy on tiny:valid of what is wanted and has no other run's rate, at each rate; first stages first."""
+    """The accuracy on tiny:valid at each rate of what is wanted and takes no other's; first stages first."""
     if bench.quick:
         return
     scores, lock = bench.scores(), threading.Lock()
@@ -237,7 +239,7 @@ def one(bench, name, seed, evaluation, wanted):
     asked_for = any(run.start == name and not bench.done(other, seed) for other, run in wanted.items())
     if done and not asked_for and (bench.measured(seed) or not measures):
         return
-    if measures and not done:                                   # what was measured on another model of this name
+    if measures and not done:                           # what was measured on another model of this name
         (bench.results / f"fig3-{seed}.png").unlink(missing_ok=True)
     bench.train(name, seed, bench.lr(name), evaluation, folder)
     rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()
@@ -254,7 +256,7 @@ def one(bench, name, seed, evaluation, wanted):
 
 
 def measure(bench, seed, pool):
-    """analysis.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints along the way."""
+    """analysis.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints on the way."""
     results, folder = bench.results, lambda name: bench.folder(name, seed)
     scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
@@ -276,8 +278,8 @@ def measure(bench, seed, pool):
     list(pool.map(lambda job: bench.analysis(*job), jobs))
     references = [f"{label}={own[label]}" for label in ("base", *EXPERTS)]
     trajectories = [*tuned, "SFT->RL=" + "+".join(str(folder(name)) for name in TRAJECTORY)]
-    bench.analysis("fig3", "--references", *references, "--runs", *trajectories, "--out", results / f"fig3-{seed}",
-                   *scale[2:])                                          # last: it says that all are there
+    bench.analysis("fig3", "--references", *references, "--runs", *trajectories,
+                   "--out", results / f"fig3-{seed}", *scale[2:])       # last: it says that all are there
 
 
 def main():
@@ -301,7 +303,7 @@ def main():
         try:
             fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"tiny_paper.py: another one is at work in {bench.out}; --jobs N has it make N runs at a time")
+            sys.exit(f"tiny_paper.py: another one is at work in {bench.out}; --jobs N makes N runs at a time")
         run_all(bench, {name: run for part in parts for name, run in PARTS[part].items()})
     claims.report(bench)
 
