@@ -24,7 +24,6 @@ models score the very same tokens, token by token, at temperature 1, given promp
 import argparse
 import html
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from transformers import AutoTokenizer
 
 import model as M
 from data import TEMPLATES, load_examples, tokenize
-from processes import fetch, init_distributed
+from processes import fetch, init_distributed, mistakes_in_one_line
 from rollout import RolloutEngine, stored_tensors
 from runlog import read_rows
 
@@ -483,22 +482,20 @@ def parse(argv=None):
 
 def main(argv=None):
     """Make one figure: its function yields (suffix, content), and rank 0 writes each to --out."""
-    args = parse(argv)
+    args, mesh, device = parse(argv), None, None
     try:
-        mesh = device = None
-        if FIGURES[args.figure] is not curves:
-            *_, device, mesh = init_distributed()
-        for kind, content in FIGURES[args.figure](args, mesh, device):
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                if callable(content):
-                    content(file)
-                else:
-                    file.write_text(content if isinstance(content, str) else json.dumps(content))
-                print(f"wrote {file}")
-    except (ValueError, OSError) as error:              # a mistake of the caller: one line, no traceback
-        sys.exit(f"analysis.py: {error}")
+        with mistakes_in_one_line("analysis.py"):
+            if FIGURES[args.figure] is not curves:
+                *_, device, mesh = init_distributed()
+            for kind, content in FIGURES[args.figure](args, mesh, device):
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    if callable(content):
+                        content(file)
+                    else:
+                        file.write_text(content if isinstance(content, str) else json.dumps(content))
+                    print(f"wrote {file}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

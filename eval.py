@@ -34,7 +34,7 @@ import model as M
 from benchmarks import BENCHMARKS, load_benchmark
 from config import environment
 from data import TEMPLATES, Prompt, tokenize
-from processes import fetch, init_distributed
+from processes import fetch, init_distributed, mistakes_in_one_line
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, stored_tensors
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
@@ -406,11 +406,8 @@ def measure(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
+    with mistakes_in_one_line("eval.py"):
         measure(args)
-    except (ValueError, OSError) as error:              # a mistake of the caller: one line, no traceback
-        rank = os.environ.get("RANK")
-        sys.exit(f"eval.py{f' (rank {rank})' if rank else ''}: {error}")
 
 
 if __name__ == "__main__":

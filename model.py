@@ -345,7 +345,10 @@ def load_config(path, rope_theta=0.0, window=0):
     longer window) and would quietly break the model, and for architectures whose attention the packed kernel
     does not reproduce.
     """
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except ValueError as error:                        # of transformers: not a type of model that it knows
+        raise ValueError(f"{path}: {error}") from error
     own = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     if own is None:
         raise ValueError(f"{path}: has no single RoPE theta; use a Qwen2, Llama or one of their kin")

@@ -19,6 +19,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,6 +128,20 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+@contextmanager
+def mistakes_in_one_line(program):
+    """Inside, a mistake of the caller, which this project or the file system reports, ends the program with
+    one line. A ValueError of a library keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = Path(frame.f_code.co_filename).parent == Path(__file__).parent
+        if isinstance(error, OSError) or ours:
+            sys.exit(f"{_name(program)}: {error}")
+        raise
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Hang detection.
 
@@ -224,9 +239,9 @@ def _ranks(ranks):
     return f"rank{'s' * (len(ranks) > 1)} {text}"
 
 
-def _name():
+def _name(program=None):
     rank = os.environ.get("RANK")
-    return Path(sys.argv[0]).name + (f" (rank {rank})" if rank else "")
+    return (program or Path(sys.argv[0]).name) + (f" (rank {rank})" if rank else "")
 
 
 def _tick():

@@ -9,7 +9,6 @@ paper leaves open is a field of config.Config; the README's table of decisions s
 it is.
 """
 import json
-import os
 import signal
 import sys
 import time
@@ -32,8 +31,8 @@ from baselines import add_up, average, sequence_mean, shaped, without_padding
 from config import METHODS, Config, check_config, environment, parse_args, sequences_per_prompt
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
-from processes import (fetch, hang_watch, init_distributed, memory_gb, phase, seed_everything, set_timeouts,
-                       start_profiler, write_profile)
+from processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
+                       seed_everything, set_timeouts, start_profiler, write_profile)
 from reward import Grader
 from rollout import RolloutEngine
 from update import counts, forward_before_update, term_gradient_norms, update_policy
@@ -584,15 +583,12 @@ def finish(run, cfg, exported):
 def main():
     cfg = parse_args(description=__doc__)
     with hang_watch():
-        try:
+        with mistakes_in_one_line("srft.py"):
             if cfg.dry_run:
                 import plan
                 plan.show(cfg)
                 return
             run = setup(cfg)
-        except (ValueError, FileNotFoundError) as error:    # a mistake of the caller: one line, no traceback
-            rank = os.environ.get("RANK")
-            sys.exit(f"srft.py{f' (rank {rank})' if rank else ''}: {error}")
         train(cfg, run)
 
 

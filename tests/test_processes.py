@@ -46,6 +46,16 @@ def test_where_all_ranks_are_is_one_line_that_names_those_behind(monkeypatch):
     assert processes.whereabouts() == "phase 'exchange' of step 12 for 0:30:00"
 
 
+def test_a_mistake_is_one_line_and_a_library_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match=r"^srft.py \(rank 1\): 3 ranks are not whole nodes of 2"), processes.mistakes_in_one_line("srft.py"):
+        processes.mesh_shape(3, 2)
+    with pytest.raises(SystemExit, match="No such file"), processes.mistakes_in_one_line("srft.py"):
+        (tmp_path / "none").read_text()
+    with pytest.raises(json.JSONDecodeError), processes.mistakes_in_one_line("srft.py"):
+        json.loads("{")
+
+
 @pytest.mark.slow
 def test_a_rank_that_sleeps_in_a_whole_run_ends_it_and_both_ranks_name_it(tmp_path):
     outputs, codes = finish(["tests/ranks.py", "sleeper", *SMALL[1:], "--steps", "3", "--hang_minutes", "0.25",
