@@ -128,7 +128,7 @@ def test_every_claim_has_the_direction_of_the_paper(tmp_path, true, says):
     results = synthetic(tmp_path, true)
     claims = C.claims(results)
     assert {text: verdict for text, _, verdict in claims if verdict != says} == {}
-    assert len(claims) == 53 and sum(text.endswith("\u2020") for text, *_ in claims) == 20
+    assert len(claims) == 55 and sum(text.endswith("\u2020") for text, *_ in claims) == 22
     asked = C.reviews(results)
     assert {text: verdict for text, _, verdict in asked if "SRFT" in text and verdict != says} == {}
     assert [found for text, found, _ in asked if "distillation" in text] == [
@@ -251,6 +251,15 @@ def test_a_run_that_a_signal_stopped_is_no_result(tmp_path, monkeypatch):
         bench.train("sft", 0, 1e-3, "tiny:valid", tmp_path / "run")
 
 
+def test_the_front_page_has_the_numbers_of_the_tables():
+    cells = lambda line: [cell.strip() for cell in line.strip("|\n").split("|")]
+    rows = {cells(line)[0]: cells(line)[1:] for line in (ROOT / "experiments/results/tables.md").read_text().splitlines() if "|" in line}
+    shown = (ROOT / "README.md").read_text().split("The paper's comparison at that size")[1].splitlines()
+    runs = ["base", "sft", "grpo", C.FORWARD, C.BACKWARD, "luffy", "relift", "sft+rl", "srft", "srft-w_sft-1", "srft-w_rl-1"]
+    for column, name in enumerate(("held-out", "long")):
+        assert next(cells(line) for line in shown if line.startswith(f"| {name} |")) == [name, *(rows[run][column] for run in runs)]
+
+
 @pytest.mark.slow
 def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_claims():
     command = [sys.executable, "experiments/tiny_paper.py", "--quick"]
@@ -266,7 +275,7 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
         assert f"**{title}" in tables and all(f"| {name} |" in tables for name in runs)
     hours = re.search(r"^(\d+) runs, one core each: (0\.\d) hours, without tuning.$", tables, re.M)
     assert int(hours[1]) == len(R.TABLE1 | R.TABLE2 | R.TABLE3) and float(hours[2]) > 0
-    assert claims.count("cannot tell") == 54 and "| holds" not in claims          # one seed proves nothing
+    assert claims.count("cannot tell") == 56 and "| holds" not in claims          # one seed proves nothing
     path = json.loads((results / "fig3-0.json").read_text())["runs"]
     assert set(path) == {"SFT", "RL", "SRFT", "SFT->RL"} and len(path["SFT->RL"]) == 3
     again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
