@@ -186,6 +186,9 @@ def claims(results):
                                      ("sft>grpo", "grpo>sft", ", both stages in full")):
         rank = lambda text, a, b: claim(f"{text} (Table 1{words})", minus(a, b), later=bool(words))
         rank("SFT->RL beats RL->SFT", forward, backward)
+        for metric, problems in (("heldout", "held-out problems"), ("long", "long problems")):
+            claim(f"SFT->RL beats RL->SFT on {problems} alone (Table 1{words})",
+                  minus(forward, backward, metric), later=True)
         rank("SFT->RL beats SFT", forward, "sft")
         rank("SFT->RL beats RL", forward, "grpo")
         rank("RL->SFT loses to RL", "grpo", backward)
@@ -217,14 +220,15 @@ def claims(results):
     claim("SFT+RL beats RL (Fig. 5)", minus("sft+rl", "grpo"))
     for name in ("sft", "sft_kl", "grpo", FORWARD, "luffy", "relift"):
         claim(f"SRFT beats {name} (Table 2)", minus("srft", name))
-    claim("SRFT beats sft+rl (not compared in the paper: are the weights worth more than the plain sum?)",
+    claim("SRFT beats sft+rl (not compared in the paper: are weights and Eq. 9 worth more than the sum?)",
           minus("srft", "sft+rl"))
-    for name in (BACKWARD, f"{BACKWARD}_kl"):
-        claim(f"SRFT beats {name} (not compared in the paper; ahead of the other sequences of 40 steps here)",
-              minus("srft", name), later=True)
+    for name in (BACKWARD, f"{BACKWARD}_kl", "grpo>sft"):
+        claim(f"SRFT beats {name} (not compared in the paper)", minus("srft", name), later=True)
+    claim(f"SRFT beats {BACKWARD} on held-out problems alone (not compared in the paper)",
+          minus("srft", BACKWARD, "heldout"), later=True)
     claim("SFT_KL loses to SFT (Table 2)", minus("sft", "sft_kl"), later=True)
-    claim("SRFT beats RL in distribution (abstract)", minus("srft", "grpo", "heldout"))
-    claim("SRFT beats RL out of distribution (abstract)", minus("srft", "grpo", "long"))
+    claim("SRFT beats RL in distribution (abstract: zero-RL methods)", minus("srft", "grpo", "heldout"))
+    claim("SRFT beats RL out of distribution (abstract: zero-RL methods)", minus("srft", "grpo", "long"))
     for name in (FORWARD, "luffy", "relift"):
         claim(f"SRFT beats {name} out of distribution (Sec. 5.2)", minus("srft", name, "long"), later=True)
     claim("w_SFT matters: SRFT beats SRFT with w_SFT = 1 (Table 3)", minus("srft", "srft-w_sft-1"))
@@ -263,6 +267,8 @@ def reviews(results):
         ask(f"weak demonstrations: SRFT beats {name}", "srft weak", f"{name} weak")
     ask("weak demonstrations: SRFT still beats RL, which sees none", "srft weak", "grpo")
     ask("weak demonstrations cost SRFT less than 3 points", "srft weak", "srft", least=-3.0)
+    for name in ("sft", "sft+rl", "luffy"):
+        ask(f"weak demonstrations cost {name} less than 3 points \u2020", f"{name} weak", name, least=-3.0)
     for name in ("sft", "grpo", "sft+rl"):
         ask(f"second family (Qwen3): SRFT beats {name}", "srft qwen3", f"{name} qwen3")
     for terms in (*((term,) for term in TERMS), TERMS[:2]) if results.final("srft") else ():

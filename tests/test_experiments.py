@@ -128,7 +128,7 @@ def test_every_claim_has_the_direction_of_the_paper(tmp_path, true, says):
     results = synthetic(tmp_path, true)
     claims = C.claims(results)
     assert {text: verdict for text, _, verdict in claims if verdict != says} == {}
-    assert len(claims) == 55 and sum(text.endswith("\u2020") for text, *_ in claims) == 22
+    assert len(claims) == 61 and sum(text.endswith("\u2020") for text, *_ in claims) == 28
     asked = C.reviews(results)
     assert {text: verdict for text, _, verdict in asked if "SRFT" in text and verdict != says} == {}
     assert [found for text, found, _ in asked if "distillation" in text] == [
@@ -276,7 +276,7 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
         assert f"**{title}" in tables and all(f"| {name} |" in tables for name in runs)
     hours = re.search(r"^(\d+) runs, one core each: (0\.\d) hours, without tuning.$", tables, re.M)
     assert int(hours[1]) == len(R.TABLE1 | R.TABLE2 | R.TABLE3) and float(hours[2]) > 0
-    assert claims.count("cannot tell") == 56 and "| holds" not in claims          # one seed proves nothing
+    assert claims.count("cannot tell") == 62 and "| holds" not in claims          # one seed proves nothing
     path = json.loads((results / "fig3-0.json").read_text())["runs"]
     assert set(path) == {"SFT", "RL", "SRFT", "SFT->RL"} and len(path["SFT->RL"]) == 3
     again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
