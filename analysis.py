@@ -379,11 +379,11 @@ def curves(args, *_):
     def draw(file):
         figure = new_figure(4.6 * len(panels), 4)
         for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            for label, curve in found[name].items():
+            for i, (label, curve) in enumerate(found[name].items()):    # one colour a label in all panels
                 if curve["step"]:
-                    (line,) = axes.plot(curve["step"], curve["mean"], label=label, marker="o", markersize=3)
-                    axes.fill_between(curve["step"], curve["least"], curve["most"], alpha=0.15,
-                                      color=line.get_color())
+                    axes.plot(curve["step"], curve["mean"], color=f"C{i}", marker="o", markersize=3,
+                              label=label)
+                    axes.fill_between(curve["step"], curve["least"], curve["most"], alpha=0.15, color=f"C{i}")
             axes.set(xlabel="step", title=UNITS[name])
             axes.grid(alpha=0.3)
             if axes.lines:

@@ -161,6 +161,17 @@ def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, 
     assert (tmp_path / "f.png").stat().st_size > 5000 and "SFT->RL" in capsys.readouterr().out
 
 
+def test_a_curve_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    sft = write_run(tmp_path / "sft", [{"step": s, "eval/x": 0.5} for s in range(3)])                # has no rewards
+    rl = write_run(tmp_path / "rl", [{"step": s, "eval/x": 0.5, "reward/mean": 0.5} for s in range(3)])
+    drawn = []
+    monkeypatch.setattr(A, "save_figure", lambda figure, file: drawn.extend(
+        {line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes))
+    A.main(["fig6", f"SFT={sft}", f"RL={rl}", "--out", str(tmp_path / "f")])
+    reward, accuracy = drawn
+    assert set(reward) == {"RL"} and reward["RL"] == accuracy["RL"] != accuracy["SFT"]
+
+
 def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_is_refused(tmp_path, capsys):
     run = write_run(tmp_path / "rl", [{"step": s, "reward/mean": 0.5} for s in range(1, 4)])         # no --eval_data
     A.main(["fig6", f"RL={run}", "--out", str(tmp_path / "f")])
