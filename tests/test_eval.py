@@ -707,6 +707,18 @@ def sums(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["none", "qwen-math", "paper"])
+def test_the_command_of_table_a1_runs_with_each_of_its_templates(template, sums, tmp_path):
+    run(["eval.py", "--model", TINY, "--rope_theta", "40000", "--window", "16384", "--template", template,
+         "--benchmarks", f"math500={sums}", "--limit", "4", "--max_tokens", "60", "--grader_workers", "1", "--out", tmp_path / "a1"])
+    summary = (tmp_path / "a1/summary.md").read_text()
+    assert "| MATH500 | 4 | pass@1 | oat |" in summary and "SRFT (paper) | 89.8" in summary
+    assert ("--template none (paper, Table A1) | 59.6" in summary) == (f"--template {template}, the paper: paper" in summary) \
+        == (template != "paper")
+    assert len(responses(tmp_path / "a1")) == 4
+
+
 @pytest.fixture(scope="module")
 def greedy(trained, sums):
     """Rows of a greedy evaluation on that file."""
