@@ -136,7 +136,7 @@ def mistakes_in_one_line(program):
         yield
     except (ValueError, OSError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        ours = Path(frame.f_code.co_filename).parent == Path(__file__).parent
+        ours = Path(frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
         if isinstance(error, OSError) or ours:
             sys.exit(f"{_name(program)}: {error}")
         raise
