@@ -130,8 +130,8 @@ def memory_gb(device):
 
 @contextmanager
 def mistakes_in_one_line(program):
-    """Inside, a mistake of the caller, which this project or the file system reports, ends the program with
-    one line. A ValueError of a library keeps its traceback."""
+    """Inside, a mistake of the caller ends the program with one line: any OSError, and a ValueError that code
+    of this project raises. A library's ValueError keeps its traceback."""
     try:
         yield
     except (ValueError, OSError) as error:

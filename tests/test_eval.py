@@ -636,6 +636,7 @@ def fails(monkeypatch, capfd):
     (["--benchmarks", "tiny:long", "--template", "tokenizer"], "no chat template"),
     (["--benchmarks", "tiny:heldout", "--template", "none", "--max_tokens", "500"], "lower it, or raise --window"),
     pytest.param(["--benchmarks", "tiny:long", "--template", "none"], "raise --window"),
+    (["--benchmarks", "tiny:heldout", "--template", "paper", "--max_tokens", "60"], "a prompt of 777 tokens"),
     pytest.param(["--model", Path(TINY) / "config.json"], "config.json"),
     *(pytest.param(["--benchmarks", "no/such.jsonl", flag, value], flag) for flag, value in
       (("--top_p", "2"), ("--grader_workers", "-1"), ("--grader_deadline", "0"), ("--seed", "-1"))),
