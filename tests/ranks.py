@@ -33,7 +33,7 @@ def made_up_sequences():
 
 def gradients(out, budget, count, *overrides):
     """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed("cpu")
     cfg = parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False, offload=cfg.offload)
     got = {}
@@ -72,7 +72,7 @@ def gradients(out, budget, count, *overrides):
 
 def engine(out):
     """log p of engine and trainer: in step, after a change of the trainer alone, and after the next sync."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed("cpu")
     config, tokenizer = M.load_config(TINY), tiny_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]

@@ -16,7 +16,7 @@ from data import tiny_examples, tiny_tokenizer
 from runlog import read_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
+SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
 
 
 # ----------------------------------------------------------------------------------------------------------

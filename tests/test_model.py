@@ -247,7 +247,7 @@ def mesh():
     environment = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        rank, world, device, mesh = init_distributed()
+        rank, world, device, mesh = init_distributed("cpu")
         assert (rank, world, device.type) == (0, 1, "cpu")
         yield mesh
         dist.destroy_process_group()

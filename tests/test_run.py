@@ -123,7 +123,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
 def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
     out = tmp_path / "tiny"
     command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
-               "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
+               "--device", "cpu", "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
     done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"eval/heldout +base +[\d.]+ % +trained +[\d.]+ %", done.stdout), done.stdout[-2000:]
@@ -257,14 +257,14 @@ def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
     (["--data", "no/such-data"], "--data"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_not_a_traceback(flags, says, tmp_path):
-    output = run(["srft.py", "--preset", "tiny", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
+    output = run(["srft.py", "--preset", "tiny", "--device", "cpu", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
     assert says in output and "Traceback" not in output, output[-2000:]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_without_network_the_default_flags_name_the_two_flags_to_set(tmp_path):
-    output = run(["srft.py", "--out", tmp_path / "run"], ok=False, timeout=60)
+    output = run(["srft.py", "--device", "cpu", "--out", tmp_path / "run"], ok=False, timeout=60)
     assert "--model DIR" in output and "--data FILE-or-DIR" in output and "Traceback" not in output
 
 
