@@ -14,6 +14,7 @@ vocabulary, D hidden size.
 """
 import gc
 import heapq
+import inspect
 import json
 import math
 import os
@@ -256,6 +257,15 @@ class Batch:
     lengths: list                  # response tokens of each sequence; they sum to R
 
 
+def to_device(numbers, device, dtype=None):
+    """A list, array or CPU tensor as a tensor on the device. The host does not wait: it would if the memory
+    were not pinned, since CUDA first finishes all queued work before it copies from pageable memory."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def collate(sequences, device):
     """Sequences -> Batch. An empty list gives a batch of one token that predicts nothing, by which a rank
     without work still joins every collective of its group."""
@@ -263,13 +273,16 @@ def collate(sequences, device):
               or [np.zeros(1, np.int64)])
     starts = np.cumsum([0] + [len(t) for t in tokens])
     where = [start + len(s.prompt) - 1 + np.arange(len(s.response)) for s, start in zip(sequences, starts)]
-    to = lambda x, dtype=torch.int64: torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
+    positions = [np.arange(len(t)) for t in tokens]
+    targets = [s.response for s in sequences]
+    nothing = np.zeros(0, np.int64)
     return Batch(
-        ids=to(np.concatenate(tokens))[None],
-        positions=to(np.concatenate([np.arange(len(t)) for t in tokens]))[None],
-        cu_seqlens=to(starts, torch.int32), max_seqlen=max(map(len, tokens)),
-        where=to(np.concatenate(where) if where else []), lengths=[len(s.response) for s in sequences],
-        targets=to(np.concatenate([s.response for s in sequences]) if sequences else []))
+        ids=to_device(np.concatenate(tokens), device)[None],
+        positions=to_device(np.concatenate(positions), device)[None],
+        cu_seqlens=to_device(starts, device, torch.int32), max_seqlen=max(map(len, tokens)),
+        where=to_device(np.concatenate([nothing, *where]), device),
+        targets=to_device(np.concatenate([nothing, *targets]), device, torch.int64),
+        lengths=[len(s.response) for s in sequences])
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
@@ -284,8 +297,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     gqa = query.shape[1] != key.shape[1]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
+        # torch 2.11 takes grouped heads as they are; later versions ask for a word.
+        grouped = {"enable_gqa": gqa} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         out = varlen_attn(*qkv, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0), enable_gqa=gqa)
+                          window_size=(-1, 0), **grouped)                      # (-1, 0): causal, all the way
         return out[None], None
     runs = [(len(list(run)), length) for length, run in groupby(cu_seq_lens_q.diff().tolist())]
     # split, not slices: the gradient of each slice would be a tensor of all N tokens.

@@ -64,6 +64,11 @@ def entropy_weight(kind, scale, exponent):
             "constant": torch.full_like(exponent, scale)}[kind]
 
 
+def mean_over(x, which):
+    """Mean of x over the sequences `which`, 0 if there are none. (B,), (B,) bool -> scalar."""
+    return torch.where(which, x, 0.0).sum() / which.sum().clamp(min=1)
+
+
 def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_demo, n_rollout,
               logp_old=None, tis=None, kl=None, entropy_floor=0.0, only=None):
     """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12),
@@ -99,8 +104,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     if cfg.entropy_level == "token":
         h = entropy.detach()
     elif cfg.entropy_level == "batch":  # over the sequences given; the training loop passes the step's mean
-        of_kind = lambda which: average(h[:, 0], which, int(which.sum()))
-        h = torch.where(demo[:, None], of_kind(demo), of_kind(~demo))
+        h = torch.where(demo[:, None], mean_over(h[:, 0], demo), mean_over(h[:, 0], ~demo))
     w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                            # Eq. 8
     w_rl = entropy_weight(cfg.w_rl, 0.1, h)                                               # Eq. 12
 
@@ -118,7 +122,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     rl_pos = average(-sign * mean(w_rl * score), correct, n_rollout)                      # Eq. 12, left
     rl_neg = average(-sign * mean(score), wrong, n_rollout)                               # Eq. 12, right
 
-    of_weight = lambda w, which: average((w * mask).sum(1) / length, which, int(which.sum()))
+    of_weight = lambda w, which: mean_over((w * mask).sum(1) / length, which)
     loss, stats = add_up({"loss/sft_demo": sft_demo, "loss/rl_demo": rl_demo,             # Eq. 13
                           "loss/rl_pos": rl_pos, "loss/rl_neg": rl_neg}, only,
                          w_sft=of_weight(w_sft, demo), w_rl=of_weight(w_rl, correct))

@@ -86,8 +86,8 @@ def test_recomputation_saves_memory_and_shards_are_the_same_without_it(small):
     assert with_it["weights"] == without["weights"]
 
 
-def test_the_optimizer_step_is_not_the_peak(small):
-    """The tracker counts the unsharded fakes by which DTensor finds shapes, unless it comes after them."""
+def test_the_unsharded_fakes_by_which_dtensor_finds_shapes_are_not_counted(small):
+    """The tracker counts those of clip and AdamW, where it sees these."""
     memory = simulate(small, micro_batch_tokens=64)
     assert memory["peak"] < 12 * memory["parameters"]      # 6.1; 17 and more with them
 
