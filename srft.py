@@ -413,7 +413,7 @@ def train(cfg, run):
 
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
-    skipped, skipped_in_a_row, metrics, stop = run.skipped, 0, {}, False
+    skipped, skipped_in_a_row, metrics, stop, warned = run.skipped, 0, {}, False, False
     bar = tqdm(total=cfg.steps, initial=run.step, desc=cfg.method, disable=run.rank != 0,
                dynamic_ncols=True)
 
@@ -483,7 +483,12 @@ def train(cfg, run):
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if run.rank == 0:
             warn_of_grader(metrics, grading)
-        if evaluate_now:
+        difference = metrics["engine/logp_diff_mean"]                               # None: no rollouts
+        wrong_engine = difference is not None and not difference <= MISMATCH_STOPS  # nan is wrong, too
+        if metrics["engine/mismatch"] and not wrong_engine and not warned and run.rank == 0:
+            warned = True                                                           # once a run
+            tqdm.write(f"WARNING: {mismatch(metrics)}. A small model in bf16 may be that noisy", file=sys.stderr)
+        if evaluate_now and not wrong_engine:                   # what it answers says nothing of the policy
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
         shown = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
@@ -491,17 +496,12 @@ def train(cfg, run):
         bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in shown.items()
                          if metrics.get(key) is not None}, refresh=False)
         bar.update()
+        if wrong_engine:
+            raise RuntimeError(f"{mismatch(metrics)}. This step has no checkpoint: --resume goes on from the last")
         if skipped_in_a_row >= 5:
             raise RuntimeError(
                 f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
                 f"{[p.example.id for p in batch]}. Lower --lr, or look at samples.jsonl.")
-        mismatch = updates[0]["engine/logp_diff_mean"]                  # None: no rollouts
-        if step == run.step + 1 and mismatch is not None and not mismatch <= 0.05:
-            raise RuntimeError(
-                f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {mismatch:.3f} nats "
-                "on average right after a weight sync (limit 0.05). The engine serves other weights, "
-                "another RoPE or another temperature than the trainer; check --rope_theta, --window "
-                "and the pinned vllm version.")
 
         # Checkpoint.
         phase("checkpoint", step)
@@ -537,6 +537,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
 
     gradings = grading.total() - grading["ms"]
     worst = [x for x in (update["engine/logp_diff_max"] for update in updates) if x is not None]
+    difference = mean(update["engine/logp_diff_mean"] for update in updates)
     return {
         "reward/mean": mean(s.reward for s in rollouts), "reward/demo_mean": mean(s.reward for s in demos),
         "reward/all_correct": mean(solved[:, 0] == solved[:, 1]) if rollouts else None,
@@ -549,6 +550,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "engine/logp_diff_max": max(worst, default=None),
+        "engine/mismatch": None if difference is None else int(not difference <= MISMATCH_WARNS),
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
         "perf/mfu": run.flops(sequences) / (times[2] * run.world * peak) if peak else None}
@@ -562,6 +564,20 @@ def warn_of_grader(metrics, grading):
     tqdm.write(f"WARNING: every reward is 0, and {failed} of {gradings:.0f} gradings were given up: the "
                "grader may be at fault, not the policy. Look at the reasons in samples.jsonl and at the load "
                "of this machine; raise --grader_deadline or --grader_workers", file=sys.stderr)
+
+
+# Nats: mean of |log p(engine) - log p(trainer)| over a step's rollout tokens. bf16 gives about 0.01 at 7B, other
+# weights 0.3 and more. Checked at every step: each follows a transfer of weights of its own, on a GPU into memory
+# that was given away in between, and the importance weights would hide a bad one.
+MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
+
+
+def mismatch(metrics):
+    """What is wrong where the engine samples from another policy than the trainer trains."""
+    return (f"engine and trainer disagree: |log p(engine) - log p(trainer)| is "
+            f"{metrics['engine/logp_diff_mean']:.3f} nats on average over the rollouts of step {metrics['step']} "
+            f"(warning above {MISMATCH_WARNS}, end above {MISMATCH_STOPS}). The engine serves other weights, another "
+            "RoPE or another temperature than the trainer; check --rope_theta, --window and the vllm version")
 
 
 def finish(run, cfg, exported):

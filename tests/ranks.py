@@ -153,11 +153,12 @@ def recorded(tape, *flags):
         tape.write_bytes(pickle.dumps(recording))
 
 
-def stale(*flags):
-    """A whole run whose engine gets other weights than the trainer has, under the right version."""
+def stale(since, factor, *flags):
+    """A whole run whose engine gets other weights than the trainer has, under the right version, from version `since` on."""
     class Stale(rollout.RolloutEngine):
         def sync_weights(self, named_tensors, version):
-            super().sync_weights(((name, tensor * 1.2) for name, tensor in named_tensors), version)
+            by = float(factor) if version >= int(since) else 1.0
+            super().sync_weights(((name, tensor * by) for name, tensor in named_tensors), version)
 
     srft.RolloutEngine = Stale
     cfg = parse_args(list(flags))
