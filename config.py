@@ -151,8 +151,8 @@ class Config:
                                "it is awake")
     engine_sequences: int = opt(256, "engine", "sequences a rank decodes at once")
     engine_eager: bool = opt(False, "engine", "no CUDA graphs in the engine (on CPU always so)")
-    grader_workers: int = opt(0, "engine", "grading processes a rank; "
-                              "0: the cores divided by the node's ranks")
+    grader_workers: int = opt(0, "engine", "grading processes a rank; 0: the cores divided by the "
+                              "node's ranks, less one for the engine")
     grade_text: str = opt("after_think", "engine", "what is graded: the text after the last </think>, all of "
                           "it, or nothing without a </think> (LUFFY)", TEXTS)
     strict_box: bool = opt(True, "engine", "Math-Verify grades the last closed \\boxed{} only; off: whatever "

@@ -260,7 +260,8 @@ def parse(argv=None):
          "the CPU", choices=("auto", "cuda", "cpu"))
     flag("engine_memory", 0.9, "share of each GPU for vLLM")
     flag("engine_sequences", 256, "responses a rank decodes at once")
-    flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks")
+    flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
+         "one for the engine")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0")
     args = parser.parse_args(argv)
     for name, least in (("samples", 0), ("max_tokens", 1), ("engine_sequences", 1), ("temperature", 0.0),

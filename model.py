@@ -115,8 +115,9 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, en
 
 
 def default_chunk(vocabulary):
-    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB."""
-    return min(1024, max(64, 2**27 // vocabulary // 64 * 64))
+    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB: a multiple of 128, the
+    height of a tile in the GPU's matrix products."""
+    return min(1024, max(128, 2**27 // vocabulary // 128 * 128))
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -486,11 +487,24 @@ def forward_backward_flops(config, parameters, sequences):
             + 6 * width * sum(len(s)**2 for s in sequences))
 
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU from its data sheet; None on CPU and for cards not listed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for card, flops in (("H100", 989e12), ("H200", 989e12), ("A100", 312e12))
-                 if card in name), None)
+# Dense bf16 FLOP/s by NVIDIA's data sheets, without sparsity. A variant stands before its card's SXM form.
+PEAK_FLOPS = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12),
+              ("H200 NVL", 835e12), ("H200", 989e12), ("GB200", 2500e12), ("B200", 2250e12),
+              ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12))
+
+
+def peak_flops(name):
+    """(the listed card, its dense bf16 FLOP/s) of a GPU by the name that CUDA gives it; (None, None) for cards
+    not listed.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3")
+    ('H100', 989000000000000.0)
+    """
+    words = set(name.replace("-", " ").split())                # "NVIDIA A100-SXM4-80GB"
+    for card, flops in PEAK_FLOPS:
+        if words.issuperset(card.split()):
+            return card, flops
+    return None, None
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -188,6 +188,11 @@ def setup(cfg):
     check_config(cfg, world, config.max_position_embeddings)
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        card, peak = M.peak_flops(name)
+        say(f"{name}: perf/mfu is of {peak / 1e12:.0f} TFLOP/s, {card}'s dense bf16 peak" if card else
+            f"{name}: peak FLOP/s not listed in model.PEAK_FLOPS, so no perf/mfu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
@@ -528,7 +533,9 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     for s in rollouts:
         solved[s.group] += s.reward, 1
     times, total = np.diff(clock).tolist(), clock[-1] - clock[0]
-    peak = M.peak_flops(run.device)
+    peak = None
+    if run.device.type == "cuda":
+        _, peak = M.peak_flops(torch.cuda.get_device_name(run.device))
 
     def mean(values):
         """None: this method has no such sequences, this update none of that kind."""

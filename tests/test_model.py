@@ -121,8 +121,17 @@ def test_the_default_chunk_keeps_the_two_blocks_under_1_gib_and_is_at_most_1024_
     seen = []
     monkeypatch.setattr(M._ChunkedLogProbs, "apply", lambda *args: seen.append(args[4]))
     token_logprobs(None, torch.empty(vocab, 1), None)
-    assert seen[0] == 1024 or 2**29 < 2 * 4 * (seen[0] + 64) * vocab and 2 * 4 * seen[0] * vocab <= 2**30
-    assert 64 <= seen[0] <= 1024
+    assert seen[0] == 1024 or 2**29 < 2 * 4 * (seen[0] + 128) * vocab and 2 * 4 * seen[0] * vocab <= 2**30
+    assert 128 <= seen[0] <= 1024 and seen[0] % 128 == 0               # whole tiles of the GPU's matrix products
+
+
+@pytest.mark.parametrize("name, card, teraflops", [
+    ("NVIDIA H100 80GB HBM3", "H100", 989), ("NVIDIA H100 PCIe", "H100 PCIe", 756), ("NVIDIA H100 NVL", "H100 NVL", 835),
+    ("NVIDIA H200", "H200", 989), ("NVIDIA H200 NVL", "H200 NVL", 835), ("NVIDIA B200", "B200", 2250), ("NVIDIA GB200", "GB200", 2500),
+    ("NVIDIA GH200 480GB", "GH200", 989), ("NVIDIA A100-SXM4-80GB", "A100", 312), ("NVIDIA A100 80GB PCIe", "A100", 312),
+    ("NVIDIA L40S", "L40S", 362), ("NVIDIA GeForce RTX 4090", "RTX 4090", 165), ("NVIDIA A10", None, None), ("Tesla T4", None, None)])
+def test_the_peak_is_that_of_the_very_card(name, card, teraflops):
+    assert M.peak_flops(name) == (card, teraflops and teraflops * 1e12)
 
 
 # ---------------------------------------------------------------------------------------------------------------
