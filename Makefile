@@ -4,11 +4,12 @@ PYTHON ?= python3
 # One thread a process: two ranks with a thread pool each fight over the cores.
 export OMP_NUM_THREADS = 1
 
+# torchrun asks the network for this machine's own name, and waits for minutes where nobody knows it: --local_addr.
 .PHONY: demo test test-fast env clean
 
 demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
 	rm -rf out/tiny
-	$(VENV)/bin/torchrun --standalone --nproc_per_node=2 srft.py --preset tiny
+	$(VENV)/bin/torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny
 
 test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not clock" --durations=25 tests

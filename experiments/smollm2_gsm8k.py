@@ -75,7 +75,7 @@ def main():
                     sys.exit(f"{folder} was trained with {other}; delete it, or give another --out")
             else:
                 torchrun = Path(sys.executable).with_name("torchrun")
-                launch = [torchrun, *LOCAL, f"--nproc_per_node={args.ranks}"]
+                launch = [torchrun, "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={args.ranks}"]
                 print(*command, flush=True)
                 subprocess.run(list(map(str, [*launch, *command])), check=True, cwd=ROOT,
                                env={"OMP_NUM_THREADS": "1"} | os.environ)

@@ -150,7 +150,8 @@ def test_a_name_that_is_neither_folder_nor_hub_model_is_refused_with_the_flag(tm
 @pytest.mark.slow
 def test_default_flags_print_the_7b_plan_once_without_network_and_write_nothing(tmp_path):
     started = time.monotonic()
-    done = run(tmp_path, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+    done = run(tmp_path, sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1",
+               "--nproc_per_node=2",
                ROOT / "srft.py", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 90

@@ -122,7 +122,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
 @pytest.mark.slow
 def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
     out = tmp_path / "tiny"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
                "--device", "cpu", "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
     done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -132,9 +132,21 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="may not rename its machine")
+def test_the_commands_of_makefile_and_readme_start_on_a_machine_whose_name_nobody_knows():
+    flags = re.search(r"bin/torchrun (.*) srft.py --preset tiny", (ROOT / "Makefile").read_text())[1].split()
+    for page in ("README.md", "Makefile"):
+        assert all(" ".join(flags[:2]) in line for line in (ROOT / page).read_text().splitlines() if "torchrun --standalone" in line)
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows.invalid && exec "$@"', "sh"]
+    command = [*renamed, Path(sys.executable).with_name("torchrun"), *flags, "tests/phases.py", "nothing", "1"]
+    done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.count("DONE") == 2, done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_whole_checkpoint_of_both_ranks(tmp_path):
     out = tmp_path / "run"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", *SMALL, "--out", out,
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", *SMALL, "--out", out,
                "--steps", "500", "--save_every", "1000"]
     process = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
