@@ -5,7 +5,7 @@ PYTHON ?= python3
 export OMP_NUM_THREADS = 1
 
 # torchrun asks the network for this machine's own name, and waits for minutes where nobody knows it: --local_addr.
-.PHONY: demo test test-fast env clean
+.PHONY: demo test test-fast env env-older clean
 
 demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
 	rm -rf out/tiny
@@ -31,5 +31,11 @@ $(VENV)/.tests-installed: $(VENV)/.installed requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-cpu.txt
 	touch $@
 
+# Where torch's wheel is one for CUDA, as torch 2.11's is without an index for CPUs, tests and demo run all the same: --device cpu.
+env-older:                         ## the oldest supported versions, in .venv-older: .venv-older/bin/python -m pytest -m "not slow" tests
+	$(PYTHON) -m venv .venv-older
+	.venv-older/bin/pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip install --quiet -r requirements-cpu.txt -r requirements-dev.txt --override requirements-older.txt
+
 clean:
-	rm -rf $(VENV) out .pytest_cache
+	rm -rf $(VENV) .venv-older out .pytest_cache

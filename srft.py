@@ -28,7 +28,8 @@ import baselines
 import model as M
 from runlog import RunLog, read_rows
 from baselines import add_up, average, sequence_mean, shaped, without_padding
-from config import METHODS, Config, check_config, environment, parse_args, sequences_per_prompt
+from config import (METHODS, Config, check_config, check_versions, environment, parse_args,
+                    sequences_per_prompt)
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
@@ -175,6 +176,7 @@ def setup(cfg):
     --resume, the state of the newest whole checkpoint."""
     rank, world, device, mesh = init_distributed(cfg.device)
     say = print if rank == 0 else lambda *_: None
+    check_versions(environment(device)["versions"], say)
     out = Path(cfg.out)
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
     if not cfg.resume and (out / "metrics.jsonl").exists():

