@@ -28,11 +28,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface
 
 # ----------------------------------------------------------------------------------------------------------
 # Log-probabilities and entropy without ever holding (N, V).
@@ -331,9 +332,12 @@ class Policy(nn.Module):
         if own_logits:
             logits = self.lm(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits[0]
             return logits[batch.where].float().log_softmax(-1).gather(-1, batch.targets[:, None]).T
-        hidden = self.lm.base_model(
-            input_ids=batch.ids, position_ids=batch.positions, attention_mask=None, use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.max_seqlen).last_hidden_state[0]  # (N, D)
+        # vLLM serves some models (OLMo-2) by transformers' own class, and gives it a __call__ that only the
+        # engine's instances can take. nn.Module's is the one it had.
+        hidden = nn.Module.__call__(
+            self.lm.base_model, input_ids=batch.ids, position_ids=batch.positions, attention_mask=None,
+            use_cache=False, cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen).last_hidden_state[0]                                  # (N, D)
         hidden, head = hidden[batch.where], self.lm.get_output_embeddings().weight               # (V, D)
         if features:
             return hidden, head
@@ -700,16 +704,17 @@ def export_hf(folder, policy, tokenizer, dtype):
     if rank0:
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {"use_cache": True})
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        shell.generation_config = GenerationConfig.from_model_config(config)
-        shell.save_pretrained(partial, state_dict=state)
+        partial.mkdir(parents=True)
+        # Not by the model's own save_pretrained: it needs a second instance, which the engine may prevent
+        # (Policy.forward), and refuses generation defaults that from_pretrained reads gladly.
+        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {
+            "use_cache": True, "dtype": dtype, "architectures": [type(policy.lm).__name__]})
+        config.save_pretrained(partial)
+        save_torch_state_dict(state, partial)
+        generation = {name: x for name, x in policy.generation.items() if not name.startswith("max_")}
+        generation["eos_token_id"] = config.eos_token_id
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         tokenizer.save_pretrained(partial)
-        if policy.generation:                # not by transformers, which refuses to save what it reads gladly
-            kept = {name: x for name, x in policy.generation.items() if not name.startswith("max_")}
-            kept["eos_token_id"] = config.eos_token_id
-            (partial / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")
         readable_by_transformers_4(partial)
         for file in partial.iterdir():
             file.chmod(0o644)                                  # safetensors are written for their owner alone
