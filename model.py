@@ -664,8 +664,8 @@ def load_checkpoint(path, manifest, policy, optimizer):
 
 
 def readable_by_transformers_4(folder):
-    """Say in an exported model's JSON files what transformers 4.57 reads under other names; transformers 5 and
-    vLLM read both.
+    """Say in an exported model's JSON files what transformers 4.57 reads under other names; transformers 5
+    and vLLM read both.
 
     RoPE: without rope_theta and rope_scaling, 4.57 takes theta 10,000 and no scaling, without a word. The
     tokenizer: 4.57 knows neither the class TokenizersBackend nor a list of extra_special_tokens.

@@ -159,6 +159,26 @@ def test_an_unknown_head_is_found_at_the_start_though_no_field_of_the_config_tel
         M.check_packing(policy, CPU, VOCAB)
 
 
+@pytest.mark.slow
+def test_the_reference_model_of_a_kl_is_checked_at_the_start_as_well(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    code = f"""
+import sys
+import model as M, srft
+from config import parse_args
+checked = []
+M.check_packing = lambda policy, device, vocab_size: checked.append(policy.lm.config.name_or_path)
+
+def stop(*_):
+    print("CHECKED", *checked)
+    sys.exit(0)
+
+srft.RolloutEngine = stop
+srft.setup(parse_args({[*SMALL[1:], "--kl_coef", "0.1", "--reference", str(tmp_path / "base"), "--out", str(tmp_path / "run")]!r}))
+"""
+    assert f"CHECKED {TINY} {tmp_path / 'base'}" in run(["-c", code])
+
+
 def one_sequence_sees_another(*args, cu_seq_lens_q=None, **kwargs):
     return M.packed_attention(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
 
