@@ -367,8 +367,8 @@ def misread(config):
     layers that it does not know. (check_packing finds those that no field of the config tells.)"""
     rope = config.rope_parameters.get("rope_type", "default")
     if rope not in ROPE_TYPES:
-        return (f"RoPE of type {rope!r} is not supported: its angles depend on the longest sequence of a "
-                "batch, so a response's log-probs would depend on what it is packed with")
+        return (f"RoPE of type {rope!r} is not supported: where its angles depend on the longest sequence of "
+                "a batch, a response's log-probs depend on what it is packed with")
     for name in HEADS:
         if getattr(config, name, None) not in (None, 1):
             return (f"a scaled or capped head ({name} {getattr(config, name)}) is not supported: log-probs "
@@ -700,7 +700,7 @@ def export_hf(folder, policy, tokenizer, dtype):
     rank0, folder, state = dist.get_rank() == 0, Path(folder), {}
     for name, tensor in full_parameters(policy, dtype):
         if rank0:
-            state[name] = tensor.cpu()
+            state[name] = tensor.to("cpu", copy=True)          # gathered, it may be a view of a padded one
     if rank0:
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
