@@ -7,6 +7,7 @@ The models are random and tiny, made by transformers from a config, with the tok
 import json
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ import srft
 import update
 from config import TINY, parse_args
 from model import Sequence, collate
+from rollout import stored_tensors
 
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=64)
@@ -220,6 +222,16 @@ def test_an_export_keeps_every_end_of_a_response_and_the_model_s_sampling_but_no
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [0, 6]
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config
     assert (read.eos_token_id, read.temperature) == ([0, 6], 0.6) and M.load_config(tmp_path / "hf").eos_token_id == [0, 6]
+
+
+def test_an_export_in_several_files_is_whole_for_transformers_and_for_eval(tmp_path, mesh, monkeypatch):  # noqa: F811
+    policy = load(save_model(tmp_path / "base", "Olmo2"), mesh)
+    monkeypatch.setattr(M, "save_torch_state_dict", partial(M.save_torch_state_dict, max_shard_size="20KB"))
+    M.export_hf(tmp_path / "hf", policy, data.tiny_tokenizer(), torch.bfloat16)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    sent, read = dict(M.full_parameters(policy, torch.bfloat16)), AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    for stored in (dict(read.named_parameters()), dict(stored_tensors(tmp_path / "hf"))):
+        assert stored.keys() == sent.keys() and all(torch.equal(stored[name], tensor) for name, tensor in sent.items())
 
 
 @pytest.mark.slow
