@@ -372,9 +372,6 @@ def measure(args):
     settle(args, folder, device, rank)
     dist.barrier()
     tensors = stored_tensors(folder)
-    generation = Path(folder) / "generation_config.json"
-    if generation.exists():                           # more tokens may end a response than the config names
-        config.eos_token_id = json.loads(generation.read_text()).get("eos_token_id", config.eos_token_id)
     kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = Path(args.out) / "results.jsonl"

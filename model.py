@@ -29,11 +29,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface
 
 # ----------------------------------------------------------------------------------------------------------
 # Log-probabilities and entropy without ever holding (N, V).
@@ -287,13 +288,20 @@ def collate(sequences, device):
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
-                     cu_seq_lens_q=None, max_length_q=None, **_):
+                     cu_seq_lens_q=None, max_length_q=None, position_ids=None, use_cache=None, **asked):
     """Block-diagonal causal attention over packed sequences, in the calling convention of transformers.
 
     query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash
     kernel that ships with torch, told where sequences start, so that no layer waits for the device; on
-    CPU one call for each run of sequences of one length.
+    CPU one call for each run of sequences of one length. Raises ValueError, by name, for whatever else a
+    model asks of its attention: softcap, s_aux (sinks), a sliding_window, a mask of its own.
     """
+    asked = [name for name, x in (asked | {"attention_mask": attention_mask}).items() if x is not None]
+    if asked or cu_seq_lens_q is None:
+        why = ", ".join(asked) or "nothing: it does not pass on where sequences start (cu_seq_lens_q)"
+        raise ValueError(f"{type(module).__name__} asks its attention for {why}; packed attention is plain "
+                         "causal attention and would give other numbers: use a model of the Qwen2, Qwen3, "
+                         "Llama, Mistral or OLMo-2 kind")
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]                               # (N, heads, d)
     gqa = query.shape[1] != key.shape[1]
     if query.is_cuda:
@@ -326,16 +334,26 @@ class Policy(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
+        self.generation = {}          # the model's own defaults of sampling, which its export keeps
 
-    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None, features=False):
+    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None, features=False,
+                own_logits=False):
         """Batch -> (logp, entropy, kl), each (B,T), right-padded with zeros; T is the longest response in the
         batch. `reference`: the `features` of the same batch by the model that kl is to; without, kl is None.
 
         features: return the hidden states that predict the responses, (R,D), and the head, (V,D), instead.
+        own_logits: return logp alone, from the logits of transformers' own forward, which holds (N,V): for
+        check_packing, and one short sequence.
         """
-        hidden = self.lm.base_model(
-            input_ids=batch.ids, position_ids=batch.positions, attention_mask=None, use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.max_seqlen).last_hidden_state[0]  # (N, D)
+        if own_logits:
+            logits = self.lm(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits[0]
+            return logits[batch.where].float().log_softmax(-1).gather(-1, batch.targets[:, None]).T
+        # vLLM serves some models (OLMo-2) by transformers' own class, and gives it a __call__ that only the
+        # engine's instances can take. nn.Module's is the one it had.
+        hidden = nn.Module.__call__(
+            self.lm.base_model, input_ids=batch.ids, position_ids=batch.positions, attention_mask=None,
+            use_cache=False, cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen).last_hidden_state[0]                                  # (N, D)
         hidden, head = hidden[batch.where], self.lm.get_output_embeddings().weight               # (V, D)
         if features:
             return hidden, head
@@ -354,12 +372,48 @@ def accumulate(policy, last):
     policy.set_requires_all_reduce(last)
 
 
+# A head that is more than hidden @ weight.T, by its field in config.json; None or 1 leaves it plain.
+HEADS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")       # the angle of a position is that position's alone
+
+
+def misread(config):
+    """What would make this file's log-probs wrong without a sign of it, or None: a head, a RoPE, experts or
+    layers that it does not know. (check_packing finds those that no field of the config tells.)"""
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        return (f"RoPE of type {rope!r} is not supported: where its angles depend on the longest sequence of "
+                "a batch, a response's log-probs depend on what it is packed with")
+    for name in HEADS:
+        if getattr(config, name, None) not in (None, 1):
+            return (f"a scaled or capped head ({name} {getattr(config, name)}) is not supported: log-probs "
+                    "here are those of the plain product of hidden states and head")
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"capped attention (attn_logit_softcapping {config.attn_logit_softcapping}) is not supported"
+    for name in EXPERTS:
+        if getattr(config, name, None):
+            return (f"a mixture of experts ({name} {getattr(config, name)}) is not supported: its files name "
+                    "other weights than its modules, and routing may differ between engine and trainer")
+    layers = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
+        return "sliding-window attention is not supported"
+    if layers - {"full_attention"}:
+        return f"layers of type {', '.join(sorted(layers - {'full_attention'}))} are not supported"
+
+
+def stored_generation(path):
+    """The fields of the folder's generation_config.json; {} if it has none."""
+    file = Path(path) / "generation_config.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def load_config(path, rope_theta=0.0, window=0):
-    """The model's config with App. B's overrides; 0 keeps the model's own value.
+    """The model's config with App. B's overrides; 0 keeps the model's own value. Its eos_token_id is that of
+    generation_config.json, where there is one: a list, if several tokens end a response.
 
     Raises ValueError where the override is not App. B's (RoPE theta 10,000 -> 40,000, which makes room for a
-    longer window) and would quietly break the model, and for architectures whose attention the packed kernel
-    does not reproduce.
+    longer window) and would quietly break the model, and for a model that would train on wrong numbers.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -368,6 +422,9 @@ def load_config(path, rope_theta=0.0, window=0):
     own = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     if own is None:
         raise ValueError(f"{path}: has no single RoPE theta; use a Qwen2, Llama or one of their kin")
+    if reason := misread(config):
+        raise ValueError(f"{path}: {reason}; use a dense full-attention model of the Qwen2, Qwen3, Llama, "
+                         f"Mistral or OLMo-2 kind (this one is {config.model_type})")
     if window:
         if window > config.max_position_embeddings and rope_theta in (0, own):
             raise ValueError(f"{path}: --window {window} is over its {config.max_position_embeddings} "
@@ -378,10 +435,9 @@ def load_config(path, rope_theta=0.0, window=0):
             raise ValueError(f"{path}: its RoPE theta is {own:,.0f}, and changing it to {rope_theta:,.0f} "
                              "would break it; pass --rope_theta 0 --window 0 to keep the model's own")
         config.rope_parameters["rope_theta"] = float(rope_theta)
-    layers = getattr(config, "layer_types", None) or []
-    if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
-        raise ValueError(f"{path}: sliding-window attention is not supported; use a full-attention model "
-                         "(Qwen2, Llama and their kin)")
+    eos = stored_generation(path).get("eos_token_id")
+    if eos is not None:                                # config.json often names one of several, or none
+        config.eos_token_id = eos
     config.use_cache = False
     return config
 
@@ -395,6 +451,10 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("a language-model head with a bias is not supported")
+    unknown = [name for name, _ in lm.named_buffers() if not name.endswith("inv_freq")]
+    if unknown:                          # to_empty would leave them without contents: only weights are read
+        raise ValueError(f"{config.model_type}: numbers in buffers ({', '.join(unknown[:3])}) are not "
+                         "supported; use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind")
     if checkpointing:                # each decoder block keeps only its input and is recomputed in backward
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(lm.train())
@@ -427,6 +487,7 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
     if not list(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"{path}: no *.safetensors here; --model takes a Hugging Face model folder")
     policy = build_policy(config, mesh, device, checkpointing, offload=offload)
+    policy.generation = stored_generation(path)
     # A tied head appears once.
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}
     try:
@@ -451,25 +512,36 @@ def full_parameters(policy, dtype):
 
 @torch.no_grad()
 def check_packing(policy, device, vocab_size):
-    """Abort unless a packed forward equals separate forwards, also through transformers' own attention.
+    """Abort unless log-probs of packed sequences are those of each alone, and those of transformers' own
+    forward with its own head.
 
-    Guards against the silent failure of packing, a mask that lets one sequence see another (0.5 nats off).
-    Between two kernels bf16 may differ by 0.1 on these random tokens, through one it hardly does. Raises
-    RuntimeError. A collective.
+    Guards against two silent faults: a mask that lets one sequence see another (0.5 nats off and more), and a
+    head of a kind that this file does not know (2-4 nats). In nats a token, averaged over each response of 64
+    or more random tokens, fp32 may differ by 1e-3 and bf16, which rounds products of different sizes
+    differently, by 0.2. Short sequences are enough: no RoPE that load_config lets pass depends on length.
+    transformers' attention is "sdpa"; "eager" rounds its scores to bf16 and may be off by 0.4 for that alone.
+    Raises RuntimeError. A collective.
     """
-    rng, bf16 = np.random.default_rng(0), device.type == "cuda"
+    rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(0, vocab_size, n)
-    sequences = [Sequence(tokens(3 + i), tokens(5 + 4 * i)) for i in range(3)]
-    packed = policy(collate(sequences, device))[0]
-    for attention, limit in (("packed", 0.05 if bf16 else 1e-3), ("sdpa", 0.3 if bf16 else 1e-3)):
+    sequences = [Sequence(tokens(3 + i), tokens(64 + 4 * i)) for i in range(3)]
+    batch = collate(sequences, device)
+    hidden, _ = policy(batch, features=True)                                                    # (204, D)
+    limit = 0.2 if hidden.dtype == torch.bfloat16 else 1e-3
+    packed = policy(batch)[0]                                                                   # (3, 72)
+    for attention, own, what in (("packed", False, "each sequence alone"),
+                                 ("sdpa", True, "transformers' own forward")):
         policy.lm.set_attn_implementation(attention)
-        alone = [policy(collate([s], device))[0][0] for s in sequences]
-        error = torch.stack([(packed[i, :len(a)] - a).abs().mean() for i, a in enumerate(alone)]).max().item()
-        if not error < limit:
-            raise RuntimeError(
-                f"packed and separate forwards ({attention} attention) differ by {error:.4f} nats on average "
-                f"(limit {limit}): with this architecture ({policy.lm.config.model_type}) or transformers "
-                "version, packed sequences see each other. Use Qwen2 or Llama, or the pinned versions.")
+        for row, sequence in zip(packed, sequences):
+            logp = policy(collate([sequence], device), own_logits=own)[0].flatten()             # (T,)
+            error = (row[:len(logp)] - logp).abs().mean().item()
+            if not error < limit:
+                raise RuntimeError(
+                    f"packed log-probs differ from {what} by {error:.4f} nats a token (limit {limit}): "
+                    f"with this architecture ({policy.lm.config.model_type}) or transformers version, packed "
+                    "sequences see each other, or head or attention are of a kind that this code does not "
+                    "know. Use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind, or the pinned "
+                    "versions.")
     policy.lm.set_attn_implementation("packed")
     policy.reshard()      # a forward without backward leaves the root gathered: named_parameters() are copies
 
@@ -622,22 +694,59 @@ def load_checkpoint(path, manifest, policy, optimizer):
     return manifest["state"]
 
 
+def readable_by_transformers_4(folder):
+    """Say in an exported model's JSON files what transformers 4.57 reads under other names; transformers 5
+    and vLLM read both.
+
+    RoPE: without rope_theta and rope_scaling, 4.57 takes theta 10,000 and no scaling, without a word. The
+    tokenizer: 4.57 knows neither the class TokenizersBackend nor a list of extra_special_tokens.
+    """
+    def rewrite(file, change):
+        fields = json.loads(file.read_text())
+        change(fields)
+        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+    def spell_out_rope(config):
+        scaling = dict(config["rope_parameters"])
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in scaling:
+                config[name] = scaling.pop(name)
+        if scaling["rope_type"] != "default":
+            config["rope_scaling"] = scaling
+
+    def rename_tokens(config):
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if "extra_special_tokens" in config:
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+    rewrite(folder / "config.json", spell_out_rope)
+    rewrite(folder / "tokenizer_config.json", rename_tokens)
+
+
 def export_hf(folder, policy, tokenizer, dtype):
-    """Write safetensors, config (with the RoPE override) and tokenizer that transformers and `vllm serve`
-    open as they are. A collective; rank 0 holds the whole model in host memory once, in `dtype`."""
+    """Write safetensors, config (with the RoPE override), tokenizer, and the base model's own generation
+    defaults but for its limits of length, as transformers (4.57 too) and `vllm serve` open them. A
+    collective; rank 0 holds the whole model in host memory once, in `dtype`."""
     rank0, folder, state = dist.get_rank() == 0, Path(folder), {}
     for name, tensor in full_parameters(policy, dtype):
         if rank0:
-            state[name] = tensor.cpu()
+            state[name] = tensor.to("cpu", copy=True)          # gathered, it may be a view of a padded one
     if rank0:
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {"use_cache": True})
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        shell.generation_config = GenerationConfig.from_model_config(config)
-        shell.save_pretrained(partial, state_dict=state)
+        partial.mkdir(parents=True)
+        # Not by the model's own save_pretrained: it needs a second instance, which the engine may prevent
+        # (Policy.forward), and refuses generation defaults that from_pretrained reads gladly.
+        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {
+            "use_cache": True, "dtype": dtype, "architectures": [type(policy.lm).__name__]})
+        config.save_pretrained(partial)
+        save_torch_state_dict(state, partial)
+        generation = {name: x for name, x in policy.generation.items() if not name.startswith("max_")}
+        generation["eos_token_id"] = config.eos_token_id
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         tokenizer.save_pretrained(partial)
+        readable_by_transformers_4(partial)
         for file in partial.iterdir():
             file.chmod(0o644)                                  # safetensors are written for their owner alone
         shutil.rmtree(folder, ignore_errors=True)

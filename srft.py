@@ -211,6 +211,7 @@ def setup(cfg):
             raise ValueError(f"--reference {cfg.reference}: has {of_base.vocab_size} tokens, the model has "
                              f"{config.vocab_size}: the KL of A1 needs one vocabulary")
         reference = M.load_policy(base, of_base, mesh, device, offload=cfg.offload).requires_grad_(False)
+        M.check_packing(reference, device, of_base.vocab_size)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     phase("start engine")
     engine = RolloutEngine(
