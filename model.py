@@ -455,8 +455,15 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
     if unknown:                          # to_empty would leave them without contents: only weights are read
         raise ValueError(f"{config.model_type}: numbers in buffers ({', '.join(unknown[:3])}) are not "
                          "supported; use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind")
-    if checkpointing:                # each decoder block keeps only its input and is recomputed in backward
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in lm.modules():          # pi_theta is one function: the engine has no dropout either
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if checkpointing:
+        # Each decoder block keeps only its input and is recomputed in backward. Nothing in it is random, so no
+        # generator's state need be saved and set at every block.
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     policy = Policy(lm.train())
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     bf16 = device.type == "cuda" if bf16 is None else bf16

@@ -308,6 +308,20 @@ def one_step(policy, optimizer, seed=0):
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("spec", [dict(kind="Llama", attention_dropout=0.5), dict(kind="Phi3", resid_pdrop=0.5, embd_pdrop=0.5)],
+                         ids=lambda spec: spec["kind"])
+def test_a_model_with_dropout_is_trained_without_it_recomputed_or_not(tmp_path, mesh, spec):
+    """The engine has none, and a recomputed block would draw another one than its forward did."""
+    save_model(tmp_path, **spec)
+    grads = []
+    for checkpointing in (False, True):
+        policy = load(tmp_path, mesh, checkpointing)
+        M.check_packing(policy, CPU, VOCAB)                                      # through transformers' own attention, too
+        policy(collate(some_sequences(), CPU))[0].sum().backward()
+        grads.append([p.grad.full_tensor() for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 @pytest.mark.parametrize("spec", MODELS, ids=model_name)
 @pytest.mark.parametrize("temperature, checkpointing", [(1.0, True), (0.7, False)])
 def test_a_packed_forward_and_its_gradients_equal_transformers_own_on_each_sequence_alone(tmp_path, mesh, spec, temperature, checkpointing):
