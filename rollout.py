@@ -8,8 +8,8 @@ same GPUs, as training.
 
 Only vLLM's public API is used, and no other file imports vllm. The engine never reads weights from disk,
 so it can serve nothing but what it was sent: by the trainer, or, in eval.py, by `stored_tensors`. Each
-transfer carries a version, and asking for another version than the one loaded is an error: stale weights, the
-classic silent bug of RL stacks, cannot happen.
+transfer carries a version and must bring the whole model, and asking for another version than the one loaded
+is an error: stale weights, the classic silent bug of RL stacks, cannot happen.
 """
 import atexit
 import gc
@@ -35,13 +35,14 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch  # noqa: E402  (after the environment above)
 import torch._dynamo  # noqa: E402
+import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")      # of no use to our users
 # vLLM logs a few lines before it has read its own level (that there is no Triton for CPUs, for one).
 logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+transformers.utils.logging.disable_progress_bar()                       # of the files of a model, one by one
 if not torch.cuda.is_available():
     # vLLM compiles one small log-prob helper even in eager mode: on CPU that costs 4 s
     # and needs a C++ compiler.
@@ -276,7 +277,7 @@ def cpu_arguments(config, max_tokens, max_sequences, untied):
 def weight_names(config):
     """-> (Hugging Face's names of a model's weights; the second names of those that are tied to others)."""
     with torch.device("meta"):                                      # no memory, no time
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     names = {name for name, _ in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return names, every - names

@@ -179,17 +179,33 @@ def test_a_real_engine_refuses_weights_that_are_not_all_its_own_and_serves_none_
     assert torch.load(tmp_path / "found") == {"error": error, "serves nothing": True}
 
 
-def make_folder(cache, theta):
-    config = load_config(TINY)
-    config.rope_parameters["rope_theta"] = theta
-    return rollout.write_config(config, tiny_tokenizer(), cache)
+THETAS = [1e4 + k for k in range(10)]
+
+
+def make_folders(cache, barrier, queue):
+    """In a process of its own: a folder for each theta, and what is in it when it is handed out."""
+    config, tokenizer, made = load_config(TINY), tiny_tokenizer(), []
+    for theta in THETAS:
+        config.rope_parameters["rope_theta"] = theta
+        barrier.wait()
+        folder = rollout.write_config(config, tokenizer, cache)
+        made.append((folder, {file.name: file.read_bytes() for file in folder.iterdir()}))
+    queue.put(made)
 
 
 def test_whoever_writes_an_engines_folder_at_the_same_time_all_end_with_one_whole_folder_for_each_config(tmp_path):
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        folders = pool.starmap(make_folder, [(tmp_path, theta) for theta in (1e4, 2e4)] * 12, chunksize=1)
-    assert set(folders) == set(tmp_path.iterdir()) and len(set(folders)) == 2              # nothing else is left behind
-    for folder, theta in zip(folders, (1e4, 2e4)):
+    fork = multiprocessing.get_context("fork")
+    barrier, queue = fork.Barrier(4), fork.SimpleQueue()
+    children = [fork.Process(target=make_folders, args=(tmp_path, barrier, queue)) for _ in range(4)]
+    for child in children:
+        child.start()
+    made, *others = [queue.get() for _ in children]
+    for child in children:
+        child.join()
+    assert others == [made] * 3                                                            # whole, whoever was first
+    assert {folder for folder, _ in made} == set(tmp_path.iterdir())                       # nothing else is left behind
+    for theta, (folder, content) in zip(THETAS, made):
+        assert content == {file.name: file.read_bytes() for file in folder.iterdir()}
         assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == theta
         assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
 
