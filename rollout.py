@@ -205,10 +205,11 @@ class RolloutEngine:
         self.weights_version, self.broken = version, False
 
     def _complete(self, named_tensors):
-        """The stream for vLLM; an error if it lacks a weight, or has one that the model does not.
+        """The stream for vLLM; an error if it lacks a weight, has one twice, or one that the model has not.
 
-        vLLM itself does not mind a missing tensor. Where it fuses layers (q, k and v; gate and up) it does
-        not even know: without k_proj alone, it serves whatever was in that memory.
+        vLLM itself does not mind a missing tensor. Where it fuses layers (q, k and v; gate and up) it counts
+        numbers until the fused one is full: without k_proj it serves whatever was in that memory, and with
+        q_proj twice it takes no v_proj.
         """
         missing = set(self.names)
         for name, tensor in named_tensors:
@@ -217,7 +218,9 @@ class RolloutEngine:
             if name not in self.names:
                 raise ValueError(f"the engine's model has no weight {name}; it has, for example, "
                                  f"{', '.join(sorted(missing)[:3])}")
-            missing.discard(name)
+            if name not in missing:
+                raise ValueError(f"the weight {name} came twice")
+            missing.remove(name)
             yield name, tensor
             if self.untied and name.endswith("embed_tokens.weight"):
                 yield "lm_head.weight", tensor

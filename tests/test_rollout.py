@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +73,8 @@ def test_a_transfer_that_fails_half_way_leaves_no_valid_weights(engine):
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("sent, message", [(["b"], "1 of 2 weights did not come, such as a"), (["a", "b", "c"], "no weight c; .* example"),
-                                           (["a", "c", "b"], "no weight c; it has, for example, b"), ([], "2 of 2 .* a, b")])
+                                           (["a", "c", "b"], "no weight c; it has, for example, b"), ([], "2 of 2 .* a, b"),
+                                           (["a", "a", "b"], "the weight a came twice")])
 def test_weights_that_are_not_those_of_the_model_are_refused_at_any_sync(engine, version, sent, message):
     engine.names = {"a", "b"}
     if version == 2:
@@ -287,3 +289,35 @@ def test_prompts_that_together_exceed_vllms_budget_of_tokens_are_trained_on_and_
 def test_on_a_cpu_a_step_has_room_for_the_longest_sequence_beside_all_others():
     arguments = rollout.cpu_arguments(load_config(TINY), max_tokens=9216, max_sequences=256, untied=True)
     assert arguments["max_num_batched_tokens"] >= 9216 + 255 and arguments["enable_chunked_prefill"] is False
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_vllm_is_given_on_a_gpu_and_on_a_cpu(monkeypatch, tmp_path, cuda):
+    class LLM(Recorder):
+        def __init__(self, folder, **given):
+            super().__init__()
+            self.calls.append((folder, given))
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = RolloutEngine(load_config(TINY), tiny_tokenizer(), torch.bfloat16, 512, 64, gpu_memory_utilization=0.3)
+    (folder, given), asked = engine.llm.calls
+    assert Path(folder).parent == tmp_path / "srft" and given["load_format"] == "dummy" and given["max_model_len"] == 512
+    assert asked == ("apply_model", rollout.refuse_partial_loads)
+    on_gpu = {"enforce_eager": False, "enable_sleep_mode": True, "gpu_memory_utilization": 0.3, "hf_overrides": {"head_dtype": "float32"}}
+    on_cpu = {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": 4096,
+              "hf_overrides": {"tie_word_embeddings": False}}
+    assert given.items() >= (on_gpu if cuda else on_cpu).items()
+    assert not given.keys() & ((on_cpu if cuda else on_gpu).keys() - {"enforce_eager", "hf_overrides"})
+
+
+@pytest.mark.slow
+def test_on_a_gpu_vllm_is_asked_for_logits_in_fp32_in_its_own_words():
+    said = run(["-c", f"""if True:
+        import rollout, vllm
+        from vllm.config import ModelConfig
+        overrides = rollout.gpu_arguments(0.5)["hf_overrides"]
+        print("HEAD", vllm.__version__, ModelConfig(model={TINY!r}, dtype="bfloat16", hf_overrides=overrides).head_dtype)"""])
+    version, dtype = said.split("HEAD ")[1].split()[:2]
+    assert dtype == ("torch.bfloat16" if version.startswith("0.25.") else "torch.float32")     # 0.25 has it for pooling models only
