@@ -7,9 +7,10 @@ export OMP_NUM_THREADS = 1
 # torchrun asks the network for this machine's own name, and waits for minutes where nobody knows it: --local_addr.
 .PHONY: demo test test-fast env env-older clean
 
+# torch's own errors only: on a CPU, vLLM warns through it of how it places memory.
 demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
 	rm -rf out/tiny
-	$(VENV)/bin/torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny
+	TORCH_CPP_LOG_LEVEL=ERROR $(VENV)/bin/torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny
 
 test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not clock" --durations=25 tests

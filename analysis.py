@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 import model as M
 from data import TEMPLATES, load_examples, tokenize
 from processes import fetch, init_distributed, mistakes_in_one_line
-from rollout import RolloutEngine, stored_tensors
+from rollout import RolloutEngine, check_environment, stored_tensors
 from runlog import read_rows
 
 # ----------------------------------------------------------------------------------------------------------
@@ -85,6 +85,7 @@ class Scorer:
 def respond(args, mesh, device):
     """One response of --model to each problem, sampled at temperature 1 by vLLM, with the log-probs of its
     tokens."""
+    check_environment(device)
     rank, world, folder = dist.get_rank(), dist.get_world_size(), model_folder(args.model)
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)

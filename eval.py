@@ -36,7 +36,7 @@ from config import check_versions, environment
 from data import TEMPLATES, Prompt, tokenize
 from processes import fetch, init_distributed, mistakes_in_one_line
 from reward import TEXTS, Grader
-from rollout import RolloutEngine, stored_tensors
+from rollout import RolloutEngine, check_environment, stored_tensors
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
 
 
@@ -361,6 +361,7 @@ def prepare(args, tokenizer, window, say):
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
     rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)            # ranks end hours apart
+    check_environment(device)
     say = print if rank == 0 else lambda *_: None
     check_versions(environment(device)["versions"], say)
     folder = locate(args)

@@ -35,7 +35,7 @@ from eval import Sampling, evaluate, unmatchable
 from processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
                        seed_everything, set_timeouts, start_profiler, write_profile)
 from reward import Grader
-from rollout import RolloutEngine
+from rollout import RolloutEngine, check_environment
 from update import counts, forward_before_update, term_gradient_norms, update_policy
 
 
@@ -175,6 +175,7 @@ def setup(cfg):
     """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
     --resume, the state of the newest whole checkpoint."""
     rank, world, device, mesh = init_distributed(cfg.device)
+    check_environment(device)
     say = print if rank == 0 else lambda *_: None
     check_versions(environment(device)["versions"], say)
     out = Path(cfg.out)

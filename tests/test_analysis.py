@@ -191,7 +191,7 @@ def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_
     (["fig2a", "--base", TINY, "--tuned", TINY, "--data", "tiny:long"], "has a demonstration"),
 ])
 def test_mistakes_are_one_line(arguments, says, monkeypatch):
-    monkeypatch.setattr(A, "init_distributed", lambda: (0, 1, torch.device("cpu"), None))
+    monkeypatch.setattr(A, "init_distributed", lambda _: (0, 1, torch.device("cpu"), None))
     with pytest.raises(SystemExit, match=re.escape(says)):
         A.main(arguments)
 
