@@ -134,7 +134,7 @@ def engine(out):
 
 def incomplete(out, case):
     """Whether a real engine refuses what is not the whole model, and what it then does; of `case`, one engine."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed("cpu")
     config, tokenizer = M.load_config(TINY), tiny_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     vllm = rollout.RolloutEngine(config, tokenizer, torch.float32, 128, 32)
@@ -163,7 +163,7 @@ def incomplete(out, case):
 def start(out, cache):
     """Start an engine with its folder in `cache`: where that lies, and the key of vLLM's compiled kernels."""
     os.environ["XDG_CACHE_HOME"] = cache
-    init_distributed()
+    init_distributed("cpu")
     vllm = rollout.RolloutEngine(M.load_config(TINY), tiny_tokenizer(), torch.float32, 128, 32)
     of_vllm = vllm.llm.llm_engine.vllm_config
     torch.save({"folder": of_vllm.model_config.model, "hash": of_vllm.compute_hash()}, out)
@@ -193,11 +193,15 @@ def recorded(tape, *flags):
 
 
 def stale(since, factor, *flags):
-    """A whole run whose engine gets other weights than the trainer has, under the right version, from version `since` on."""
+    """A whole run whose engine gets other weights than the trainer has, under the right version, from version `since` on: all of
+    them times `factor`, or ("missing") without one."""
     class Stale(rollout.RolloutEngine):
         def sync_weights(self, named_tensors, version):
-            by = float(factor) if version >= int(since) else 1.0
-            super().sync_weights(((name, tensor * by) for name, tensor in named_tensors), version)
+            if version >= int(since) and factor == "missing":
+                named_tensors = ((name, tensor) for name, tensor in named_tensors if "0.self_attn.k_proj" not in name)
+            elif version >= int(since):
+                named_tensors = ((name, tensor * float(factor)) for name, tensor in named_tensors)
+            super().sync_weights(named_tensors, version)
 
     srft.RolloutEngine = Stale
     cfg = parse_args(list(flags))

@@ -1,4 +1,5 @@
 """One process is the reference: any number of ranks and any split into micro-batches must compute the same."""
+import re
 import shutil
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_run_whose_engine_gets_other_weights_stops_at_that_step_before_its_che
     assert "engine and trainer disagree" in output and f"over the rollouts of step {since + 1} " in output
     assert [row["step"] for row in metrics(out)] == list(range(since + 2)) and metrics(out)[-1]["engine/mismatch"] == 1
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-1"] * since
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("since", [1, 6])                      # in a fresh run; 6: at once, after a resume
+def test_a_transfer_that_lacks_a_weight_ends_the_run_before_that_steps_checkpoint(since, whole_run, tmp_path):
+    out, more = tmp_path / "run", []
+    if since == 6:
+        shutil.copytree(whole_run, out)
+        more = ["--resume"]
+    output = run(["tests/ranks.py", "stale", since, "missing", *SMALL[1:], "--save_every", "1", "--out", out, "--steps", "8", *more], ok=False)
+    assert re.search(r"1 of \d+ weights did not come, such as model.layers.0.self_attn.k_proj", output), output[-2000:]
+    assert [row["step"] for row in metrics(out)] == list(range(since + (since == 6)))
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ([] if since == 1 else ["step-4", "step-6"])
 
 
 @pytest.mark.slow
