@@ -553,14 +553,18 @@ def check_packing(policy, device, vocab_size):
     policy.reshard()      # a forward without backward leaves the root gathered: named_parameters() are copies
 
 
+def head_width(config):
+    """Numbers of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def forward_backward_flops(config, parameters, sequences):
     """Model FLOPs of one forward and backward over `sequences` (for MFU): 6 per weight and token, the
     embedding look-up not counted and the head counted on response tokens only, plus causal attention.
     Recomputation does not count."""
     head = config.vocab_size * config.hidden_size
     body = parameters - head * (1 if config.tie_word_embeddings else 2)
-    width = config.num_hidden_layers * config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_hidden_layers * config.num_attention_heads * head_width(config)
     n = sum(map(len, sequences))
     return (6 * body * n + 6 * head * sum(len(s.response) for s in sequences)
             + 6 * width * sum(len(s)**2 for s in sequences))

@@ -31,7 +31,8 @@ from rollout import kv_bytes
 
 GIB = 2**30
 CARD = 80e9              # bytes, as the name "80 GB" promises
-RESIDUAL = 2 * GIB       # assumed, in both phases: CUDA context, NCCL buffers, the engine's CUDA graphs
+RESIDUAL = 2 * GIB       # assumed, in both phases: CUDA context, NCCL buffers
+GRAPHS = 1 * GIB         # assumed: the engine's CUDA graphs, out of its share; they stay while it sleeps
 WORKSPACE = 2 * GIB      # assumed, out of vLLM's share: activations of the engine's largest batch
 NODE = 8                 # cards a node, as far as a plan goes; a run asks torchrun
 TYPICAL = (256, 2000)    # prompt and response tokens of the "typical" row
@@ -111,6 +112,8 @@ def simulate(config, cfg, world=8, per_node=NODE):
       host         with offload: the first three, 16P/w, which then lie in host memory and count 0 here; but
                    for the gradients on several nodes, which stay here until they have been reduced across
 
+      attention    by formula, and in no other number: see attention_backward
+
     Fake tensors that claim to be on a GPU cannot be offloaded. The simulation therefore runs without, and its
     activations, peak less the three, are taken over; on top, unseen, comes the fp32 shard of the one unit (a
     block or the root) that is just being copied.
@@ -147,8 +150,17 @@ def simulate(config, cfg, world=8, per_node=NODE):
              "gradients": gradients if here or world > per_node else 0}
     peak = sum(found.values())
     return found | {"peak": peak, "host": 0 if here else kept,
+                    "attention": attention_backward(config, cfg.micro_batch_tokens),
                     "parameters": parameters, "vocabulary": vocabulary,
                     "reference": here * weights + 2 * vocabulary if cfg.kl_coef else 0}
+
+
+def attention_backward(config, tokens):
+    """Bytes that flash attention's backward kernel allocates for itself, which no fake tensor shows: the
+    gradient of the queries in fp32 and, where query heads share keys, those of keys and values for each query
+    head in bf16, before they are added up."""
+    shared = config.num_key_value_heads < config.num_attention_heads
+    return tokens * config.num_attention_heads * M.head_width(config) * (4 + 2 * 2 * shared)
 
 
 def full_micro_batch(cfg):
@@ -165,21 +177,32 @@ def tokens_per_step(cfg, world, length):
     return sequences, sequences * length, cfg.updates_per_rollout * math.ceil(packs / world)
 
 
+def graphs(cfg):
+    """Bytes of the engine's CUDA graphs."""
+    return 0 if cfg.engine_eager else GRAPHS
+
+
+def kv_room(cfg, parameters):
+    """Bytes for the engine's KV cache: its share of the card less a bf16 copy of all the model (tensor parallel
+    1; its head's product is in fp32, the head's weights are not), its CUDA graphs and its workspace."""
+    return max(0.0, cfg.engine_memory * CARD - 2 * parameters - graphs(cfg) - WORKSPACE)
+
+
 def budget(cfg, memory):
     """(rows of name, bytes in training, bytes generating; their two sums; bytes left for the KV cache).
 
-    The engine sleeps in training. Awake it takes its share of the card, for a bf16 copy of all the model
-    (tensor parallel 1), its workspace and, with what is left, the KV cache.
+    The engine sleeps in training: only its CUDA graphs stay. Awake it takes its share of the card.
     """
     share, both = cfg.engine_memory * CARD, lambda name: [memory[name]] * 2
     rows = [("weights: fp32 shards", *both("weights")), ("reference model: weights", *both("reference")),
             ("optimizer: two moments of AdamW", *both("optimizer")),
             ("gradients: fp32 shards", memory["gradients"], 0),
             ("activations, temporaries at peak", memory["activations"], 0),
-            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, share),
-            ("CUDA, NCCL, graphs (assumed)", RESIDUAL, RESIDUAL)]
+            ("flash attention's own, in backward", memory["attention"], 0),
+            (f"vLLM: graphs, awake {cfg.engine_memory:.0%} of card", graphs(cfg), share),
+            ("CUDA, NCCL (assumed)", RESIDUAL, RESIDUAL)]
     used = [sum(row[phase] for row in rows) for phase in (1, 2)]
-    return rows, used, max(0.0, share - 2 * memory["parameters"] - WORKSPACE)
+    return rows, used, kv_room(cfg, memory["parameters"])
 
 
 def show(cfg):
@@ -226,8 +249,9 @@ def report(config, cfg, memory, source, world=8):
               *(f"  {name:<34}{gib(a)}{gib(b)}" for name, a, b in rows if a or b)]
     room, engine = kv / kv_bytes(config), 2 * memory["parameters"]
     fill = " or ".join(f"{int(room / sum(n)):,} sequences of {sum(n):,}" for n in lengths.values())
-    lines += [f"vLLM's share: {engine / GIB:.2f} weights, {WORKSPACE / GIB:.2f} workspace (assumed), KV",
-              f"  cache of {room:,.0f} tokens: {fill}"]
+    lines += [f"vLLM's share: {engine / GIB:.2f} weights, {graphs(cfg) / GIB:.2f} CUDA graphs and "
+              f"{WORKSPACE / GIB:.2f} workspace",
+              f"  (both assumed), KV cache of {room:,.0f} tokens: {fill}"]
     if memory["host"]:
         lines += [f"in host memory (--offload): {memory['host'] / GIB:.2f} GiB a rank, "
                   f"{memory['host'] * shard / GIB:.1f} a node: weights, optimizer, gradients"]

@@ -265,7 +265,8 @@ def fits(config, cfg, cases):
         results.append({"cards": world, "offload": offload, "training_gb": training / GB, "generating_gb": generating / GB,
                         "kv_gb": kv / GB, "host_gb": memory["host"] / GB, "fits": ok})
     weights = 2 * memory["parameters"] / GB
-    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA, NCCL, graphs). It fits if "
+    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA and NCCL, and in training "
+                f"{plan.GRAPHS / GB:.1f} for the engine's CUDA graphs). It fits if "
                 f"training takes at most 72, generating at most 80 with the engine's weights ({weights:.1f}) and at least 10 of "
                 "KV cache",
                 ["cards", "training, engine asleep", "generating, engine awake", "of it KV cache",
@@ -320,7 +321,7 @@ def assumptions(machines, cfg, mean):
         ("prefill, share of peak", first.prefill, "each prompt once (prefix cache); preempted sequences again"),
         ("a decoding step, s", f"{STEP_OVERHEAD:g} + {SEQUENCE_OVERHEAD:g} a sequence", "scheduler, sampler; CUDA graphs"),
         ("the engine",
-         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, {cfg.engine_sequences} sequences",
+         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, {plan.GRAPHS / GB:.1f} GB CUDA graphs, {cfg.engine_sequences} sequences",
          "flags; the rest beside bf16 weights is KV cache"),
         ("KV cache full", "the youngest sequence is dropped, prefilled later", "as the engine's scheduler does"),
         ("lengths, typical", f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
@@ -415,7 +416,7 @@ def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, update
     response = lengths(cfg.prompts_per_step * rollouts, mean, cfg.max_response_tokens)
     demos = lengths(cfg.prompts_per_step if demos is None else demos, mean, cfg.max_response_tokens, seed=10)
 
-    kv = max(0.0, cfg.engine_memory * plan.CARD - 2 * parameters - plan.WORKSPACE) / plan.kv_bytes(config)
+    kv = plan.kv_room(cfg, parameters) / plan.kv_bytes(config)
     shares = [response.reshape(-1, rollouts)[r::m.cards].ravel() for r in range(m.cards)]
     ranks = [generate(m, config, parameters, prompt, share, len(share) // rollouts, kv, cfg.engine_sequences)
              for share in shares]

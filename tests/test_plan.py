@@ -122,6 +122,21 @@ def test_the_verdict_names_the_flags_that_help(small):
     assert "reference model" in text(small, reference=plan.GIB) and "reference model" not in text(small)
 
 
+def test_what_the_simulation_cannot_see_is_counted_by_formula_or_as_an_assumption_that_is_named(small):
+    config, _ = plan.read_config(small.model)
+    memory = simulate(small)
+    assert memory["attention"] == 2048 * 4 * 64 * (4 + 2 * 2)        # tokens x heads x width x (dq in fp32; dk, dv of each query head)
+    config.num_key_value_heads = 4
+    assert plan.attention_backward(config, 2048) == 2048 * 4 * 64 * 4
+    rows, (training, generating), room = plan.budget(small, memory)
+    assert training == memory["peak"] + memory["attention"] + plan.GRAPHS + plan.RESIDUAL
+    assert room == 0.6 * 80e9 - 2 * memory["parameters"] - plan.GRAPHS - plan.WORKSPACE
+    text = "\n".join(plan.report(config, small, memory, "model"))
+    assert "flash attention's own, in backward" in text and "1.00 CUDA graphs and 2.00 workspace\n  (both assumed)" in text
+    small.engine_eager = True                                                    # no graphs, awake or asleep
+    assert plan.budget(small, memory)[1][0] == training - plan.GRAPHS and plan.budget(small, memory)[2] == room + plan.GRAPHS
+
+
 def test_other_ranks_print_nothing(small, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert plan.show(small) is None
