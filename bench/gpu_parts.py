@@ -105,7 +105,7 @@ def compare(function, reference, leaves, precise):
 
 
 def random_qkv(tokens, device):
-    """Query, key, value in bf16, (1, heads, tokens, d) each: views of (1, tokens, heads, d), as in a model."""
+    """Query, key, value in bf16, each (1, heads, tokens, d): views of (1, tokens, heads, d), as in models."""
     heads, kv_heads, width = HEADS
     return [torch.randn(1, tokens, n, width, device=device).bfloat16().transpose(1, 2)
             for n in (heads, kv_heads, kv_heads)]
@@ -222,7 +222,7 @@ def trainer(config, device, mesh, lr=1e-6, offload=False, weights=None):
 
 
 def randomize(name, tensor):
-    """Norms 1; matrices such that they keep the size of what they multiply, whatever the width: then attention
+    """Norms 1; matrices such that they keep the size of what they multiply, whatever the width: attention then
     matters as much as in a trained model, and so does an error in it."""
     return tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, tensor.shape[-1]**-0.5)
 
@@ -499,8 +499,9 @@ def mismatch(report, what, metrics, device):
     """On a GPU the mean may be what srft.py's own check at a run's first step lets pass."""
     mean, worst = metrics["engine/logp_diff_mean"], metrics["engine/logp_diff_max"]
     limit = 0.05 if device.type == "cuda" else 1e-4
-    report.add(f"{what}: log p of engine less trainer's, mean and worst size",
-               f"{mean:.2g}, {worst:.2g} nats", f"mean below {limit:g}", mean < limit, number=mean, worst=worst)
+    what = f"{what}: log p of engine less trainer's, mean and worst size"
+    report.add(what, f"{mean:.2g}, {worst:.2g} nats", f"mean below {limit:g}", mean < limit, number=mean,
+               worst=worst)
 
 
 def same_tokens(report, what, first, again):
@@ -596,8 +597,7 @@ def end_to_end(report, device):
 
 
 def command(report, *args):
-    """Seconds that `python ARGS` takes; its output goes to DIR. RuntimeError, with its last words, if it fails.
-    """
+    """Seconds that `python ARGS` takes; its output goes to DIR. RuntimeError with its last words if it fails."""
     began = time.monotonic()
     done = subprocess.run([sys.executable, *args], cwd=common.ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
