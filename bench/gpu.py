@@ -45,7 +45,7 @@ class Part:
 
 PARTS = {
     "kernels": Part(60, ("kernels",)),
-    "trainer": Part(90, ("planned", "trained")),
+    "trainer": Part(90, ("trained",)),
     "mfu": Part(60, ("mfu",)),
     "offload": Part(90, ("offload",)),
     "engine": Part(210, ("wide_engine", "tied_engine"), vllm=True),
@@ -89,10 +89,10 @@ class Report:
             message = " ".join(str(error).split())
             self.add(what, f"{type(error).__name__}: {message[:300]}", ok=False)
 
-    def number(self, what, part=None):
-        """What an earlier process, of this part or another, measured; None if it did not."""
-        rows = Report(self.folder, part).rows if part else self.rows
-        return next((row["number"] for row in rows if row["what"] == what), None)
+    def number(self, part, what):
+        """What another part measured in this folder; None if it did not, or failed to."""
+        rows = Report(self.folder, part).rows
+        return next((row.get("number") for row in rows if row["what"] == what), None)
 
 
 def write_whole(path, text):
@@ -145,7 +145,7 @@ def start_worker(args, name, task):
     """The process of one task. It imports its libraries and then waits for a line."""
     command = [sys.executable, __file__, name, "--task", task, "--out", args.out]
     env = dict(os.environ)
-    if args.device == "cpu" or task == "planned":                      # the plan is of fake tensors on a CPU
+    if args.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.Popen([*command, "--threads", str(args.threads)], env=env, stdin=subprocess.PIPE,
                             text=True, process_group=0)

@@ -62,6 +62,9 @@ CPU = Sizes(
     prompts=(2, 2), tokens=16, decode=(2, 4))
 HEADS = (28, 4, 128)              # query heads, key and value heads, head width: those of the 7B model
 PROMPT = 64                       # tokens of a prompt of the engine
+# Bytes that plan.simulate says an update of GPU.wide takes on one rank; a test compares. It is not asked here:
+# torch 2.11, which a GPU machine may have, refuses its fake tensors, and would count 18 GB too much.
+PLANNED_PEAK = 46.53e9
 
 
 def sizes(device):
@@ -222,8 +225,8 @@ def trainer(config, device, mesh, lr=1e-6, offload=False, weights=None):
 
 
 def randomize(name, tensor):
-    """Norms 1; matrices such that they keep the size of what they multiply, whatever the width: attention then
-    matters as much as in a trained model, and so does an error in it."""
+    """Norms 1; matrices that keep the size of what they multiply, whatever the width: attention then matters
+    as much as in a trained model, and so does an error in it."""
     return tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, tensor.shape[-1]**-0.5)
 
 
@@ -247,16 +250,6 @@ def one_update(run, cfg, batches):
     counts = update.counts(everything, cfg.loss_norm)
     metrics = update.update_policy(run, cfg, batches, before, *counts)
     return metrics, common.clock(run.device) - began
-
-
-PLANNED = "planned peak, full micro-batches, 1 rank"
-
-
-def planned(report, device):
-    """The plan's peak, for `trained` to measure; by itself, as a plan makes a process group of fake ranks."""
-    with report.attempt(PLANNED):
-        found = plan.simulate(shape(device, "wide"), Config(**sizes(device).batch), world=1)
-        report.add(PLANNED, f"{found['peak'] / 1e9:.2f} GB", number=found["peak"] / 1e9)
 
 
 def trained(report, device):
@@ -287,9 +280,10 @@ def peak_of_update(report, run, cfg, batches):
     finite = bool(np.isfinite([x for x in metrics.values() if x is not None]).all())
     report.add("one update: gradient norm", f"{metrics['grad_norm']:.3g}", "all metrics finite", finite,
                metrics=metrics, seconds=seconds)
-    peak, expected, near, ok = memory.before_gb + memory.gb, report.number(PLANNED), "", None
-    if expected and run.device.type == "cuda":                 # on a CPU it is all that Python and torch hold
-        near, ok = f"{expected:.2f} GB +- 10 %", abs(peak / expected - 1) < 0.1
+    peak = memory.before_gb + memory.gb
+    near, ok = f"{PLANNED_PEAK / 1e9:.1f} GB, the plan's, +- 10 %", abs(peak / PLANNED_PEAK * 1e9 - 1) < 0.1
+    if run.device.type == "cpu":                               # there it is all that Python and torch hold
+        near, ok = "", None
     report.add("its measured peak", f"{peak:.2f} GB", near, ok, number=peak)
 
 
@@ -411,9 +405,6 @@ def offload(report, device):
 
 # ----------------------------------------------------------------------------------------------------------
 # engine, warm, decode
-
-FIRST_START = "7B widths: start"
-
 
 def start_engine(config, device):
     """(engine without weights, seconds), as srft.setup starts one; vLLM has been imported before.
@@ -555,7 +546,7 @@ def engine_alone(device):
 def warm(report, device):
     """A start in another process, beside the first one of the part `engine`, if this folder knows it."""
     *_, seconds = engine_alone(device)
-    first = report.number(FIRST_START, part="engine")
+    first = report.number("engine", "7B widths: start")
     beside = f"; the first took {first:.1f} s" if first else ""
     report.add("7B widths: another start", f"{seconds:.1f} s{beside}", number=seconds)
 
@@ -597,7 +588,7 @@ def end_to_end(report, device):
 
 
 def command(report, *args):
-    """Seconds that `python ARGS` takes; its output goes to DIR. RuntimeError with its last words if it fails."""
+    """Seconds of `python ARGS`, whose output goes to a log in DIR. RuntimeError with its last words."""
     began = time.monotonic()
     done = subprocess.run([sys.executable, *args], cwd=common.ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
