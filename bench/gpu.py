@@ -1,6 +1,6 @@
 """The CUDA path on one GPU: does each piece of it work, is it right, what does it cost?
 
-    python bench/gpu.py --out DIR                     # all parts, about 8 minutes on an H100
+    python bench/gpu.py --out DIR                     # all parts, on an H100 8 minutes or some more
     python bench/gpu.py kernels trainer --out DIR     # these alone; the first four need no vLLM
     python bench/gpu.py table --out DIR               # gpu.md anew, from JSON files gathered in DIR
 
@@ -50,7 +50,7 @@ PARTS = {
     "offload": Part(90, ("offload",)),
     "engine": Part(210, ("wide_engine", "tied_engine"), vllm=True),
     "warm": Part(60, ("warm",), vllm=True),
-    "end-to-end": Part(120, ("end_to_end",)),
+    "end-to-end": Part(180, ("end_to_end",)),
     "decode": Part(60, ("decode",), vllm=True)}
 
 

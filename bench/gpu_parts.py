@@ -62,7 +62,7 @@ CPU = Sizes(
     prompts=(2, 2), tokens=16, decode=(2, 4))
 HEADS = (28, 4, 128)              # query heads, key and value heads, head width: those of the 7B model
 PROMPT = 64                       # tokens of a prompt of the engine
-# Bytes that plan.simulate says an update of GPU.wide takes on one rank; a test compares. It is not asked here:
+# Bytes that an update of GPU.wide takes on one rank, by plan.simulate; a test compares. It is not asked here:
 # torch 2.11, which a GPU machine may have, refuses its fake tensors, and would count 18 GB too much.
 PLANNED_PEAK = 46.53e9
 

@@ -70,7 +70,8 @@ def test_the_table_names_the_machine_and_has_the_parts_in_their_order(tmp_path):
     assert lines[:2] == ["NVIDIA H100, 580.1; Python 3.12, torch 2.11.0; commit unknown.", ""]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert cells[0] == ["part", "what", "found", "expected", ""] and set(cells[1][0]) == {"-"}
-    assert cells[2:] == [["kernels", "attention", "TypeError", "", "FAIL"], ["decode", "128 sequences", "9,000 tokens/s", "", "-"]]
+    assert cells[2:] == [["kernels", "attention", "TypeError", "", "FAIL"],
+                         ["decode", "128 sequences", "9,000 tokens/s", "", "-"]]
     assert len({len(line) for line in lines[2:]}) == 1
 
 
@@ -178,6 +179,14 @@ def test_sequences_that_see_each_other_are_found(report):
     assert [what.split(", ")[2] for what in failures(report)] == ["1 + 7 + 30 + 64 tokens: output"]
 
 
+def test_a_wrong_gradient_behind_a_right_output_is_found(report):
+    real = M.packed_attention
+    steeper = lambda module, q, k, v, *args, **kwargs: real(module, q, k + 0.1 * (k - k.detach()), v, *args, **kwargs)
+    with mock.patch.object(M, "packed_attention", steeper):
+        gpu_parts.attention(report, CPU)
+    assert len(failures(report)) == len(report.rows) - 1                 # one token has no gradient of its key
+
+
 @pytest.mark.parametrize("broken", [
     lambda out, a, b, beta=1.0, alpha=1.0: out.mul_(beta).add_(alpha * (a @ b).float()),       # rounded to bf16 on its way
     lambda out, a, b, beta=1.0, alpha=1.0: out.copy_(alpha * (a.float() @ b.float()))])        # beta forgotten
@@ -202,7 +211,7 @@ def rollout(tokens, logprobs):
 
 @pytest.mark.parametrize("again, ok, worst", [
     (([1, 2], [-1.0, -2.0]), True, 0), (([1, 2], [-1.0, -2.5]), False, 0.5), (([1, 3], [-1.25, -9.0]), False, 0.25),
-    (([9, 9], [-9.0, -9.0]), False, math.nan)])
+    (([1, 3], [-1.0, -9.0]), False, 0), (([9, 9], [-9.0, -9.0]), False, math.nan)])
 def test_another_token_or_another_log_prob_after_a_sync_is_found(again, ok, worst, report):
     gpu_parts.same_tokens(report, "again", [[rollout([1, 2], [-1.0, -2.0])]], [[rollout(*again)]])
     assert report.rows[0]["ok"] is ok and report.rows[0]["worst"] == pytest.approx(worst, nan_ok=True)
