@@ -256,7 +256,8 @@ def trained(report, device):
     _, _, device, mesh = init_distributed()
     config, cfg = shape(device, "wide"), Config(**sizes(device).batch)
     run = trainer(config, device, mesh)
-    packing(report, run.policy, "7B widths", config.vocab_size)
+    with report.attempt("7B widths"):
+        packing(report, run.policy, "7B widths", config.vocab_size)
     batches = [full_micro_batch(cfg, config.vocab_size, seed) for seed in range(2)]
     with report.attempt("one update"):
         peak_of_update(report, run, cfg, batches)
