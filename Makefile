@@ -4,11 +4,13 @@ PYTHON ?= python3
 # One thread a process: two ranks with a thread pool each fight over the cores.
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-fast env clean
+# torchrun asks the network for this machine's own name, and waits for minutes where nobody knows it: --local_addr.
+.PHONY: demo test test-fast env env-older clean
 
+# torch's own errors only: on a CPU, vLLM warns through it of how it places memory.
 demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
 	rm -rf out/tiny
-	$(VENV)/bin/torchrun --standalone --nproc_per_node=2 srft.py --preset tiny
+	TORCH_CPP_LOG_LEVEL=ERROR $(VENV)/bin/torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny
 
 test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not clock" --durations=25 tests
@@ -30,5 +32,11 @@ $(VENV)/.tests-installed: $(VENV)/.installed requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-cpu.txt
 	touch $@
 
+# Where torch's wheel is one for CUDA, as torch 2.11's is without an index for CPUs, tests and demo run all the same: --device cpu.
+env-older:                         ## the oldest supported versions, in .venv-older: .venv-older/bin/python -m pytest -m "not slow" tests
+	$(PYTHON) -m venv .venv-older
+	.venv-older/bin/pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip install --quiet -r requirements-cpu.txt -r requirements-dev.txt --override requirements-older.txt
+
 clean:
-	rm -rf $(VENV) out .pytest_cache
+	rm -rf $(VENV) .venv-older out .pytest_cache

@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 import model as M
 from data import TEMPLATES, load_examples, tokenize
 from processes import fetch, init_distributed, mistakes_in_one_line
-from rollout import RolloutEngine, stored_tensors
+from rollout import RolloutEngine, check_environment, stored_tensors
 from runlog import read_rows
 
 # ----------------------------------------------------------------------------------------------------------
@@ -85,6 +85,7 @@ class Scorer:
 def respond(args, mesh, device):
     """One response of --model to each problem, sampled at temperature 1 by vLLM, with the log-probs of its
     tokens."""
+    check_environment(device)
     rank, world, folder = dist.get_rank(), dist.get_world_size(), model_folder(args.model)
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -470,6 +471,8 @@ def parse(argv=None):
                  help="problems of each file (App. E: 1,024) [%(default)s]")
             flag("--template", choices=tuple(TEMPLATES), default="paper",
                  help="prompt template [%(default)s]")
+        flag("--device", choices=("auto", "cuda", "cpu"), default="auto",
+             help="auto: the GPU if torch is built for one, else the CPU [%(default)s]")
         for option, default, meaning in (
                 ("max_prompt_tokens", 1024, "longer prompts are dropped"),
                 ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),
@@ -486,7 +489,7 @@ def main(argv=None):
     try:
         with mistakes_in_one_line("analysis.py"):
             if FIGURES[args.figure] is not curves:
-                *_, device, mesh = init_distributed()
+                *_, device, mesh = init_distributed(args.device)
             for kind, content in FIGURES[args.figure](args, mesh, device):
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")

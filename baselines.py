@@ -11,8 +11,8 @@
 
 Which sequences a method sees, and the flags that the paper sets for it, stand in config.METHODS. All losses
 take (B,T) log-probs, entropies and masks, right-padded, and (B,) rewards, advantages and demonstration flags
-(srft_loss says more), and return (scalar loss, dict of floats): contributions of a micro-batch to the whole
-step, which simply add up.
+(srft_loss says more), and return (scalar loss, dict of scalar tensors): contributions of a micro-batch to the
+whole step, which simply add up.
 """
 import torch
 
@@ -41,11 +41,10 @@ def without_padding(mask, *tensors):
 
 
 def add_up(terms, only=None, **more):
-    """Terms (name -> scalar tensor) -> (their sum, or the one called `only`; all values and `more` as
-    floats)."""
+    """Terms (name -> scalar tensor) -> (their sum, or the one called `only`; all of them and `more` without
+    graph). They stay on the device: reading them here would make the host wait before backward."""
     loss = sum(term for name, term in terms.items() if only in (None, name))
-    named = terms | more
-    return loss, dict(zip(named, torch.stack(list(named.values())).tolist()))  # all in one transfer
+    return loss, {name: value.detach() for name, value in (terms | more).items()}
 
 
 def clipped_surrogate(logp, logp_old, advantage, eps):

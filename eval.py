@@ -32,11 +32,11 @@ from transformers import AutoTokenizer
 
 import model as M
 from benchmarks import BENCHMARKS, load_benchmark
-from config import environment
+from config import check_versions, environment
 from data import TEMPLATES, Prompt, tokenize
 from processes import fetch, init_distributed, mistakes_in_one_line
 from reward import TEXTS, Grader
-from rollout import RolloutEngine, stored_tensors
+from rollout import RolloutEngine, check_environment, stored_tensors
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
 
 
@@ -256,9 +256,12 @@ def parse(argv=None):
          choices=TEXTS)
     flag("strict_box", True, "Math-Verify grades the last box only, not any number it finds in the text")
     flag("score_unfinished", True, "a response cut at --max_tokens is graded like any other (public code)")
+    flag("device", "auto", "auto: the GPU if torch is built for one, and an error if it cannot be used; else "
+         "the CPU", choices=("auto", "cuda", "cpu"))
     flag("engine_memory", 0.9, "share of each GPU for vLLM")
     flag("engine_sequences", 256, "responses a rank decodes at once")
-    flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks")
+    flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
+         "one for the engine")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0")
     args = parser.parse_args(argv)
     for name, least in (("samples", 0), ("max_tokens", 1), ("engine_sequences", 1), ("temperature", 0.0),
@@ -290,10 +293,10 @@ SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p",
             "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
 
-def settle(args, folder, rank=0):
+def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = vars(args) | environment() | {
+    settings = vars(args) | environment(device) | {
         "weights": {file.name: fingerprint(file) for file in sorted(Path(folder).glob("*.safetensors"))}}
     path = Path(args.out) / "settings.json"
     if (Path(args.out) / "results.jsonl").exists():
@@ -357,20 +360,19 @@ def prepare(args, tokenizer, window, say):
 
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    rank, world, device, _ = init_distributed(timeout_minutes=7 * 24 * 60)        # ranks end hours apart
+    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)            # ranks end hours apart
+    check_environment(device)
     say = print if rank == 0 else lambda *_: None
+    check_versions(environment(device)["versions"], say)
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
     if rank == 0:
         claim(args.out)
-    settle(args, folder, rank)
+    settle(args, folder, device, rank)
     dist.barrier()
     tensors = stored_tensors(folder)
-    generation = Path(folder) / "generation_config.json"
-    if generation.exists():                           # more tokens may end a response than the config names
-        config.eos_token_id = json.loads(generation.read_text()).get("eos_token_id", config.eos_token_id)
     kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = Path(args.out) / "results.jsonl"

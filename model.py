@@ -14,6 +14,7 @@ vocabulary, D hidden size.
 """
 import gc
 import heapq
+import inspect
 import json
 import math
 import os
@@ -28,11 +29,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface
 
 # ----------------------------------------------------------------------------------------------------------
 # Log-probabilities and entropy without ever holding (N, V).
@@ -114,8 +116,9 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, en
 
 
 def default_chunk(vocabulary):
-    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB."""
-    return min(1024, max(64, 2**27 // vocabulary // 64 * 64))
+    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB: a multiple of 128, the
+    height of a tile in the GPU's matrix products."""
+    return min(1024, max(128, 2**27 // vocabulary // 128 * 128))
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -256,6 +259,15 @@ class Batch:
     lengths: list                  # response tokens of each sequence; they sum to R
 
 
+def to_device(numbers, device, dtype=None):
+    """A list, array or CPU tensor as a tensor on the device. The host does not wait: it would if the memory
+    were not pinned, since CUDA first finishes all queued work before it copies from pageable memory."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def collate(sequences, device):
     """Sequences -> Batch. An empty list gives a batch of one token that predicts nothing, by which a rank
     without work still joins every collective of its group."""
@@ -263,29 +275,41 @@ def collate(sequences, device):
               or [np.zeros(1, np.int64)])
     starts = np.cumsum([0] + [len(t) for t in tokens])
     where = [start + len(s.prompt) - 1 + np.arange(len(s.response)) for s, start in zip(sequences, starts)]
-    to = lambda x, dtype=torch.int64: torch.as_tensor(x, dtype=dtype).to(device, non_blocking=True)
+    positions = [np.arange(len(t)) for t in tokens]
+    targets = [s.response for s in sequences]
+    nothing = np.zeros(0, np.int64)
     return Batch(
-        ids=to(np.concatenate(tokens))[None],
-        positions=to(np.concatenate([np.arange(len(t)) for t in tokens]))[None],
-        cu_seqlens=to(starts, torch.int32), max_seqlen=max(map(len, tokens)),
-        where=to(np.concatenate(where) if where else []), lengths=[len(s.response) for s in sequences],
-        targets=to(np.concatenate([s.response for s in sequences]) if sequences else []))
+        ids=to_device(np.concatenate(tokens), device)[None],
+        positions=to_device(np.concatenate(positions), device)[None],
+        cu_seqlens=to_device(starts, device, torch.int32), max_seqlen=max(map(len, tokens)),
+        where=to_device(np.concatenate([nothing, *where]), device),
+        targets=to_device(np.concatenate([nothing, *targets]), device, torch.int64),
+        lengths=[len(s.response) for s in sequences])
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
-                     cu_seq_lens_q=None, max_length_q=None, **_):
+                     cu_seq_lens_q=None, max_length_q=None, position_ids=None, use_cache=None, **asked):
     """Block-diagonal causal attention over packed sequences, in the calling convention of transformers.
 
     query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash
     kernel that ships with torch, told where sequences start, so that no layer waits for the device; on
-    CPU one call for each run of sequences of one length.
+    CPU one call for each run of sequences of one length. Raises ValueError, by name, for whatever else a
+    model asks of its attention: softcap, s_aux (sinks), a sliding_window, a mask of its own.
     """
+    asked = [name for name, x in (asked | {"attention_mask": attention_mask}).items() if x is not None]
+    if asked or cu_seq_lens_q is None:
+        why = ", ".join(asked) or "nothing: it does not pass on where sequences start (cu_seq_lens_q)"
+        raise ValueError(f"{type(module).__name__} asks its attention for {why}; packed attention is plain "
+                         "causal attention and would give other numbers: use a model of the Qwen2, Qwen3, "
+                         "Llama, Mistral or OLMo-2 kind")
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]                               # (N, heads, d)
     gqa = query.shape[1] != key.shape[1]
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
+        # torch 2.11 takes grouped heads as they are; later versions ask for a word.
+        grouped = {"enable_gqa": gqa} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         out = varlen_attn(*qkv, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0), enable_gqa=gqa)
+                          window_size=(-1, 0), **grouped)                      # (-1, 0): causal, all the way
         return out[None], None
     runs = [(len(list(run)), length) for length, run in groupby(cu_seq_lens_q.diff().tolist())]
     # split, not slices: the gradient of each slice would be a tensor of all N tokens.
@@ -310,16 +334,26 @@ class Policy(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
+        self.generation = {}          # the model's own defaults of sampling, which its export keeps
 
-    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None, features=False):
+    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None, features=False,
+                own_logits=False):
         """Batch -> (logp, entropy, kl), each (B,T), right-padded with zeros; T is the longest response in the
         batch. `reference`: the `features` of the same batch by the model that kl is to; without, kl is None.
 
         features: return the hidden states that predict the responses, (R,D), and the head, (V,D), instead.
+        own_logits: return logp alone, from the logits of transformers' own forward, which holds (N,V): for
+        check_packing, and one short sequence.
         """
-        hidden = self.lm.base_model(
-            input_ids=batch.ids, position_ids=batch.positions, attention_mask=None, use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, max_length_q=batch.max_seqlen).last_hidden_state[0]  # (N, D)
+        if own_logits:
+            logits = self.lm(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits[0]
+            return logits[batch.where].float().log_softmax(-1).gather(-1, batch.targets[:, None]).T
+        # vLLM serves some models (OLMo-2) by transformers' own class, and gives it a __call__ that only the
+        # engine's instances can take. nn.Module's is the one it had.
+        hidden = nn.Module.__call__(
+            self.lm.base_model, input_ids=batch.ids, position_ids=batch.positions, attention_mask=None,
+            use_cache=False, cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen).last_hidden_state[0]                                  # (N, D)
         hidden, head = hidden[batch.where], self.lm.get_output_embeddings().weight               # (V, D)
         if features:
             return hidden, head
@@ -338,12 +372,48 @@ def accumulate(policy, last):
     policy.set_requires_all_reduce(last)
 
 
+# A head that is more than hidden @ weight.T, by its field in config.json; None or 1 leaves it plain.
+HEADS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")       # the angle of a position is that position's alone
+
+
+def misread(config):
+    """What would make this file's log-probs wrong without a sign of it, or None: a head, a RoPE, experts or
+    layers that it does not know. (check_packing finds those that no field of the config tells.)"""
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        return (f"RoPE of type {rope!r} is not supported: where its angles depend on the longest sequence of "
+                "a batch, a response's log-probs depend on what it is packed with")
+    for name in HEADS:
+        if getattr(config, name, None) not in (None, 1):
+            return (f"a scaled or capped head ({name} {getattr(config, name)}) is not supported: log-probs "
+                    "here are those of the plain product of hidden states and head")
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"capped attention (attn_logit_softcapping {config.attn_logit_softcapping}) is not supported"
+    for name in EXPERTS:
+        if getattr(config, name, None):
+            return (f"a mixture of experts ({name} {getattr(config, name)}) is not supported: its files name "
+                    "other weights than its modules, and routing may differ between engine and trainer")
+    layers = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
+        return "sliding-window attention is not supported"
+    if layers - {"full_attention"}:
+        return f"layers of type {', '.join(sorted(layers - {'full_attention'}))} are not supported"
+
+
+def stored_generation(path):
+    """The fields of the folder's generation_config.json; {} if it has none."""
+    file = Path(path) / "generation_config.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def load_config(path, rope_theta=0.0, window=0):
-    """The model's config with App. B's overrides; 0 keeps the model's own value.
+    """The model's config with App. B's overrides; 0 keeps the model's own value. Its eos_token_id is that of
+    generation_config.json, where there is one: a list, if several tokens end a response.
 
     Raises ValueError where the override is not App. B's (RoPE theta 10,000 -> 40,000, which makes room for a
-    longer window) and would quietly break the model, and for architectures whose attention the packed kernel
-    does not reproduce.
+    longer window) and would quietly break the model, and for a model that would train on wrong numbers.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -352,6 +422,9 @@ def load_config(path, rope_theta=0.0, window=0):
     own = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     if own is None:
         raise ValueError(f"{path}: has no single RoPE theta; use a Qwen2, Llama or one of their kin")
+    if reason := misread(config):
+        raise ValueError(f"{path}: {reason}; use a dense full-attention model of the Qwen2, Qwen3, Llama, "
+                         f"Mistral or OLMo-2 kind (this one is {config.model_type})")
     if window:
         if window > config.max_position_embeddings and rope_theta in (0, own):
             raise ValueError(f"{path}: --window {window} is over its {config.max_position_embeddings} "
@@ -362,10 +435,9 @@ def load_config(path, rope_theta=0.0, window=0):
             raise ValueError(f"{path}: its RoPE theta is {own:,.0f}, and changing it to {rope_theta:,.0f} "
                              "would break it; pass --rope_theta 0 --window 0 to keep the model's own")
         config.rope_parameters["rope_theta"] = float(rope_theta)
-    layers = getattr(config, "layer_types", None) or []
-    if "sliding_attention" in layers or (not layers and getattr(config, "sliding_window", None)):
-        raise ValueError(f"{path}: sliding-window attention is not supported; use a full-attention model "
-                         "(Qwen2, Llama and their kin)")
+    eos = stored_generation(path).get("eos_token_id")
+    if eos is not None:                                # config.json often names one of several, or none
+        config.eos_token_id = eos
     config.use_cache = False
     return config
 
@@ -379,8 +451,19 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
         raise ValueError("a language-model head with a bias is not supported")
-    if checkpointing:                # each decoder block keeps only its input and is recomputed in backward
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    unknown = [name for name, _ in lm.named_buffers() if not name.endswith("inv_freq")]
+    if unknown:                          # to_empty would leave them without contents: only weights are read
+        raise ValueError(f"{config.model_type}: numbers in buffers ({', '.join(unknown[:3])}) are not "
+                         "supported; use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind")
+    for module in lm.modules():          # pi_theta is one function: the engine has no dropout either
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if checkpointing:
+        # Each decoder block keeps only its input and is recomputed in backward. Nothing in it is random, so no
+        # generator's state need be saved and set at every block.
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     policy = Policy(lm.train())
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     bf16 = device.type == "cuda" if bf16 is None else bf16
@@ -411,6 +494,7 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
     if not list(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"{path}: no *.safetensors here; --model takes a Hugging Face model folder")
     policy = build_policy(config, mesh, device, checkpointing, offload=offload)
+    policy.generation = stored_generation(path)
     # A tied head appears once.
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}
     try:
@@ -435,25 +519,36 @@ def full_parameters(policy, dtype):
 
 @torch.no_grad()
 def check_packing(policy, device, vocab_size):
-    """Abort unless a packed forward equals separate forwards, also through transformers' own attention.
+    """Abort unless log-probs of packed sequences are those of each alone, and those of transformers' own
+    forward with its own head.
 
-    Guards against the silent failure of packing, a mask that lets one sequence see another (0.5 nats off).
-    Between two kernels bf16 may differ by 0.1 on these random tokens, through one it hardly does. Raises
-    RuntimeError. A collective.
+    Guards against two silent faults: a mask that lets one sequence see another (0.5 nats off and more), and a
+    head of a kind that this file does not know (2-4 nats). In nats a token, averaged over each response of 64
+    or more random tokens, fp32 may differ by 1e-3 and bf16, which rounds products of different sizes
+    differently, by 0.2. Short sequences are enough: no RoPE that load_config lets pass depends on length.
+    transformers' attention is "sdpa"; "eager" rounds its scores to bf16 and may be off by 0.4 for that alone.
+    Raises RuntimeError. A collective.
     """
-    rng, bf16 = np.random.default_rng(0), device.type == "cuda"
+    rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(0, vocab_size, n)
-    sequences = [Sequence(tokens(3 + i), tokens(5 + 4 * i)) for i in range(3)]
-    packed = policy(collate(sequences, device))[0]
-    for attention, limit in (("packed", 0.05 if bf16 else 1e-3), ("sdpa", 0.3 if bf16 else 1e-3)):
+    sequences = [Sequence(tokens(3 + i), tokens(64 + 4 * i)) for i in range(3)]
+    batch = collate(sequences, device)
+    hidden, _ = policy(batch, features=True)                                                    # (204, D)
+    limit = 0.2 if hidden.dtype == torch.bfloat16 else 1e-3
+    packed = policy(batch)[0]                                                                   # (3, 72)
+    for attention, own, what in (("packed", False, "each sequence alone"),
+                                 ("sdpa", True, "transformers' own forward")):
         policy.lm.set_attn_implementation(attention)
-        alone = [policy(collate([s], device))[0][0] for s in sequences]
-        error = torch.stack([(packed[i, :len(a)] - a).abs().mean() for i, a in enumerate(alone)]).max().item()
-        if not error < limit:
-            raise RuntimeError(
-                f"packed and separate forwards ({attention} attention) differ by {error:.4f} nats on average "
-                f"(limit {limit}): with this architecture ({policy.lm.config.model_type}) or transformers "
-                "version, packed sequences see each other. Use Qwen2 or Llama, or the pinned versions.")
+        for row, sequence in zip(packed, sequences):
+            logp = policy(collate([sequence], device), own_logits=own)[0].flatten()             # (T,)
+            error = (row[:len(logp)] - logp).abs().mean().item()
+            if not error < limit:
+                raise RuntimeError(
+                    f"packed log-probs differ from {what} by {error:.4f} nats a token (limit {limit}): "
+                    f"with this architecture ({policy.lm.config.model_type}) or transformers version, packed "
+                    "sequences see each other, or head or attention are of a kind that this code does not "
+                    "know. Use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind, or the pinned "
+                    "versions.")
     policy.lm.set_attn_implementation("packed")
     policy.reshard()      # a forward without backward leaves the root gathered: named_parameters() are copies
 
@@ -471,11 +566,24 @@ def forward_backward_flops(config, parameters, sequences):
             + 6 * width * sum(len(s)**2 for s in sequences))
 
 
-def peak_flops(device):
-    """Dense bf16 FLOP/s of the GPU from its data sheet; None on CPU and for cards not listed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for card, flops in (("H100", 989e12), ("H200", 989e12), ("A100", 312e12))
-                 if card in name), None)
+# Dense bf16 FLOP/s by NVIDIA's data sheets, without sparsity. A variant stands before its card's SXM form.
+PEAK_FLOPS = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12),
+              ("H200 NVL", 835e12), ("H200", 989e12), ("GB200", 2500e12), ("B200", 2250e12),
+              ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12))
+
+
+def peak_flops(name):
+    """(the listed card, its dense bf16 FLOP/s) of a GPU by the name that CUDA gives it; (None, None) for cards
+    not listed.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3")
+    ('H100', 989000000000000.0)
+    """
+    words = set(name.replace("-", " ").split())                # "NVIDIA A100-SXM4-80GB"
+    for card, flops in PEAK_FLOPS:
+        if words.issuperset(card.split()):
+            return card, flops
+    return None, None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -486,14 +594,16 @@ def _rng_state():
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": random.getstate(),
              "numpy": (name, keys.tolist(), *rest)}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_initialized():                       # this process trains on a GPU
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def _set_rng_state(state):
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 
@@ -591,22 +701,59 @@ def load_checkpoint(path, manifest, policy, optimizer):
     return manifest["state"]
 
 
+def readable_by_transformers_4(folder):
+    """Say in an exported model's JSON files what transformers 4.57 reads under other names; transformers 5
+    and vLLM read both.
+
+    RoPE: without rope_theta and rope_scaling, 4.57 takes theta 10,000 and no scaling, without a word. The
+    tokenizer: 4.57 knows neither the class TokenizersBackend nor a list of extra_special_tokens.
+    """
+    def rewrite(file, change):
+        fields = json.loads(file.read_text())
+        change(fields)
+        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+
+    def spell_out_rope(config):
+        scaling = dict(config["rope_parameters"])
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in scaling:
+                config[name] = scaling.pop(name)
+        if scaling["rope_type"] != "default":
+            config["rope_scaling"] = scaling
+
+    def rename_tokens(config):
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if "extra_special_tokens" in config:
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+
+    rewrite(folder / "config.json", spell_out_rope)
+    rewrite(folder / "tokenizer_config.json", rename_tokens)
+
+
 def export_hf(folder, policy, tokenizer, dtype):
-    """Write safetensors, config (with the RoPE override) and tokenizer that transformers and `vllm serve`
-    open as they are. A collective; rank 0 holds the whole model in host memory once, in `dtype`."""
+    """Write safetensors, config (with the RoPE override), tokenizer, and the base model's own generation
+    defaults but for its limits of length, as transformers (4.57 too) and `vllm serve` open them. A
+    collective; rank 0 holds the whole model in host memory once, in `dtype`."""
     rank0, folder, state = dist.get_rank() == 0, Path(folder), {}
     for name, tensor in full_parameters(policy, dtype):
         if rank0:
-            state[name] = tensor.cpu()
+            state[name] = tensor.to("cpu", copy=True)          # gathered, it may be a view of a padded one
     if rank0:
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {"use_cache": True})
-        with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        shell.generation_config = GenerationConfig.from_model_config(config)
-        shell.save_pretrained(partial, state_dict=state)
+        partial.mkdir(parents=True)
+        # Not by the model's own save_pretrained: it needs a second instance, which the engine may prevent
+        # (Policy.forward), and refuses generation defaults that from_pretrained reads gladly.
+        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {
+            "use_cache": True, "dtype": dtype, "architectures": [type(policy.lm).__name__]})
+        config.save_pretrained(partial)
+        save_torch_state_dict(state, partial)
+        generation = {name: x for name, x in policy.generation.items() if not name.startswith("max_")}
+        generation["eos_token_id"] = config.eos_token_id
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         tokenizer.save_pretrained(partial)
+        readable_by_transformers_4(partial)
         for file in partial.iterdir():
             file.chmod(0o644)                                  # safetensors are written for their owner alone
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import resource
 import sys
 import threading
@@ -35,12 +36,13 @@ START_MINUTES = 120      # of a phase before the first step is done: a download,
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
 
 
-def init_distributed(timeout_minutes=START_MINUTES):
+def init_distributed(device="auto", timeout_minutes=START_MINUTES):
     """Join the process group that torchrun describes (or a group of one) and build the device mesh.
 
     Returns (rank, world, device, mesh). One node: a 1-D mesh, parameters sharded over all ranks. Several
     nodes: a 2-D mesh for HSDP, sharded within a node (fast links) and replicated across nodes. CPU
-    collectives run on gloo beside nccl, for objects and checkpoint plans. timeout_minutes: see set_timeouts.
+    collectives run on gloo beside nccl, for objects and checkpoint plans. device: see choose_device.
+    timeout_minutes: see set_timeouts.
     """
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
                         ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
@@ -51,12 +53,12 @@ def init_distributed(timeout_minutes=START_MINUTES):
             s.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(s.getsockname()[1])
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
+    device = choose_device(device, int(os.environ["LOCAL_RANK"]))
+    backend = "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                            timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
     if world > 1:      # a client of its own: that of the group is locked while a rank waits for another in it
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         store.set_timeout(timedelta(seconds=5))
@@ -65,6 +67,52 @@ def init_distributed(timeout_minutes=START_MINUTES):
     mesh = init_device_mesh(device.type, **mesh_shape(world, local))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return dist.get_rank(), world, device, mesh
+
+
+# The oldest NVIDIA driver that runs a torch built for this major version of CUDA (NVIDIA's table of minor-
+# version compatibility).
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+
+
+def choose_device(wanted="auto", local_rank=0):
+    """The device of the rank that is `local_rank` on its node. wanted: "cpu"; "cuda"; or "auto", which is the
+    kind that this torch is built for.
+
+    A build for GPUs that finds no usable card is an error and never a run on the CPU: there, 7B would train
+    for years without a word. Raises ValueError with what was needed, what was found, and what to do.
+    """
+    build = torch.version.cuda or torch.version.hip
+    if wanted == "cpu" or wanted == "auto" and build is None:
+        return torch.device("cpu")
+    if build is None:
+        raise ValueError(f"--device cuda: torch {torch.__version__} is built for CPUs alone; install "
+                         "requirements.txt")
+    if not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} is built for CUDA {build} and finds no usable GPU. "
+                         f"{_why_no_card(build)}. To run on the CPU on purpose, pass --device cpu (with the "
+                         "vLLM of requirements-cpu.txt)")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} has no GPU of its own: this node shows "
+                         f"{torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES is "
+                         f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start "
+                         f"--nproc_per_node={torch.cuda.device_count()}")
+    return torch.device("cuda", local_rank)
+
+
+def _why_no_card(build):
+    """What keeps a CUDA build from its card: the driver, its age, or an environment that hides the card."""
+    oldest = OLDEST_DRIVER.get(build.split(".")[0])
+    needs = f"It needs an NVIDIA driver of r{oldest} or newer" if oldest else "It needs a driver of its own"
+    try:
+        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+        found = f"found is {found}"
+    except (OSError, TypeError):                     # no such file, or no number in it
+        found = "none is loaded here (in a container: was it started with its GPUs?)"
+    hidden = ""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        hidden = (f"; CUDA_VISIBLE_DEVICES is '{os.environ['CUDA_VISIBLE_DEVICES']}', which may hide the "
+                  "cards: unset it")
+    return f"{needs}; {found}{hidden}"
 
 
 def mesh_shape(world, per_node):
@@ -178,7 +226,7 @@ def set_timeouts(mesh, minutes):
     timeout, for one that already counts by the new one.
     """
     dist.barrier()
-    if torch.cuda.is_available():
+    if mesh.device_type == "cuda":
         torch.cuda.synchronize()
     for group in (None, *mesh.get_all_groups()):     # None is the default group; torch has no public setter
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes + MARGIN_MINUTES), group)
@@ -288,9 +336,10 @@ def _watch(done):
 
 def start_profiler():
     """A torch profiler that runs: CPU and, where there is one, GPU. phase() names its ranges."""
-    kinds = torch.profiler.ProfilerActivity
-    profiler = torch.profiler.profile(
-        activities=[kinds.CPU] + [kinds.CUDA] * torch.cuda.is_available())
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_initialized():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=kinds)
     profiler.start()
     return profiler
 
@@ -302,6 +351,6 @@ def write_profile(profiler, folder):
     folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(folder / f"trace-rank{dist.get_rank()}.json.gz"))
     if dist.get_rank() == 0:
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = "cuda" if torch.cuda.is_initialized() else "cpu"
         table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=50)
         (folder / "operators-rank0.txt").write_text(table)

@@ -75,11 +75,43 @@ def graded_text(response, text="after_think"):
     return response if text == "whole" else response.rpartition("</think>")[2]
 
 
+def usable_cpus(mounted="/sys/fs/cgroup", mine="/proc/self/cgroup"):
+    """CPUs that this process can keep busy, at least 1: those it may run on, or fewer where the quota of a
+    control group (docker --cpus, a limit of Kubernetes or SLURM) gives it less time."""
+    cpus = len(os.sched_getaffinity(0))
+    for line in _lines(mine):                                # "0::/a/b" (version 2) or "4:cpu,cpuacct:/a/b" (1)
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            tree = mounted
+        elif "cpu" in controllers.split(","):
+            tree = f"{mounted}/cpu"
+        else:
+            continue
+        folder = os.path.normpath(tree + group)
+        while len(folder) >= len(tree):                      # a group's time is part of its parent's
+            words = " ".join(_lines(f"{folder}/cpu.max") or
+                             _lines(f"{folder}/cpu.cfs_quota_us") + _lines(f"{folder}/cpu.cfs_period_us")).split()
+            if len(words) == 2 and words[0] not in ("max", "-1"):          # else no quota, as at the root
+                cpus = min(cpus, max(1, int(words[0]) // int(words[1])))
+            folder = os.path.dirname(folder)
+    return cpus
+
+
+def _lines(path):
+    """Of a text file; none if there is no such file."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
 class Grader:
     """Grades responses in worker processes of its own; a context manager.
 
     kind        "math-verify" (training), "oat" (evaluation) or "choice"; `grade` can ask for another
-    workers     processes that grade at the same time; default: CPUs / LOCAL_WORLD_SIZE (set by torchrun)
+    workers     processes that grade at the same time; default: usable_cpus() / LOCAL_WORLD_SIZE (set by
+                torchrun), less one for the thread that schedules the engine's decoding steps
     deadline_s  a response unfinished after this is killed together with its worker: "timeout", reward 0.0
     memory_mb   address space of one worker; what needs more ends as parse_fail or killed
     text        what is graded, see graded_text; with "require_think" (LUFFY; not in A2) a response without
@@ -102,7 +134,7 @@ class Grader:
         if (workers is not None and workers < 1) or not deadline_s > 0:
             raise ValueError(f"Grader: expected a worker and a deadline, found {workers}, {deadline_s} s")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.workers = workers or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+        self.workers = workers or max(1, usable_cpus() // ranks_here - 1)
         self.kind, self.deadline_s, self.memory_mb = kind, deadline_s, memory_mb
         self.text, self.strict_box, self.score_unfinished = text, strict_box, score_unfinished
         self._pool, self._dying, self._failures, self._closed = [], [], 0, False

@@ -8,13 +8,19 @@ same GPUs, as training.
 
 Only vLLM's public API is used, and no other file imports vllm. The engine never reads weights from disk,
 so it can serve nothing but what it was sent: by the trainer, or, in eval.py, by `stored_tensors`. Each
-transfer carries a version, and asking for another version than the one loaded is an error: stale weights, the
-classic silent bug of RL stacks, cannot happen.
+transfer carries a version and must bring the whole model, and asking for another version than the one loaded
+is an error: stale weights, the classic silent bug of RL stacks, cannot happen.
 """
+import atexit
 import gc
+import hashlib
 import itertools
 import json
+import logging
 import os
+import shutil
+import sys
+import sysconfig
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -29,10 +35,13 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch  # noqa: E402  (after the environment above)
 import torch._dynamo  # noqa: E402
+import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")      # of no use to our users
+# vLLM logs a few lines before it has read its own level (that there is no Triton for CPUs, for one).
+logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 if not torch.cuda.is_available():
     # vLLM compiles one small log-prob helper even in eager mode: on CPU that costs 4 s
     # and needs a C++ compiler.
@@ -53,6 +62,32 @@ class Rollout:
     finished: bool                 # False: cut at max_tokens
 
 
+def check_environment(device):
+    """Raise ValueError for what would stop the engine only after a 7B model has been loaded: a vLLM for another
+    device than the trainer's, and on a GPU what its memory and its kernels do not stand."""
+    from vllm.platforms import current_platform
+    if current_platform.device_type != device.type:
+        raise ValueError(f"this vLLM is one for {current_platform.device_type or 'GPUs'}, and the trainer runs on "
+                         f"{device.type}: install requirements.txt for GPUs, requirements-cpu.txt for --device cpu")
+    if device.type != "cuda":
+        return
+    # Sleep mode gives the engine's memory back to the driver page by page, from a pool of its own; torch's
+    # expandable segments remap pages themselves, and vLLM's versions differ in what becomes of both together.
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
+            raise ValueError(f"{name} has expandable_segments:True, which the engine's sleep mode does not "
+                             f"stand: take it out of {name} and start again")
+    # Triton compiles the engine's sampling kernels, and a launcher for each in C, when they are first used.
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        raise ValueError(f"no C compiler ({' or '.join(compilers)}), which the engine's Triton kernels need: "
+                         "apt install build-essential, or dnf install gcc, or set CC to one")
+    header = Path(sysconfig.get_path("include", "posix_prefix")) / "Python.h"
+    if not header.exists():
+        raise ValueError(f"no {header}, which the engine's Triton kernels need: apt install python3-dev, or "
+                         "dnf install python3-devel, of the very Python that runs this")
+
+
 def kv_bytes(config, bytes_per_number=2):
     """Bytes of one token in the KV cache: 2 (K, V) x layers x KV heads x head width x bytes_per_number."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -70,30 +105,27 @@ class RolloutEngine:
         at once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
         CUDA graphs; default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
-        # On CPU all of the KV cache is resident from the start, so it gets what max_sequences need, at most
-        # 1 GiB or one sequence. (VLLM_CPU_KVCACHE_SPACE, in GiB, would win over this.)
-        one = kv_bytes(config, 4) * (max_tokens + 256)
-        cpu = {"kv_cache_memory_bytes": max(one, min(2**30, one * max_sequences))}
+        from vllm.platforms import current_platform
         self.request_ids = itertools.count()
-        self.cuda = torch.cuda.is_available()
-        self.weights_version, self.asleep = None, set()
+        self.cuda, self.tokenizer = current_platform.is_cuda(), tokenizer
+        self.weights_version, self.asleep, self.broken = None, set(), False
+        self.names, self.aliases = weight_names(config)
         # vLLM's CPU backend repacks a linear layer's weights when they are loaded, and a head tied to the
         # embedding is not reloaded by name: it would go on serving its first, packed weights. On CPU the
         # engine therefore unties it.
         self.untied = not self.cuda and config.tie_word_embeddings
-        with tempfile.TemporaryDirectory() as folder:       # without weights: those come by sync_weights
-            config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            self.llm = LLM(
-                folder, load_format="dummy", dtype=dtype, max_model_len=max_tokens,
-                max_num_seqs=max_sequences, seed=seed, tensor_parallel_size=1,
-                distributed_executor_backend="external_launcher",
-                enforce_eager=not self.cuda if eager is None else eager, enable_sleep_mode=self.cuda,
-                gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True,
-                disable_log_stats=True, hf_overrides={"tie_word_embeddings": False} if self.untied else {},
-                logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
-                **({} if self.cuda else cpu))
-        self.tokenizer = tokenizer
+        arguments = gpu_arguments(gpu_memory_utilization)
+        if not self.cuda:
+            arguments = cpu_arguments(config, max_tokens, max_sequences, self.untied)
+        self.llm = LLM(
+            str(config_folder(config, tokenizer)), load_format="dummy",     # weights come by sync_weights
+            dtype=dtype, max_model_len=max_tokens, max_num_seqs=max_sequences, seed=seed,
+            tensor_parallel_size=1, distributed_executor_backend="external_launcher",
+            enforce_eager=not self.cuda if eager is None else eager, enable_prefix_caching=True,
+            disable_log_stats=True,
+            logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
+            **arguments)
+        self.llm.apply_model(refuse_partial_loads)
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,
                  progress=False, on_step=None):
@@ -157,28 +189,54 @@ class RolloutEngine:
         """Load (Hugging Face name, full tensor) pairs, consumed lazily, one tensor at a time.
 
         Wakes a sleeping engine: the weights' memory first, then, when they are in place, the KV cache;
-        cached prefixes of the old weights are dropped.
+        cached prefixes of the old weights are dropped. Raises ValueError unless these are the weights of
+        config, each of them, and vLLM took all; after that, or any error in named_tensors, the engine serves
+        no version and takes no further one.
         """
-        self.weights_version = None         # a transfer that fails half-way must not leave a valid version
+        if self.broken:     # vLLM still holds tensors of that transfer, and would count them for this one
+            raise RuntimeError("an earlier transfer of weights failed half-way: start a new engine")
+        self.weights_version, self.broken = None, True
         self.wake("weights")
         # Without an iterator, reload_weights would re-read the folder: stale weights without an error.
         self.llm.collective_rpc("reload_weights",
-                                kwargs={"weights_iterator": self._with_head(named_tensors)})
+                                kwargs={"weights_iterator": self._complete(named_tensors)})
         self.wake("kv_cache")
-        self.llm.reset_prefix_cache()
-        self.weights_version = version
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its cached prefixes, which belong to the old weights: "
+                               "some request is still running")
+        self.weights_version, self.broken = version, False
+
+    def _complete(self, named_tensors):
+        """The stream for vLLM; an error if it lacks a weight, has one twice, or one that the model has not.
+
+        vLLM itself does not mind a missing tensor. Where it fuses layers (q, k and v; gate and up) it counts
+        numbers until the fused one is full: without k_proj it serves whatever was in that memory, and with
+        q_proj twice it takes no v_proj.
+        """
+        missing = set(self.names)
+        for name, tensor in named_tensors:
+            if name in self.aliases:
+                continue                            # of a tied head: it comes with the embedding
+            if name not in self.names:
+                raise ValueError(f"the engine's model has no weight {name}; it has, for example, "
+                                 f"{', '.join(sorted(missing)[:3])}")
+            if name not in missing:
+                raise ValueError(f"the weight {name} came twice")
+            missing.remove(name)
+            yield name, tensor
+            if self.untied and name.endswith("embed_tokens.weight"):
+                yield "lm_head.weight", tensor
+        if missing:
+            raise ValueError(f"{len(missing)} of {len(self.names)} weights did not come, such as "
+                             f"{', '.join(sorted(missing)[:3])}")
 
     def wake(self, tag):
         """Map the memory of "weights" or "kv_cache" again, without contents; sync_weights calls it."""
         if tag in self.asleep:
+            # vLLM asks the driver for it, which does not see what torch keeps for the next backward.
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=[tag])
             self.asleep.remove(tag)
-
-    def _with_head(self, named_tensors):
-        for name, tensor in named_tensors:
-            yield name, tensor
-            if self.untied and name.endswith("embed_tokens.weight"):
-                yield "lm_head.weight", tensor
 
     def sleep(self):
         """Give the GPU back to training: drop weights (the trainer has them) and KV cache.
@@ -192,9 +250,96 @@ class RolloutEngine:
     def close(self):
         """Shut the engine down; call it before destroy_process_group."""
         if self.llm is not None:
+            for tag in sorted(self.asleep, reverse=True):      # vLLM can free only what is mapped
+                self.wake(tag)
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
             gc.collect()
+
+
+def gpu_arguments(memory):
+    """What vLLM's LLM is given on GPUs only. memory: the engine's share of the card."""
+    # Logits in fp32, as the trainer has them: the same product of bf16 numbers, only not rounded to bf16, so
+    # the weights take no more memory. vllm 0.25.1 has this for pooling models alone, and ignores it here.
+    return {"gpu_memory_utilization": memory, "enable_sleep_mode": True,
+            "hf_overrides": {"head_dtype": "float32"}}
+
+
+def cpu_arguments(config, max_tokens, max_sequences, untied):
+    """What it is given on a CPU only."""
+    # All of the KV cache is resident from the start, so it gets what max_sequences need, at most 1 GiB or
+    # one sequence. (VLLM_CPU_KVCACHE_SPACE, in GiB, would win over this.)
+    one = kv_bytes(config, 4) * (max_tokens + 256)
+    # A prompt is computed in one piece or waits for the next step. By default vLLM cuts the one that exceeds
+    # a step's budget of tokens, draws a token after the first piece too, and rewinds the request's generator
+    # for it, which a generator on a CPU cannot do. The budget has room for the longest sequence beside all
+    # others, each of which takes one token.
+    return {"kv_cache_memory_bytes": max(one, min(2**30, one * max_sequences)),
+            "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_tokens + max_sequences),
+            "hf_overrides": {"tie_word_embeddings": False} if untied else {}}
+
+
+def weight_names(config):
+    """-> (Hugging Face's names of a model's weights; the second names of those that are tied to others)."""
+    with torch.device("meta"):                                      # no memory, no time
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    names = {name for name, _ in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names, every - names
+
+
+def refuse_partial_loads(model):
+    """Make it an error that vLLM's `model` did not fill each of its parameters from what it was sent.
+
+    Its `load_weights` returns the names of those it filled; a reload only logs a warning for the others.
+    """
+    load, names = model.load_weights, {name for name, _ in model.named_parameters()}
+
+    def load_all(weights):
+        loaded = load(weights)
+        if missing := names - loaded:
+            raise ValueError(f"vLLM left {len(missing)} of its {len(names)} parameters as they were, such as "
+                             f"{', '.join(sorted(missing)[:3])}")
+        return loaded
+
+    model.load_weights = load_all
+
+
+def config_folder(config, tokenizer):
+    """A folder with config and tokenizer, and no weights: what vLLM wants to read from disk.
+
+    Its path is part of the key under which vLLM keeps compiled kernels. In a folder with a random name, each
+    start would compile for minutes; so it lies in the user's cache, under a hash of its content.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return write_config(config, tokenizer, cache / "srft")
+    except (OSError, RuntimeError) as error:             # read-only; a user without a home
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{error}: the engine compiles its kernels anew at every start; set XDG_CACHE_HOME to a "
+                  "folder where it can write", file=sys.stderr)
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return write_config(config, tokenizer, Path(folder))
+
+
+def write_config(config, tokenizer, cache):
+    """config_folder, in the folder `cache`. Ranks and runs may do this at the same time: each writes a folder
+    of its own and renames it when it is whole, which only the first can."""
+    cache.mkdir(parents=True, exist_ok=True)
+    new, content = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache)), hashlib.sha256()
+    config.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    for file in sorted(new.iterdir()):
+        content.update(file.name.encode() + file.read_bytes())
+    folder = cache / content.hexdigest()[:16]
+    try:
+        new.rename(folder)
+    except OSError:
+        shutil.rmtree(new)
+        if not folder.is_dir():
+            raise
+    return folder
 
 
 def stored_tensors(folder):
@@ -215,6 +360,7 @@ def stored_tensors(folder):
         for name in names:
             with safe_open(folder / name, framework="pt") as file:
                 for key in file.keys():
-                    yield key, file.get_tensor(key)
+                    if not key.endswith("rotary_emb.inv_freq"):   # in old files; computed from the config
+                        yield key, file.get_tensor(key)
 
     return tensors()

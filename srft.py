@@ -28,13 +28,14 @@ import baselines
 import model as M
 from runlog import RunLog, read_rows
 from baselines import add_up, average, sequence_mean, shaped, without_padding
-from config import METHODS, Config, check_config, environment, parse_args, sequences_per_prompt
+from config import (METHODS, Config, check_config, check_versions, environment, parse_args,
+                    sequences_per_prompt)
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
                        seed_everything, set_timeouts, start_profiler, write_profile)
 from reward import Grader
-from rollout import RolloutEngine
+from rollout import RolloutEngine, check_environment
 from update import counts, forward_before_update, term_gradient_norms, update_policy
 
 
@@ -62,6 +63,11 @@ def entropy_weight(kind, scale, exponent):
     """w = scale * exp(exponent) ("entropy"), 1 ("one", the ablation of Table 3) or scale ("constant")."""
     return {"entropy": scale * exponent.exp(), "one": torch.ones_like(exponent),
             "constant": torch.full_like(exponent, scale)}[kind]
+
+
+def mean_over(x, which):
+    """Mean of x over the sequences `which`, 0 if there are none. (B,), (B,) bool -> scalar."""
+    return torch.where(which, x, 0.0).sum() / which.sum().clamp(min=1)
 
 
 def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_demo, n_rollout,
@@ -99,8 +105,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     if cfg.entropy_level == "token":
         h = entropy.detach()
     elif cfg.entropy_level == "batch":  # over the sequences given; the training loop passes the step's mean
-        of_kind = lambda which: average(h[:, 0], which, int(which.sum()))
-        h = torch.where(demo[:, None], of_kind(demo), of_kind(~demo))
+        h = torch.where(demo[:, None], mean_over(h[:, 0], demo), mean_over(h[:, 0], ~demo))
     w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                            # Eq. 8
     w_rl = entropy_weight(cfg.w_rl, 0.1, h)                                               # Eq. 12
 
@@ -118,7 +123,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg: "Config", n_
     rl_pos = average(-sign * mean(w_rl * score), correct, n_rollout)                      # Eq. 12, left
     rl_neg = average(-sign * mean(score), wrong, n_rollout)                               # Eq. 12, right
 
-    of_weight = lambda w, which: average((w * mask).sum(1) / length, which, int(which.sum()))
+    of_weight = lambda w, which: mean_over((w * mask).sum(1) / length, which)
     loss, stats = add_up({"loss/sft_demo": sft_demo, "loss/rl_demo": rl_demo,             # Eq. 13
                           "loss/rl_pos": rl_pos, "loss/rl_neg": rl_neg}, only,
                          w_sft=of_weight(w_sft, demo), w_rl=of_weight(w_rl, correct))
@@ -169,8 +174,10 @@ class Run:
 def setup(cfg):
     """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
     --resume, the state of the newest whole checkpoint."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed(cfg.device)
+    check_environment(device)
     say = print if rank == 0 else lambda *_: None
+    check_versions(environment(device)["versions"], say)
     out = Path(cfg.out)
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
     if not cfg.resume and (out / "metrics.jsonl").exists():
@@ -184,6 +191,11 @@ def setup(cfg):
     check_config(cfg, world, config.max_position_embeddings)
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        card, peak = M.peak_flops(name)
+        say(f"{name}: perf/mfu is of {peak / 1e12:.0f} TFLOP/s, {card}'s dense bf16 peak" if card else
+            f"{name}: peak FLOP/s not listed in model.PEAK_FLOPS, so no perf/mfu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
@@ -200,6 +212,7 @@ def setup(cfg):
             raise ValueError(f"--reference {cfg.reference}: has {of_base.vocab_size} tokens, the model has "
                              f"{config.vocab_size}: the KL of A1 needs one vocabulary")
         reference = M.load_policy(base, of_base, mesh, device, offload=cfg.offload).requires_grad_(False)
+        M.check_packing(reference, device, of_base.vocab_size)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     phase("start engine")
     engine = RolloutEngine(
@@ -214,7 +227,8 @@ def setup(cfg):
     engine.sync_weights(M.full_parameters(policy, dtype), state["step"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(asdict(replace(cfg, resume=False)) | {"ranks": world} | environment(), indent=2)
+        settings = json.dumps(asdict(replace(cfg, resume=False)) | {"ranks": world} | environment(device),
+                              indent=2)
         if checkpoint and (out / "config.json").read_text() != settings:     # of the steps until now
             (out / "config.json").replace(out / f"config-until-{state['step']}.json")
         (out / "config.json").write_text(settings)
@@ -408,7 +422,7 @@ def train(cfg, run):
 
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
-    skipped, skipped_in_a_row, metrics, stop = run.skipped, 0, {}, False
+    skipped, skipped_in_a_row, metrics, stop, warned = run.skipped, 0, {}, False, False
     bar = tqdm(total=cfg.steps, initial=run.step, desc=cfg.method, disable=run.rank != 0,
                dynamic_ncols=True)
 
@@ -478,7 +492,12 @@ def train(cfg, run):
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if run.rank == 0:
             warn_of_grader(metrics, grading)
-        if evaluate_now:
+        difference = metrics["engine/logp_diff_mean"]                               # None: no rollouts
+        wrong_engine = difference is not None and not difference <= MISMATCH_STOPS  # nan is wrong, too
+        if metrics["engine/mismatch"] and not wrong_engine and not warned and run.rank == 0:
+            warned = True                                                           # once a run
+            tqdm.write(f"WARNING: {mismatch(metrics)}. A small model in bf16 may be that noisy", file=sys.stderr)
+        if evaluate_now and not wrong_engine:                   # what it answers says nothing of the policy
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
         shown = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
@@ -486,17 +505,12 @@ def train(cfg, run):
         bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in shown.items()
                          if metrics.get(key) is not None}, refresh=False)
         bar.update()
+        if wrong_engine:
+            raise RuntimeError(f"{mismatch(metrics)}. This step has no checkpoint: --resume goes on from the last")
         if skipped_in_a_row >= 5:
             raise RuntimeError(
                 f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
                 f"{[p.example.id for p in batch]}. Lower --lr, or look at samples.jsonl.")
-        mismatch = updates[0]["engine/logp_diff_mean"]                  # None: no rollouts
-        if step == run.step + 1 and mismatch is not None and not mismatch <= 0.05:
-            raise RuntimeError(
-                f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {mismatch:.3f} nats "
-                "on average right after a weight sync (limit 0.05). The engine serves other weights, "
-                "another RoPE or another temperature than the trainer; check --rope_theta, --window "
-                "and the pinned vllm version.")
 
         # Checkpoint.
         phase("checkpoint", step)
@@ -523,7 +537,9 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     for s in rollouts:
         solved[s.group] += s.reward, 1
     times, total = np.diff(clock).tolist(), clock[-1] - clock[0]
-    peak = M.peak_flops(run.device)
+    peak = None
+    if run.device.type == "cuda":
+        _, peak = M.peak_flops(torch.cuda.get_device_name(run.device))
 
     def mean(values):
         """None: this method has no such sequences, this update none of that kind."""
@@ -532,6 +548,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
 
     gradings = grading.total() - grading["ms"]
     worst = [x for x in (update["engine/logp_diff_max"] for update in updates) if x is not None]
+    difference = mean(update["engine/logp_diff_mean"] for update in updates)
     return {
         "reward/mean": mean(s.reward for s in rollouts), "reward/demo_mean": mean(s.reward for s in demos),
         "reward/all_correct": mean(solved[:, 0] == solved[:, 1]) if rollouts else None,
@@ -544,6 +561,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "engine/logp_diff_max": max(worst, default=None),
+        "engine/mismatch": None if difference is None else int(not difference <= MISMATCH_WARNS),
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
         "perf/mfu": run.flops(sequences) / (times[2] * run.world * peak) if peak else None}
@@ -557,6 +575,20 @@ def warn_of_grader(metrics, grading):
     tqdm.write(f"WARNING: every reward is 0, and {failed} of {gradings:.0f} gradings were given up: the "
                "grader may be at fault, not the policy. Look at the reasons in samples.jsonl and at the load "
                "of this machine; raise --grader_deadline or --grader_workers", file=sys.stderr)
+
+
+# Nats: mean of |log p(engine) - log p(trainer)| over a step's rollout tokens. bf16 gives about 0.01 at 7B, other
+# weights 0.3 and more. Checked at every step: each follows a transfer of weights of its own, on a GPU into memory
+# that was given away in between, and the importance weights would hide a bad one.
+MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
+
+
+def mismatch(metrics):
+    """What is wrong where the engine samples from another policy than the trainer trains."""
+    return (f"engine and trainer disagree: |log p(engine) - log p(trainer)| is "
+            f"{metrics['engine/logp_diff_mean']:.3f} nats on average over the rollouts of step {metrics['step']} "
+            f"(warning above {MISMATCH_WARNS}, end above {MISMATCH_STOPS}). The engine serves other weights, another "
+            "RoPE or another temperature than the trainer; check --rope_theta, --window and the vllm version")
 
 
 def finish(run, cfg, exported):

@@ -20,12 +20,21 @@ import model as M
 def padded(rows, device):
     """Lists of different length -> (B,T) float tensor, zeros on the right."""
     rows = [torch.as_tensor(np.asarray(row, np.float32)) for row in rows]
-    return pad_sequence(rows, batch_first=True).to(device)
+    return M.to_device(pad_sequence(rows, batch_first=True), device)
 
 
 def column(sequences, name, device):
     """One number of each sequence -> (B,) float tensor."""
-    return torch.tensor([float(getattr(s, name)) for s in sequences], device=device)
+    return M.to_device([float(getattr(s, name)) for s in sequences], device, torch.float32)
+
+
+def loss_inputs(sequences, device):
+    """What the loss asks of the data, not of the policy: mask (B,T), reward, advantage, is_demo (B,), and
+    log pi_engine (B,T), zeros on demonstrations."""
+    engine_logp = [np.zeros(len(s.response)) if s.is_demo else s.engine_logp for s in sequences]
+    return (padded([np.ones(len(s.response)) for s in sequences], device),
+            column(sequences, "reward", device), column(sequences, "advantage", device),
+            column(sequences, "is_demo", device).bool(), padded(engine_logp, device))
 
 
 def counts(sequences, loss_norm):
@@ -57,9 +66,9 @@ def forward_before_update(run, cfg, batches):
     for sequences in batches:
         logp, entropy, _ = run.policy(M.collate(sequences, run.device), cfg.temperature)
         found.append(Before(logp, None, cfg.entropy_floor))
-        for s, h in zip(sequences, entropy):
+        for s, h in zip(sequences, entropy.cpu()):                # one read from the device for all sequences
             sums[int(s.is_demo)] += torch.tensor([h.sum().item() / max(len(s.response), 1), 1.0])
-            tokens += [] if s.is_demo else [h[:len(s.response)].cpu().numpy()]
+            tokens += [] if s.is_demo else [h[:len(s.response)].numpy()]
     if cfg.entropy_quantile:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, np.concatenate([np.empty(0, np.float32), *tokens]))
@@ -80,8 +89,15 @@ def forward_before_update(run, cfg, batches):
 
 def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=None):
     """Forward, loss (of the one term `only`, if given) and backward of one packed micro-batch. Returns what
-    it adds to the update's sums."""
-    device, batch, reference = run.device, M.collate(sequences, run.device), None
+    it adds to the update's sums.
+
+    The host runs ahead of a GPU and queues work for it. Whatever asks for a number's value waits until the
+    queue is empty, and the GPU then waits for the host. So all copies to the device come before the forward,
+    what the host knows it counts itself, and everything else is read in one transfer at the end.
+    """
+    batch, reference, inputs = M.collate(sequences, run.device), None, None
+    if sequences:
+        inputs = loss_inputs(sequences, run.device)
     if run.reference:
         with torch.no_grad():
             reference = run.reference(batch, features=True)
@@ -89,32 +105,33 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
     if not sequences:
         (logp.sum() * 0).backward()               # no work here, but other ranks wait in the collectives
         return {}
+    mask, reward, advantage, is_demo, engine_logp = inputs
     with torch.no_grad():
-        mask = padded([[1.0] * len(s.response) for s in sequences], device)
-        is_demo, reward = column(sequences, "is_demo", device).bool(), column(sequences, "reward", device)
-        on_policy = mask * ~is_demo[:, None]
         # log pi - log pi_engine on rollout tokens, 0 but for numerics, and the truncated importance weight.
-        engine = padded(
-            [[0.0] * len(s.response) if s.is_demo else s.engine_logp for s in sequences], device)
-        diff = ((logp.detach() if before.logp_old is None else before.logp_old) - engine) * on_policy
-        tis = diff.exp().clamp(max=cfg.tis_cap) if cfg.tis_cap else None
+        logp_old = logp.detach() if before.logp_old is None else before.logp_old
+        diff = (logp_old - engine_logp) * mask * ~is_demo[:, None]
+        ratio = diff.exp()
+        tis = ratio.clamp(max=cfg.tis_cap) if cfg.tis_cap else None
     loss, counted = run.objective
     loss, stats = loss(
-        logp, entropy if before.entropy is None else before.entropy, mask, reward,
-        column(sequences, "advantage", device), is_demo, cfg, n_demo, n_rollout,
-        logp_old=before.logp_old, tis=tis, kl=kl, entropy_floor=before.entropy_floor, only=only)
+        logp, entropy if before.entropy is None else before.entropy, mask, reward, advantage, is_demo, cfg,
+        n_demo, n_rollout, logp_old=before.logp_old, tis=tis, kl=kl, entropy_floor=before.entropy_floor,
+        only=only)
     loss.backward()
 
-    h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
-    sums = {"demos": int(is_demo.sum()), "correct": int((~is_demo & (reward > 0)).sum()),
-            "rollouts": int((~is_demo).sum()),
-            "h_demo": h[is_demo].sum().item(), "h_rollout": h[~is_demo].sum().item(),
-            "tokens": on_policy.sum().item(),
-            "capped": (diff.exp() > cfg.tis_cap).sum().item() if cfg.tis_cap else 0,
-            "diff": diff.abs().sum().item(), "worst": diff.abs().max().item()}
+    h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)                               # (B,)
+    capped = (ratio > cfg.tis_cap).sum() if cfg.tis_cap else torch.zeros_like(loss)
+    measured = {"h_demo": (h * is_demo).sum(), "h_rollout": (h * ~is_demo).sum(), "capped": capped,
+                "diff": diff.abs().sum(), "worst": diff.abs().max(), **stats}
+    measured = dict(zip(measured, torch.stack([x.detach().float() for x in measured.values()]).tolist()))
+    rollouts = [s for s in sequences if not s.is_demo]
+    sums = {"demos": len(sequences) - len(rollouts), "rollouts": len(rollouts),
+            "correct": sum(s.reward > 0 for s in rollouts), "tokens": sum(len(s.response) for s in rollouts)}
     # Loss terms are shares of the whole step's; other statistics are means over the sequences they count.
-    return sums | {name: stats[name] * (1 if name.startswith("loss/") else sums[kind])
-                   for name, kind in counted.items()}
+    for name, kind in counted.items():
+        if not name.startswith("loss/"):
+            measured[name] *= sums[kind]
+    return sums | measured
 
 
 SUMS = ("demos", "correct", "rollouts", "h_demo", "h_rollout", "tokens", "capped", "diff")

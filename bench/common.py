@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))                    # `python bench/x.py` finds the
 import torch  # noqa: E402
 
 from config import environment  # noqa: E402
+from processes import choose_device  # noqa: E402
 
 
 def parser(doc, name):
@@ -25,6 +26,8 @@ def parser(doc, name):
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default=f"out/bench/{name}.json", help="JSON file: all figures, versions, machine [%(default)s]")
+    p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
+                   help="auto: the GPU if torch is built for one, else the CPU [%(default)s]")
     p.add_argument("--threads", type=int, default=1, help="threads of this process [%(default)s]")
     return p
 
@@ -33,14 +36,14 @@ def start(args):
     """Fix threads and seed; call it first. Returns the device of the bench."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return choose_device(args.device)
 
 
-def machine():
+def machine(device):
     """Versions, commit and hardware: environment() of the project, the CPU's name, cores, memory."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*:\s*(.*)", info)
-    return environment() | {"cpu": name[1] if name else platform.processor(), "cores": len(os.sched_getaffinity(0)),
+    return environment(device) | {"cpu": name[1] if name else platform.processor(), "cores": len(os.sched_getaffinity(0)),
                             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)}
 
 
@@ -107,5 +110,6 @@ def save(args, results):
     """Write results, the flags and the machine to args.out."""
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"flags": vars(args), "machine": machine(), "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({"flags": vars(args), "machine": machine(choose_device(args.device)),
+                                "results": results}, indent=1) + "\n")
     print(f"\nwrote {path}")

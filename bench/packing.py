@@ -125,7 +125,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     start(args)
     results, rows = [], []
-    *_, device, mesh = init_distributed()
+    *_, device, mesh = init_distributed(args.device)
     try:
         for shape in args.shapes:
             packed, padded = build(shape, mesh, device), build(shape, mesh, device)

@@ -29,7 +29,7 @@ def main(argv=None):
     p.add_argument("--pairs", type=int, default=7, help="alternating measurements [%(default)s]")
     args = p.parse_args(argv)
     common.start(args)
-    _, _, device, mesh = init_distributed()
+    _, _, device, mesh = init_distributed(args.device)
     if args.model:
         config, tokenizer = M.load_config(args.model), AutoTokenizer.from_pretrained(args.model)
         policy = M.load_policy(args.model, config, mesh, device)

@@ -163,7 +163,7 @@ SMALL_CFG = dict(max_prompt_tokens=32, max_response_tokens=48, micro_batch_token
 
 def worker(out):
     """One rank: a step of SMALL, its memory and its bytes; rank 0 writes them to `out`."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed("cpu")
     cfg, bf16 = Config(**SMALL_CFG), True
 
     def one_step(config):

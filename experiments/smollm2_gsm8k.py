@@ -56,7 +56,8 @@ def main():
     test = out / "test.jsonl"
     test.write_text("".join(Path(args.test).read_text().splitlines(keepends=True)[:limit or None]))
     common = ["--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0,
-              "--window", 0, "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1]
+              "--window", 0, "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1,
+              "--device", "cpu" if args.cpu else "auto"]
     curves = {}
     for name in args.only or RUNS:
         model, stages, left, plain = args.model, [], steps, name.replace(">", "").replace("+", "_plus_")
@@ -74,7 +75,7 @@ def main():
                     sys.exit(f"{folder} was trained with {other}; delete it, or give another --out")
             else:
                 torchrun = Path(sys.executable).with_name("torchrun")
-                launch = [torchrun, "--standalone", f"--nproc_per_node={args.ranks}"]
+                launch = [torchrun, "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={args.ranks}"]
                 print(*command, flush=True)
                 subprocess.run(list(map(str, [*launch, *command])), check=True, cwd=ROOT,
                                env={"OMP_NUM_THREADS": "1"} | os.environ)

@@ -111,7 +111,8 @@ class Bench:
         terms = ["--term_gradients", 1 if self.quick else 4] if name == "srft" and drawn else []
         flags = [flag.replace("tiny_paper/", f"{self.out.name}/") for flag in run.flags]
         save_every = 4 if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY) else 1000        # for Fig. 3
-        self.start(["srft.py", "--preset", "tiny", "--method", run.method, "--steps", self.steps(run),
+        self.start(["srft.py", "--preset", "tiny", "--device", "cpu", "--method", run.method,
+                    "--steps", self.steps(run),
                     "--seed", seed, "--lr", lr, "--eval_data", evaluation, "--eval_every", every,
                     "--grader_workers", 1, "--log_samples", 1, "--save_every", save_every, "--keep", 99,
                     *terms, *small, *model, *flags, "--out", folder], Path(f"{folder}.log"))
@@ -258,7 +259,7 @@ def one(bench, name, seed, evaluation, wanted):
 def measure(bench, seed, pool):
     """analysis.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints on the way."""
     results, folder = bench.results, lambda name: bench.folder(name, seed)
-    scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
+    scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
     tuned = [f"{label}={folder(name)}" for label, name in SHOWN.items()]
     models = {"base": "tiny", **{label: folder(name) for label, name in SHOWN.items()},

@@ -18,7 +18,7 @@ def timeouts(mesh):
 
 
 def steps(task, minutes):
-    rank, world, _, mesh = init_distributed()
+    rank, world, _, mesh = init_distributed("cpu")
     assert timeouts(mesh) == {125}
     if task.startswith("fetch"):                         # a path that only rank 0's node has
         print("FETCHED", fetch(task.removeprefix("fetch ") if rank == 0 else "/nowhere", "model", "--model"))

@@ -1,4 +1,5 @@
 """What the distributed tests run on every rank: `python tests/ranks.py TASK ARGUMENTS`, started by conftest.run."""
+import os
 import pickle
 import sys
 import time
@@ -33,7 +34,7 @@ def made_up_sequences():
 
 def gradients(out, budget, count, *overrides):
     """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed("cpu")
     cfg = parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False, offload=cfg.offload)
     got = {}
@@ -72,7 +73,7 @@ def gradients(out, budget, count, *overrides):
 
 def engine(out):
     """log p of engine and trainer: in step, after a change of the trainer alone, and after the next sync."""
-    rank, world, device, mesh = init_distributed()
+    rank, world, device, mesh = init_distributed("cpu")
     config, tokenizer = M.load_config(TINY), tiny_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
@@ -131,6 +132,44 @@ def engine(out):
     vllm.close()
 
 
+def incomplete(out, case):
+    """Whether a real engine refuses what is not the whole model, and what it then does; of `case`, one engine."""
+    rank, world, device, mesh = init_distributed("cpu")
+    config, tokenizer = M.load_config(TINY), tiny_tokenizer()
+    policy = M.load_policy(TINY, config, mesh, device)
+    vllm = rollout.RolloutEngine(config, tokenizer, torch.float32, 128, 32)
+    k_proj, norm = "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"
+    left_out, renamed = {"k_proj is missing": ({k_proj}, {}), "k_proj is missing at the second sync": ({k_proj}, {}),
+                         "the norm is renamed at the second sync": ((), {norm: "model.nrom.weight"}),
+                         "vllm leaves the norm": ({norm}, {})}[case]
+    if "second" in case:
+        vllm.sync_weights(M.full_parameters(policy, torch.float32), 0)
+    if case == "vllm leaves the norm":
+        vllm.names.remove(norm)                                        # so that vLLM alone can notice
+    found = {}
+    try:
+        vllm.sync_weights(((renamed.get(name, name), tensor) for name, tensor in M.full_parameters(policy, torch.float32)
+                           if name not in left_out), 1)
+    except ValueError as error:
+        found["error"] = str(error)
+    try:
+        vllm.generate([[1, 2, 3]], 1, 1.0, 4, seed=0)
+    except rollout.StaleWeightsError:
+        found["serves nothing"] = True
+    torch.save(found, out)
+    vllm.close()
+
+
+def start(out, cache):
+    """Start an engine with its folder in `cache`: where that lies, and the key of vLLM's compiled kernels."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    init_distributed("cpu")
+    vllm = rollout.RolloutEngine(M.load_config(TINY), tiny_tokenizer(), torch.float32, 128, 32)
+    of_vllm = vllm.llm.llm_engine.vllm_config
+    torch.save({"folder": of_vllm.model_config.model, "hash": of_vllm.compute_hash()}, out)
+    vllm.close()
+
+
 def recorded(tape, *flags):
     """A whole run: the first time, with the real engine, it writes all rollouts to `tape`; later runs read them there."""
     tape, cfg = Path(tape), parse_args(list(flags))
@@ -153,11 +192,16 @@ def recorded(tape, *flags):
         tape.write_bytes(pickle.dumps(recording))
 
 
-def stale(*flags):
-    """A whole run whose engine gets other weights than the trainer has, under the right version."""
+def stale(since, factor, *flags):
+    """A whole run whose engine gets other weights than the trainer has, under the right version, from version `since` on: all of
+    them times `factor`, or ("missing") without one."""
     class Stale(rollout.RolloutEngine):
         def sync_weights(self, named_tensors, version):
-            super().sync_weights(((name, tensor * 1.2) for name, tensor in named_tensors), version)
+            if version >= int(since) and factor == "missing":
+                named_tensors = ((name, tensor) for name, tensor in named_tensors if "0.self_attn.k_proj" not in name)
+            elif version >= int(since):
+                named_tensors = ((name, tensor * float(factor)) for name, tensor in named_tensors)
+            super().sync_weights(named_tensors, version)
 
     srft.RolloutEngine = Stale
     cfg = parse_args(list(flags))
@@ -190,5 +234,5 @@ def sleeper(*flags):
 
 
 if __name__ == "__main__":
-    {"gradients": gradients, "engine": engine, "recorded": recorded, "stale": stale, "graders_fail": graders_fail,
+    {"gradients": gradients, "engine": engine, "incomplete": incomplete, "start": start, "recorded": recorded, "stale": stale, "graders_fail": graders_fail,
      "sleeper": sleeper}[sys.argv[1]](*sys.argv[2:])

@@ -16,7 +16,7 @@ from data import tiny_examples, tiny_tokenizer
 from runlog import read_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160]
+SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_
     (["fig2a", "--base", TINY, "--tuned", TINY, "--data", "tiny:long"], "has a demonstration"),
 ])
 def test_mistakes_are_one_line(arguments, says, monkeypatch):
-    monkeypatch.setattr(A, "init_distributed", lambda: (0, 1, torch.device("cpu"), None))
+    monkeypatch.setattr(A, "init_distributed", lambda _: (0, 1, torch.device("cpu"), None))
     with pytest.raises(SystemExit, match=re.escape(says)):
         A.main(arguments)
 

@@ -75,7 +75,7 @@ def test_the_head_s_bench_runs_and_names_the_reason_for_what_it_leaves_out(tmp_p
     out = tmp_path / "logprob.json"
     monkeypatch.setattr(logprob, "PATHS", ("ours", "full", "TRL"))
     # The interpreter of the tests stands for another environment, one that may or may not have TRL.
-    results = logprob.main(["--cases", "300,2000,16", "400,3000,16", "--rounds", "2", "--limit_gb", "0.01", "--out", str(out),
+    results = logprob.main(["--cases", "300,2000,16", "400,3000,16", "--rounds", "2", "--limit_gb", "0.01", "--device", "cpu", "--out", str(out),
                             "--trl_python", sys.executable])
     report = json.loads(out.read_text())
     assert report["machine"]["versions"]["torch"] and report["flags"]["rounds"] == 2 and report["results"] == results
@@ -119,7 +119,7 @@ TINY = ["--shapes", "tiny", "--sequences", "12", "--max_tokens", "32", "--padded
 
 def test_the_bench_of_packing_reports_each_distribution_and_equal_log_probs(tmp_path):
     out = tmp_path / "packing.json"
-    packing.main([*TINY, "--out", str(out)])
+    packing.main([*TINY, "--device", "cpu", "--out", str(out)])
     report = json.loads(out.read_text())
     assert report["machine"]["versions"]["torch"] and [r["lengths"] for r in report["results"]] == list(packing.LENGTHS)
     for r in report["results"]:
@@ -136,7 +136,7 @@ def one_sequence_sees_another(module, query, key, value, mask, cu_seq_lens_q=Non
 def test_the_bench_of_packing_stops_where_packed_and_padded_compute_different_things(tmp_path, monkeypatch):
     monkeypatch.setitem(M.AttentionInterface._global_mapping, "packed", one_sequence_sees_another)
     with pytest.raises(RuntimeError, match="padded computes something else"):
-        packing.main([*TINY, "--lengths", "heavy tail", "--out", str(tmp_path / "x.json")])
+        packing.main([*TINY, "--device", "cpu", "--lengths", "heavy tail", "--out", str(tmp_path / "x.json")])
     assert not torch.distributed.is_initialized()
 
 

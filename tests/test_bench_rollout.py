@@ -9,7 +9,7 @@ from config import TINY
 @pytest.mark.slow
 def test_the_bench_of_the_engine_compares_like_with_like(tmp_path):
     table = run(["bench/rollout.py", "--model", TINY, "--prompts", 2, "--group", 3, "--tokens", 8, "--pairs", 1,
-                 "--out", tmp_path / "rollout.json"])
+                 "--device", "cpu", "--out", tmp_path / "rollout.json"])
     found = json.loads((tmp_path / "rollout.json").read_text())
     assert found["results"]["generate"]["same_tokens"] and 6 <= found["results"]["generate"]["tokens"] <= 48
     sync = found["results"]["sync"]

@@ -51,7 +51,7 @@ def test_ratios_above_one_are_in_favour_of_this_project_but_for_memory():
 @pytest.mark.slow
 def test_this_side_alone_holds_the_lengths_it_was_given_and_writes_what_is_promised(tmp_path):
     out = tmp_path / "step.json"
-    done = subprocess.run([sys.executable, "bench/step.py", "--shape", "tiny", "--pairs", "2", "--seed", "5", "--out", out],
+    done = subprocess.run([sys.executable, "bench/step.py", "--shape", "tiny", "--pairs", "2", "--seed", "5", "--device", "cpu", "--out", out],
                           cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| generation, s" in done.stdout and "whole step, tokens/s" in done.stdout

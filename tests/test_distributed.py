@@ -1,4 +1,7 @@
 """One process is the reference: any number of ranks and any split into micro-batches must compute the same."""
+import re
+import shutil
+
 import pytest
 import torch
 from conftest import SMALL, metrics, run
@@ -76,6 +79,41 @@ def test_one_and_two_ranks_agree_over_five_steps_of_the_same_rollouts(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_whose_engine_has_other_weights_stops_at_its_first_step(tmp_path):
-    output = run(["tests/ranks.py", "stale", *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"], ok=False)
-    assert "engine and trainer disagree" in output and [row["step"] for row in metrics(tmp_path / "run")] == [0, 1]
+@pytest.mark.parametrize("method, since", [("srft", 0), ("srft", 1), ("grpo", 1)])
+def test_a_run_whose_engine_gets_other_weights_stops_at_that_step_before_its_checkpoint(method, since, tmp_path):
+    out = tmp_path / "run"
+    output = run(["tests/ranks.py", "stale", since, 1.5, *SMALL[1:], "--method", method, "--save_every", "1", "--out", out, "--steps", "3"], ok=False)
+    assert "engine and trainer disagree" in output and f"over the rollouts of step {since + 1} " in output
+    assert [row["step"] for row in metrics(out)] == list(range(since + 2)) and metrics(out)[-1]["engine/mismatch"] == 1
+    assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-1"] * since
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("since", [1, 6])                      # in a fresh run; 6: at once, after a resume
+def test_a_transfer_that_lacks_a_weight_ends_the_run_before_that_steps_checkpoint(since, whole_run, tmp_path):
+    out, more = tmp_path / "run", []
+    if since == 6:
+        shutil.copytree(whole_run, out)
+        more = ["--resume"]
+    output = run(["tests/ranks.py", "stale", since, "missing", *SMALL[1:], "--save_every", "1", "--out", out, "--steps", "8", *more], ok=False)
+    assert re.search(r"1 of \d+ weights did not come, such as model.layers.0.self_attn.k_proj", output), output[-2000:]
+    assert [row["step"] for row in metrics(out)] == list(range(since + (since == 6)))
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ([] if since == 1 else ["step-4", "step-6"])
+
+
+@pytest.mark.slow
+def test_so_does_a_resumed_run_and_the_last_good_checkpoint_goes_on(whole_run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole_run, out)
+    command = [*SMALL[1:], "--out", out, "--steps", "8", "--resume"]
+    output = run(["tests/ranks.py", "stale", 6, 1.5, *command], ok=False)
+    assert "over the rollouts of step 7 " in output and not (out / "checkpoints" / "step-7").exists()
+    assert f"resumed {out}/checkpoints/step-6" in run(["srft.py", *command])
+    assert metrics(out)[-1]["step"] == 8 and metrics(out)[-1]["engine/mismatch"] == 0
+
+
+@pytest.mark.slow
+def test_a_small_difference_is_said_once_marked_at_each_step_and_trained_through(tmp_path):
+    output = run(["tests/ranks.py", "stale", 1, 1.1, *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"])
+    assert output.count("WARNING: engine and trainer disagree") == 1 and "over the rollouts of step 2 " in output
+    assert [row["engine/mismatch"] for row in metrics(tmp_path / "run")[1:]] == [0, 1, 1]

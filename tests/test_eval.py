@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ENV, ROOT, free_port, metrics, run, start
 
@@ -549,7 +550,7 @@ def settled(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"weights")
     args = arguments(out=str(tmp_path / "deep" / "out"))
-    E.settle(args, tmp_path / "hf")
+    E.settle(args, tmp_path / "hf", torch.device("cpu"))
     E.append_results(Path(args.out) / "results.jsonl", [{}])
     return args, tmp_path / "hf"
 
@@ -560,7 +561,7 @@ def test_settings_are_written_and_the_same_ones_may_continue_with_more_benchmark
     assert set(E.SETTINGS) < set(written) and written["versions"]["torch"] and written["model"] == "m"
     for name, value in (("benchmarks", "gsm8k"), ("samples", 64), ("limit", 3), ("engine_sequences", 7)):
         setattr(args, name, value)
-    E.settle(args, folder)
+    E.settle(args, folder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name, value", [("temperature", 0.0), ("max_tokens", 7), ("template", "none"), ("seed", 1),
@@ -570,9 +571,9 @@ def test_other_settings_are_refused_by_name_once_there_are_results(settled, name
     was = getattr(args, name)
     setattr(args, name, value)
     with pytest.raises(ValueError, match=re.escape(f"another --out. {name} was {was}, is {value}")):
-        E.settle(args, folder)
+        E.settle(args, folder, torch.device("cpu"))
     (Path(args.out) / "results.jsonl").unlink()
-    E.settle(args, folder)
+    E.settle(args, folder, torch.device("cpu"))
 
 
 def test_other_weights_are_refused_even_under_the_same_name_and_of_the_same_size(settled):
@@ -580,7 +581,7 @@ def test_other_weights_are_refused_even_under_the_same_name_and_of_the_same_size
     (folder / "model.safetensors").write_bytes(b"WEIGHTS")
     os.utime(folder / "model.safetensors", (1, 1))
     with pytest.raises(ValueError, match="weights was"):
-        E.settle(args, folder)
+        E.settle(args, folder, torch.device("cpu"))
 
 
 def test_a_runs_folder_gives_its_export_its_template_and_the_place_for_the_results(tmp_path):
@@ -665,14 +666,14 @@ def test_help_names_every_flag_benchmark_and_the_papers_sections(capsys):
 def trained(tmp_path_factory):
     """A run of 10 steps with demonstrations at full weight: it solves about half of tiny:heldout."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    run(["srft.py", "--preset", "tiny", "--steps", "10", "--prompts_per_step", "16", "--n_rollouts", "2",
+    run(["srft.py", "--preset", "tiny", "--device", "cpu", "--steps", "10", "--prompts_per_step", "16", "--n_rollouts", "2",
          "--lr", "1e-3", "--w_sft", "one", "--eval_data", "tiny:heldout", "--eval_samples", "2",
          "--grader_workers", "1", "--out", out])
     return out
 
 
 def command(model, *flags):
-    return ["eval.py", "--model", model, "--max_tokens", "160", "--grader_workers", "1", *flags]
+    return ["eval.py", "--model", model, "--device", "cpu", "--max_tokens", "160", "--grader_workers", "1", *flags]
 
 
 def sampled(model, *flags):
@@ -711,7 +712,7 @@ def sums(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("template", ["none", "qwen-math", "paper"])
 def test_the_command_of_table_a1_runs_with_each_of_its_templates(template, sums, tmp_path):
-    run(["eval.py", "--model", TINY, "--rope_theta", "40000", "--window", "16384", "--template", template,
+    run(["eval.py", "--model", TINY, "--device", "cpu", "--rope_theta", "40000", "--window", "16384", "--template", template,
          "--benchmarks", f"math500={sums}", "--limit", "4", "--max_tokens", "60", "--grader_workers", "1", "--out", tmp_path / "a1"])
     summary = (tmp_path / "a1/summary.md").read_text()
     assert "| MATH500 | 4 | pass@1 | oat |" in summary and "SRFT (paper) | 89.8" in summary

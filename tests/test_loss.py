@@ -115,6 +115,7 @@ def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=srft_l
     value, stats = loss(*(a[n] for n in INPUTS[:6]), cfg, n_demo, n_rollout, logp_old=a["logp_old"] if old else None,
                         tis=a["tis"] if tis else None, kl=a["kl"] if cfg.kl_coef else None, **more)
     value.backward()
+    stats = {name: number.item() for name, number in stats.items()}
     return value.item(), stats, *(torch.zeros_like(x) if x.grad is None else x.grad for x in differentiable)
 
 
@@ -380,8 +381,8 @@ def test_an_entropy_bonus_changes_the_update(monkeypatch, level):
 # Copying one piece, as the README says: what it names, the standard library, torch and numpy are enough.
 
 PIECES = {
-    "group_advantage": [], "pack": ["Sequence", "karmarkar_karp"], "collate": ["Sequence", "Batch"],
-    "srft_loss": ["entropy_weight", "sequence_mean", "average", "without_padding", "add_up", "shaped"],
+    "group_advantage": [], "pack": ["Sequence", "karmarkar_karp"], "collate": ["Sequence", "Batch", "to_device"],
+    "srft_loss": ["entropy_weight", "mean_over", "sequence_mean", "average", "without_padding", "add_up", "shaped"],
     "token_logprobs": ["_ChunkedLogProbs", "_addmm_fp32", "default_chunk"]}
 
 

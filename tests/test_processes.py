@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ENV, ROOT, SMALL, start
 
@@ -54,6 +56,56 @@ def test_a_mistake_is_one_line_and_a_library_keeps_its_traceback(monkeypatch, tm
         (tmp_path / "none").read_text()
     with pytest.raises(json.JSONDecodeError), processes.mistakes_in_one_line("srft.py"):
         json.loads("{")
+
+
+def no_card(monkeypatch, build="13.0", driver="NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue", hidden=None):
+    """A torch built for this CUDA on a machine with this driver, whose cards torch cannot use."""
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = Path.read_text
+
+    def read(path, *args, **kwargs):
+        if str(path) != "/proc/driver/nvidia/version":
+            return text(path, *args, **kwargs)
+        if driver is None:
+            raise FileNotFoundError(path)
+        return driver
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+
+
+def test_a_build_for_gpus_without_a_usable_one_is_refused_with_what_it_needs_and_what_was_found(monkeypatch):
+    no_card(monkeypatch)
+    with pytest.raises(ValueError, match=r"CUDA 13.0 and finds no usable GPU. .* r580 or newer; found is 550.54.15. .*--device cpu"):
+        processes.init_distributed()
+    assert not dist.is_initialized()                                      # before any group, and before any model
+    no_card(monkeypatch, driver=None)
+    with pytest.raises(ValueError, match="none is loaded here .in a container"):
+        processes.choose_device("cuda")
+    no_card(monkeypatch, build="12.8", hidden="")
+    with pytest.raises(ValueError, match="r525 .*CUDA_VISIBLE_DEVICES is '', which may hide the cards: unset it"):
+        processes.choose_device()
+
+
+def test_on_purpose_a_build_for_gpus_runs_on_the_cpu_and_a_build_for_cpus_refuses_a_gpu(monkeypatch):
+    no_card(monkeypatch)
+    assert processes.choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert processes.choose_device().type == "cpu"
+    with pytest.raises(ValueError, match="--device cuda: .* built for CPUs alone"):
+        processes.choose_device("cuda")
+
+
+def test_each_rank_takes_the_card_of_its_place_on_the_node_and_one_rank_too_many_is_refused(monkeypatch):
+    no_card(monkeypatch, hidden="4,5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert processes.choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"local rank 2 has no GPU .* shows 2 \(CUDA_VISIBLE_DEVICES is 4,5\); start --nproc_per_node=2"):
+        processes.choose_device("cuda", 2)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 
 import reward
 from graders import KINDS, REASONS, repair_scientific
-from reward import Grader, graded_text
+from reward import Grader, graded_text, usable_cpus
 
 ROOT = Path(reward.__file__).resolve().parent
 DATA = ROOT.parent / "shared" / "data"
@@ -344,6 +344,31 @@ def test_two_workers_grade_300_responses_a_second():
     if max(rates) < 300 and load > len(os.sched_getaffinity(0)):
         pytest.skip(f"others load this machine ({load:.1f}): {max(rates):.0f} a second")
     assert max(rates) >= 300, rates
+
+
+@pytest.mark.parametrize("cgroup, files, cpus", [
+    ("0::/", {}, 8),
+    ("0::/", {"cpu.max": "250000 100000"}, 2),                                                 # a container's own view
+    ("0::/", {"cpu.max": "max 100000"}, 8), ("0::/", {"cpu.max": "50000 100000"}, 1), ("0::/", {"cpu.max": "9900000 100000"}, 8),
+    ("0::/slurm/job", {"slurm/cpu.max": "300000 100000", "slurm/job/cpu.max": "max 100000"}, 3),      # a parent's quota binds
+    ("3:cpu,cpuacct:/docker/x", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8), (None, {}, 8)])
+def test_a_quota_of_a_control_group_counts_as_fewer_cpus(cgroup, files, cpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    if cgroup is not None:
+        (tmp_path / "cgroup").write_text(f"7:memory:/\n{cgroup}\n")
+    assert usable_cpus(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == cpus
+
+
+@pytest.mark.parametrize("cpus, ranks, workers", [(96, 8, 11), (16, 1, 15), (2, 2, 1), (1, 1, 1)])
+def test_the_graders_of_a_rank_leave_a_core_to_its_engine(cpus, ranks, workers, monkeypatch):
+    monkeypatch.setattr(reward, "usable_cpus", lambda: cpus)
+    monkeypatch.setattr(Grader, "_refill", lambda self: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert Grader().workers == workers and Grader(workers=5).workers == 5
 
 
 # ---- Hostile responses -------------------------------------------------------------------------

