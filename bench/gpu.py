@@ -14,8 +14,8 @@
   decode      tokens a second
 
 No hub and no weights on disk: random weights in the widths of Qwen2.5-7B, 4 layers deep, and in the shape
-of Qwen2.5-0.5B, whose head is tied; end-to-end trains tiny/. Without a GPU, or with --device cpu, the same
-parts run on small shapes and CPU kernels: that proves this script, and nothing of CUDA.
+of Qwen2.5-0.5B, whose head is tied; end-to-end trains tiny/. With --device cpu the same parts run on small
+shapes and CPU kernels: that proves this script, and nothing of CUDA.
 
 Each part has a time limit and processes of its own (bench/gpu_parts.py). Every row goes to DIR/PART.json and
 DIR/gpu.md as soon as it is known, so whatever is killed keeps what it had. A check that fails is a row FAIL,
@@ -34,6 +34,8 @@ from pathlib import Path
 
 import common
 import torch
+
+from processes import choose_device
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,15 @@ def describe(machine):
     return f"{hardware}; Python {machine['python']}, {versions}; commit {commit[:10]}."
 
 
-def gpu():
-    """Name, driver, memory of the card; None without one."""
-    if not torch.cuda.is_available():
+def gpu(device):
+    """Name, driver, memory of the card; None on a CPU."""
+    if device.type == "cpu":
         return None
     asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         return subprocess.run(asked, check=True, text=True, capture_output=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError):
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -143,12 +145,9 @@ def gpu():
 
 def start_worker(args, name, task):
     """The process of one task. It imports its libraries and then waits for a line."""
-    command = [sys.executable, __file__, name, "--task", task, "--out", args.out]
-    env = dict(os.environ)
-    if args.device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.Popen([*command, "--threads", str(args.threads)], env=env, stdin=subprocess.PIPE,
-                            text=True, process_group=0)
+    command = [sys.executable, __file__, name, "--task", task, "--out", args.out, "--device", args.device,
+               "--threads", str(args.threads)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, process_group=0)
 
 
 def work(args):
@@ -160,7 +159,7 @@ def work(args):
     if not sys.stdin.readline():                                       # who started this is gone
         return
     device = common.start(args)
-    report = Report(args.out, name, common.machine() | {"gpu": gpu()})
+    report = Report(args.out, name, common.machine(device) | {"gpu": gpu(device)})
     with report.attempt(args.task):
         getattr(gpu_parts, args.task)(report, device)
     sys.stdout.flush()
@@ -219,8 +218,6 @@ def end(process):
 def main(argv=None):
     p = common.parser(__doc__, "gpu")
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; or table [all parts]")
-    p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
-                   help="cpu: small shapes [a GPU, if there is one]")
     p.add_argument("--task", help="internal: be the process of this task")
     p.set_defaults(out="out/bench/gpu", threads=len(os.sched_getaffinity(0)))
     args = p.parse_args(argv)
@@ -228,15 +225,13 @@ def main(argv=None):
         p.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}, table")
     if args.task:
         return work(args)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch finds no GPU")
+    patience = 1 if choose_device(args.device).type == "cuda" else 5
     folder, names = Path(args.out), [name for name in args.parts or PARTS if name != "table"]
     for name in names:
         (folder / f"{name}.json").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))      # by way of supervise: workers, too
-    on_gpu = torch.cuda.is_available() and args.device != "cpu"
     start = lambda name, task: start_worker(args, name, task)
-    fine = not names or supervise(folder, names, start, patience=1 if on_gpu else 5)
+    fine = not names or supervise(folder, names, start, patience)
     text = markdown(folder)
     write_whole(folder / "gpu.md", text)
     print(f"\n{text}\nwrote {folder}/gpu.md")

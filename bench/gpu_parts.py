@@ -62,8 +62,7 @@ CPU = Sizes(
     prompts=(2, 2), tokens=16, decode=(2, 4))
 HEADS = (28, 4, 128)              # query heads, key and value heads, head width: those of the 7B model
 PROMPT = 64                       # tokens of a prompt of the engine
-# Bytes that an update of GPU.wide takes on one rank, by plan.simulate; a test compares. It is not asked here:
-# torch 2.11, which a GPU machine may have, refuses its fake tensors, and would count 18 GB too much.
+# Bytes that an update of GPU.wide takes on one rank: what plan.simulate says, as a test makes sure.
 PLANNED_PEAK = 46.53e9
 
 
@@ -253,7 +252,7 @@ def one_update(run, cfg, batches):
 
 
 def trained(report, device):
-    _, _, device, mesh = init_distributed()
+    _, _, device, mesh = init_distributed(device.type)
     config, cfg = shape(device, "wide"), Config(**sizes(device).batch)
     run = trainer(config, device, mesh)
     with report.attempt("7B widths"):
@@ -344,7 +343,7 @@ def synchronisations(device):
 def mfu(report, device):
     """Forward and backward as update.py runs them, AdamW left out. Against the 7B model's 28 layers, the head
     weighs seven times as much here."""
-    _, _, device, mesh = init_distributed()
+    _, _, device, mesh = init_distributed(device.type)
     config = shape(device, "wide")
     run = trainer(config, device, mesh)
     parameters, peak = sum(p.numel() for p in run.policy.parameters()), M.peak_flops(device)
@@ -381,7 +380,7 @@ def forward_backward(run, cfg, sequences):
 def offload(report, device):
     """The same update of the same weights, on the GPU and offloaded. AdamW's first step moves each weight by
     lr along the sign of its gradient: where that is noise, the two may end 2 lr apart."""
-    _, _, device, mesh = init_distributed()
+    _, _, device, mesh = init_distributed(device.type)
     config, cfg = shape(device, "wide"), Config(**sizes(device).batch, lr=1e-4)
     here, norms = trainer(config, device, mesh, cfg.lr), {}
     with report.attempt("one update with --offload"):
@@ -428,16 +427,16 @@ def random_prompts(config, count):
 
 
 def wide_engine(report, device):
-    colocated(report, "wide", "7B widths")
+    colocated(report, device, "wide", "7B widths")
 
 
 def tied_engine(report, device):
-    colocated(report, "tied", "tied")
+    colocated(report, device, "tied", "tied")
 
 
-def colocated(report, kind, name):
+def colocated(report, device, kind, name):
     """Engine and trainer in one process: their log-probs, and what sleep and sync must leave as it was."""
-    _, _, device, mesh = init_distributed()
+    _, _, device, mesh = init_distributed(device.type)
     config, (prompts, group), tokens = shape(device, kind), sizes(device).prompts, sizes(device).tokens
     cfg = Config(micro_batch_tokens=max(2 * (PROMPT + tokens), 16384 if device.type == "cuda" else 0))
     run, ids = trainer(config, device, mesh, lr=0.0), random_prompts(config, prompts)
@@ -537,7 +536,7 @@ def random_tensors(config, device):
 
 def engine_alone(device):
     """(engine with random weights, its config, seconds that its start took)."""
-    init_distributed()
+    init_distributed(device.type)
     config = shape(device, "wide")
     engine, seconds = start_engine(config, device)
     engine.sync_weights(random_tensors(config, device), 0)
@@ -572,7 +571,7 @@ def decode(report, device):
 def end_to_end(report, device):
     """The command lines, as a user types them."""
     flags = ["--preset", "tiny", "--prompts_per_step", "8", "--n_rollouts", "4", "--save_every", "2",
-             "--eval_data", "", "--grader_workers", "1"]
+             "--eval_data", "", "--grader_workers", "1", "--device", device.type]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         for what, last, more in (("2 steps", 2, []), ("--resume, 2 more", 4, ["--resume"])):
@@ -582,7 +581,7 @@ def end_to_end(report, device):
         with report.attempt("eval.py"):
             seconds = command(report, "eval.py", "--model", str(out), "--benchmarks", "tiny:heldout",
                               "--limit", "16", "--template", "none", "--max_tokens", "160",
-                              "--grader_workers", "1")
+                              "--grader_workers", "1", "--device", device.type)
             count = len((out / "eval" / "results.jsonl").read_text().splitlines())
             report.add("eval.py on it", f"{count} responses, {seconds:.1f} s", "16 responses", count == 16,
                        seconds=seconds)
