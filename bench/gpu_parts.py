@@ -346,19 +346,19 @@ def mfu(report, device):
     _, _, device, mesh = init_distributed(device.type)
     config = shape(device, "wide")
     run = trainer(config, device, mesh)
-    parameters, peak = sum(p.numel() for p in run.policy.parameters()), M.peak_flops(device)
-    for tokens in sizes(device).mfu:
-        length = min(2048, tokens // 4)                        # of each sequence; an eighth of it is prompt
-        cfg = Config(max_prompt_tokens=length // 4, max_response_tokens=length - length // 8,
-                     micro_batch_tokens=tokens)
-        sequences = full_micro_batch(cfg, config.vocab_size)
-        flops = M.forward_backward_flops(config, parameters, sequences)
-        for recompute in (True, False):
+    parameters, peak = sum(p.numel() for p in run.policy.parameters()), None
+    if device.type == "cuda":
+        _, peak = M.peak_flops(torch.cuda.get_device_name(device))
+    for recompute in (True, False):
+        for tokens in sizes(device).mfu:
+            length = min(2048, tokens // 4)                    # of each sequence; an eighth of it is prompt
+            cfg = Config(max_prompt_tokens=length // 4, max_response_tokens=length - length // 8,
+                         micro_batch_tokens=tokens)
+            sequences = full_micro_batch(cfg, config.vocab_size)
+            flops = M.forward_backward_flops(config, parameters, sequences)
             what = f"{tokens:,} tokens, blocks {'recomputed' if recompute else 'kept'}"
             with report.attempt(what):
-                if recompute:
-                    run.policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
-                else:
+                if not recompute:                              # build_policy has it on
                     run.policy.lm.gradient_checkpointing_disable()
                 with common.PeakMemory(device) as memory:
                     seconds = [forward_backward(run, cfg, sequences) for _ in range(4)][1:]
