@@ -225,13 +225,14 @@ def main(argv=None):
         p.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}, table")
     if args.task:
         return work(args)
-    patience = 1 if choose_device(args.device).type == "cuda" else 5
     folder, names = Path(args.out), [name for name in args.parts or PARTS if name != "table"]
-    for name in names:
-        (folder / f"{name}.json").unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))      # by way of supervise: workers, too
-    start = lambda name, task: start_worker(args, name, task)
-    fine = not names or supervise(folder, names, start, patience)
+    fine = True
+    if names:
+        patience = 1 if choose_device(args.device).type == "cuda" else 5
+        for name in names:
+            (folder / f"{name}.json").unlink(missing_ok=True)          # of an earlier call
+        fine = supervise(folder, names, lambda name, task: start_worker(args, name, task), patience)
     text = markdown(folder)
     write_whole(folder / "gpu.md", text)
     print(f"\n{text}\nwrote {folder}/gpu.md")
