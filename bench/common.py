@@ -93,13 +93,17 @@ def alternate(a, b, pairs):
     return (*map(statistics.median, zip(*found)), statistics.median(y / x for x, y in found))
 
 
-def show(title, header, rows):
-    """Print a Markdown table, so that it can go to BENCHMARKS.md as it is."""
+def table(header, rows):
+    """A Markdown table, so that it can go to BENCHMARKS.md as it is."""
     cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     line = lambda row: "| " + " | ".join(x.ljust(w) for x, w in zip(row, widths)) + " |"
-    print(f"\n{title}\n\n{line(cells[0])}\n|{'|'.join('-' * (w + 2) for w in widths)}|")
-    print("\n".join(map(line, cells[1:])), flush=True)
+    return "\n".join([line(cells[0]), f"|{'|'.join('-' * (w + 2) for w in widths)}|", *map(line, cells[1:])])
+
+
+def show(title, header, rows):
+    """Print a title and a table."""
+    print(f"\n{title}\n\n{table(header, rows)}", flush=True)
 
 
 def save(args, results):
