@@ -37,6 +37,7 @@ env-older:                         ## the oldest supported versions, in .venv-ol
 	$(PYTHON) -m venv .venv-older
 	.venv-older/bin/pip install --quiet --disable-pip-version-check uv
 	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip install --quiet -r requirements-cpu.txt -r requirements-dev.txt --override requirements-older.txt
+	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip uninstall --quiet torchvision torchaudio torchcodec
 
 clean:
 	rm -rf $(VENV) .venv-older out .pytest_cache
