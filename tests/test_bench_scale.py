@@ -108,7 +108,7 @@ def test_phases_follow_their_rates():
 
 def test_the_verdict_needs_room_in_both_phases_and_10_gb_of_kv_cache(capsys):
     P = sum(SEVEN_B)
-    memory = dict(weights=P / 2, optimizer=P, gradients=P / 2, activations=13.5e9, host=0, parameters=P, reference=0)
+    memory = dict(weights=P / 2, optimizer=P, gradients=P / 2, activations=13.5e9, attention=0.5e9, host=0, parameters=P, reference=0)
     fits = lambda cfg=Config(), **changes: scale.fits(qwen(), cfg, [(8, False, memory | changes)])[0]
     found = fits()
     assert found["fits"] and found["kv_gb"] > 10 and found["training_gb"] < 72 and found["generating_gb"] < 80

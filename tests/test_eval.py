@@ -643,12 +643,12 @@ def fails(monkeypatch, capfd):
       (("--top_p", "2"), ("--grader_workers", "-1"), ("--grader_deadline", "0"), ("--seed", "-1"))),
 ])
 def test_a_mistake_is_answered_by_one_line_before_anything_is_loaded_or_written(flags, says, fails, tmp_path):
-    assert says in fails("--model", TINY, "--out", tmp_path / "out", *flags)
+    assert says in fails("--model", TINY, "--device", "cpu", "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_model_is_one_line_too(fails, tmp_path):
-    assert str(tmp_path) in fails("--model", tmp_path)
+    assert str(tmp_path) in fails("--model", tmp_path, "--device", "cpu")
 
 
 def test_help_names_every_flag_benchmark_and_the_papers_sections(capsys):
