@@ -121,8 +121,8 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
 
     h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)                               # (B,)
     capped = (ratio > cfg.tis_cap).sum() if cfg.tis_cap else torch.zeros_like(loss)
-    measured = {"h_demo": (h * is_demo).sum(), "h_rollout": (h * ~is_demo).sum(), "capped": capped,
-                "diff": diff.abs().sum(), "worst": diff.abs().max(), **stats}
+    measured = {"h_demo": torch.where(is_demo, h, 0.0).sum(), "h_rollout": torch.where(is_demo, 0.0, h).sum(),
+                "capped": capped, "diff": diff.abs().sum(), "worst": diff.abs().max(), **stats}
     measured = dict(zip(measured, torch.stack([x.detach().float() for x in measured.values()]).tolist()))
     rollouts = [s for s in sequences if not s.is_demo]
     sums = {"demos": len(sequences) - len(rollouts), "rollouts": len(rollouts),
