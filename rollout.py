@@ -67,9 +67,9 @@ def check_environment(device):
     another device than the trainer's, and on a GPU what its memory and its kernels do not stand."""
     from vllm.platforms import current_platform
     if current_platform.device_type != device.type:
-        raise ValueError(f"this vLLM is one for {current_platform.device_type or 'GPUs'}, and the trainer runs "
-                         f"on {device.type}: install requirements.txt for GPUs, requirements-cpu.txt for "
-                         "--device cpu")
+        built = current_platform.device_type or "GPUs"
+        raise ValueError(f"this vLLM is one for {built}, and the trainer runs on {device.type}: install "
+                         "requirements.txt for GPUs, requirements-cpu.txt for --device cpu")
     if device.type != "cuda":
         return
     # Sleep mode gives the engine's memory back to the driver page by page, from a pool of its own; torch's
