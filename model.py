@@ -188,6 +188,7 @@ class Sequence:
     reward: float = 0.0            # R(x, y) of Eq. A2
     advantage: float = 0.0         # Eq. 7
     engine_logp: list | None = None   # log pi_engine(y_t) of each response token; None for a demonstration
+    engine: int = 0                # the rank whose engine sampled it
     finished: bool = True          # False: the rollout was cut at the length limit
 
     def __len__(self):

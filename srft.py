@@ -355,7 +355,8 @@ def augmented_groups(run, cfg, step, batch):
         for k, (r, verdict) in enumerate(group):
             sequences.append(M.Sequence(
                 np.asarray(prompt.ids, np.int32), np.asarray(r.tokens, np.int32), group=g,
-                reward=verdict.reward, engine_logp=np.asarray(r.logprobs, np.float32), finished=r.finished))
+                reward=verdict.reward, engine_logp=np.asarray(r.logprobs, np.float32), engine=run.rank,
+                finished=r.finished))
             samples.append((k, row(example, r.text, verdict, demo=False)))
         if prompt.demo and sequences_per_prompt(cfg)[1]:                                        # Eq. 6
             reward = of_demo[example.id].reward if example.id in of_demo else run.demo_rewards[example.id]
@@ -427,6 +428,8 @@ def train(cfg, run):
                dynamic_ncols=True)
 
     def evaluation(step):
+        if run.heldout:
+            compare_engine(run, cfg, step)
         sampling = Sampling(cfg.eval_temperature, cfg.eval_top_p, cfg.max_response_tokens, cfg.seed)
         found = {}
         for name, prompts in run.heldout.items():
@@ -492,13 +495,14 @@ def train(cfg, run):
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if run.rank == 0:
             warn_of_grader(metrics, grading)
-        difference = metrics["engine/logp_diff_mean"]                               # None: no rollouts
+        difference = metrics["engine/logp_diff_rank"]                               # None: no rollouts
         wrong_engine = difference is not None and not difference <= MISMATCH_STOPS  # nan is wrong, too
+        where = f"over the rollouts of step {step}"
         if metrics["engine/mismatch"] and not wrong_engine and not warned and run.rank == 0:
             warned = True                                                           # once a run
-            tqdm.write(f"WARNING: {mismatch(metrics)}. A small model in bf16 may be that noisy",
+            tqdm.write(f"WARNING: {mismatch(difference, where)}. A small model in bf16 may be that noisy",
                        file=sys.stderr)
-        if evaluate_now and not wrong_engine:                   # what it answers says nothing of the policy
+        if evaluate_now and not wrong_engine:
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
         shown = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
@@ -507,8 +511,8 @@ def train(cfg, run):
                          if metrics.get(key) is not None}, refresh=False)
         bar.update()
         if wrong_engine:
-            raise RuntimeError(f"{mismatch(metrics)}. This step has no checkpoint: --resume goes on from the "
-                               "last one")
+            raise RuntimeError(f"{mismatch(difference, where)}. This step has no checkpoint: --resume goes "
+                               "on from the last one")
         if skipped_in_a_row >= 5:
             raise RuntimeError(
                 f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
@@ -550,7 +554,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
 
     gradings = grading.total() - grading["ms"]
     worst = [x for x in (update["engine/logp_diff_max"] for update in updates) if x is not None]
-    difference = mean(update["engine/logp_diff_mean"] for update in updates)
+    difference = mean(update["engine/logp_diff_rank"] for update in updates)
     return {
         "reward/mean": mean(s.reward for s in rollouts), "reward/demo_mean": mean(s.reward for s in demos),
         "reward/all_correct": mean(solved[:, 0] == solved[:, 1]) if rollouts else None,
@@ -579,19 +583,42 @@ def warn_of_grader(metrics, grading):
                "of this machine; raise --grader_deadline or --grader_workers", file=sys.stderr)
 
 
-# Nats: mean of |log p(engine) - log p(trainer)| over a step's rollout tokens. bf16 gives about 0.01 at 7B, the
-# tiny model with its weights times 1.2 gives 0.17. Checked at every step: each follows a transfer of weights of
-# its own, on a GPU into memory that was given away in between, and importance weights would hide a bad one.
+# Nats: mean of |log p(engine) - log p(trainer)| over the rollout tokens of one rank's engine, the highest of
+# all ranks, so that one bad engine is not lost among 64. bf16 gives about 0.01 at 7B, the tiny model with its
+# weights times 1.2 gives 0.17. Checked at every step: each follows a transfer of weights of its own, on a GPU
+# into memory that was given away in between, and importance weights would hide a bad one.
 MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
 
 
-def mismatch(metrics):
-    """What is wrong where the engine samples from another policy than the trainer trains."""
-    return (f"engine and trainer disagree: |log p(engine) - log p(trainer)| is "
-            f"{metrics['engine/logp_diff_mean']:.3f} nats on average over the rollouts of step "
-            f"{metrics['step']} (warning above {MISMATCH_WARNS}, end above {MISMATCH_STOPS}). The engine "
-            "serves other weights, another RoPE or another temperature than the trainer; check --rope_theta, "
-            "--window and the vllm version")
+def mismatch(difference, where):
+    """What is wrong where an engine samples from another policy than the trainer trains."""
+    return (f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {difference:.3f} nats on "
+            f"average {where}, at the rank where it is highest (warning above {MISMATCH_WARNS}, end above "
+            f"{MISMATCH_STOPS}). The engine serves other weights, another RoPE or another temperature than "
+            "the trainer; check --rope_theta, --window and the vllm version")
+
+
+@torch.no_grad()
+def compare_engine(run, cfg, version):
+    """Before an evaluation: raise RuntimeError unless each rank's engine, which has just got the weights of
+    `version`, gives the trainer's log-probs to 8 rollouts of its own. A collective.
+
+    A step's own rollouts tell it of the transfer before, and SFT has none. The prompts are random tokens,
+    since those of the data would stay in the engine's prefix cache.
+    """
+    vocabulary, length = run.policy.lm.config.vocab_size, min(16, cfg.max_prompt_tokens)
+    prompts = np.random.default_rng(run.rank).integers(0, vocabulary, (8, length)).tolist()
+    groups = run.engine.generate(prompts, 1, cfg.temperature, min(64, cfg.max_response_tokens), cfg.seed,
+                                 version)
+    sequences = [M.Sequence(prompt, group[0].tokens) for prompt, group in zip(prompts, groups)]
+    logp, *_ = run.policy(M.collate(sequences, run.device), cfg.temperature)                           # (8,T)
+    run.policy.reshard()               # a forward without backward leaves the root gathered
+    ours = np.concatenate([row[:len(s.response)] for row, s in zip(logp.cpu().numpy(), sequences)])
+    theirs = np.concatenate([group[0].logprobs for group in groups])
+    difference = torch.tensor(float(np.abs(ours - theirs).mean())).nan_to_num(nan=np.inf)
+    dist.all_reduce(difference, dist.ReduceOp.MAX)
+    if difference > MISMATCH_STOPS:
+        raise RuntimeError(mismatch(difference.item(), f"before the evaluation of step {version}"))
 
 
 def finish(run, cfg, exported):

@@ -107,9 +107,11 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
         return {}
     mask, reward, advantage, is_demo, engine_logp = inputs
     with torch.no_grad():
-        # log pi - log pi_engine on rollout tokens, 0 but for numerics, and the truncated importance weight.
+        # log pi - log pi_engine on rollout tokens, 0 but for numerics, and the truncated importance weight. A
+        # log pi that is not finite is the trainer's own trouble, and ends in a gradient that is skipped.
         logp_old = logp.detach() if before.logp_old is None else before.logp_old
-        diff = (logp_old - engine_logp) * mask * ~is_demo[:, None]
+        compared = (mask > 0) & ~is_demo[:, None] & logp_old.isfinite()
+        diff = torch.where(compared, logp_old - engine_logp, 0.0)
         ratio = diff.exp()
         tis = ratio.clamp(max=cfg.tis_cap) if cfg.tis_cap else None
     loss, counted = run.objective
@@ -122,8 +124,10 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
     h = (entropy.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)                               # (B,)
     capped = (ratio > cfg.tis_cap).sum() if cfg.tis_cap else torch.zeros_like(loss)
     measured = {"h_demo": torch.where(is_demo, h, 0.0).sum(), "h_rollout": torch.where(is_demo, 0.0, h).sum(),
-                "capped": capped, "diff": diff.abs().sum(), "worst": diff.abs().max(), **stats}
-    measured = dict(zip(measured, torch.stack([x.detach().float() for x in measured.values()]).tolist()))
+                "capped": capped, "worst": diff.abs().max(), **stats}
+    numbers = torch.stack([x.detach().float() for x in measured.values()])
+    numbers = torch.cat([numbers, diff.abs().sum(1)]).tolist()                    # the one read of the device
+    measured = dict(zip(measured, numbers))
     rollouts = [s for s in sequences if not s.is_demo]
     sums = {"demos": len(sequences) - len(rollouts), "rollouts": len(rollouts),
             "correct": sum(s.reward > 0 for s in rollouts), "tokens": sum(len(s.response) for s in rollouts)}
@@ -131,10 +135,12 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
     for name, kind in counted.items():
         if not name.startswith("loss/"):
             measured[name] *= sums[kind]
-    return sums | measured
+    engines = [(s.engine, difference, len(s.response))
+               for s, difference in zip(sequences, numbers[-len(sequences):]) if not s.is_demo]
+    return sums | measured | {"engines": engines}
 
 
-SUMS = ("demos", "correct", "rollouts", "h_demo", "h_rollout", "tokens", "capped", "diff")
+SUMS = ("demos", "correct", "rollouts", "h_demo", "h_rollout", "tokens", "capped")
 
 
 def update_policy(run, cfg, batches, before, n_demo, n_rollout):
@@ -154,14 +160,21 @@ def update_policy(run, cfg, batches, before, n_demo, n_rollout):
     names = (*SUMS, *counted)
     sums = torch.tensor([sum(part.get(name, 0.0) for part in parts) for name in names], dtype=torch.float64)
     worst = torch.tensor(max(part.get("worst", 0.0) for part in parts))
+    engines = torch.zeros(dist.get_world_size(), 2, dtype=torch.float64)      # sum of |diff|, tokens: of each
+    for part in parts:
+        for engine, difference, tokens in part.get("engines", ()):
+            engines[engine] += torch.tensor([difference, tokens])
     dist.all_reduce(sums)
+    dist.all_reduce(engines)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
+    by_engine = engines[:, 0] / engines[:, 1].clamp(min=1)
     total = dict(zip(names, sums.tolist()))
     per = lambda name, count: total[name] / total[count] if total[count] else None
     return {name: (total[name] if total[kind] else None) if name.startswith("loss/") else per(name, kind)
             for name, kind in counted.items()} | {
         "entropy/demo": per("h_demo", "demos"), "entropy/rollout": per("h_rollout", "rollouts"),
-        "engine/logp_diff_mean": per("diff", "tokens"),
+        "engine/logp_diff_mean": engines[:, 0].sum().item() / total["tokens"] if total["tokens"] else None,
+        "engine/logp_diff_rank": by_engine.max().item() if total["tokens"] else None,
         "engine/logp_diff_max": worst.item() if total["tokens"] else None,
         "tis/capped": per("capped", "tokens"), "grad_norm": norm}
 

@@ -192,14 +192,15 @@ def recorded(tape, *flags):
         tape.write_bytes(pickle.dumps(recording))
 
 
-def stale(since, factor, *flags):
-    """A whole run whose engine gets other weights than the trainer has, under the right version, from version `since` on: all of
-    them times `factor`, or ("missing") without one."""
+def stale(since, factor, rank, *flags):
+    """A whole run whose engine, on `rank` or on "all", gets other weights than the trainer has, under the right version, from
+    version `since` on: all of them times `factor`, or ("missing") without one."""
     class Stale(rollout.RolloutEngine):
         def sync_weights(self, named_tensors, version):
-            if version >= int(since) and factor == "missing":
+            bad = version >= int(since) and rank in ("all", str(dist.get_rank()))
+            if bad and factor == "missing":
                 named_tensors = ((name, tensor) for name, tensor in named_tensors if "0.self_attn.k_proj" not in name)
-            elif version >= int(since):
+            elif bad:
                 named_tensors = ((name, tensor * float(factor)) for name, tensor in named_tensors)
             super().sync_weights(named_tensors, version)
 

@@ -82,7 +82,7 @@ def test_one_and_two_ranks_agree_over_five_steps_of_the_same_rollouts(tmp_path):
 @pytest.mark.parametrize("method, since", [("srft", 0), ("srft", 1), ("grpo", 1)])
 def test_a_run_whose_engine_gets_other_weights_stops_at_that_step_before_its_checkpoint(method, since, tmp_path):
     out = tmp_path / "run"
-    output = run(["tests/ranks.py", "stale", since, 1.5, *SMALL[1:], "--method", method, "--save_every", "1", "--out", out, "--steps", "3"], ok=False)
+    output = run(["tests/ranks.py", "stale", since, 1.5, "all", *SMALL[1:], "--method", method, "--save_every", "1", "--out", out, "--steps", "3"], ok=False)
     assert "engine and trainer disagree" in output and f"over the rollouts of step {since + 1} " in output
     assert [row["step"] for row in metrics(out)] == list(range(since + 2)) and metrics(out)[-1]["engine/mismatch"] == 1
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-1"] * since
@@ -95,7 +95,7 @@ def test_a_transfer_that_lacks_a_weight_ends_the_run_before_that_steps_checkpoin
     if since == 6:
         shutil.copytree(whole_run, out)
         more = ["--resume"]
-    output = run(["tests/ranks.py", "stale", since, "missing", *SMALL[1:], "--save_every", "1", "--out", out, "--steps", "8", *more], ok=False)
+    output = run(["tests/ranks.py", "stale", since, "missing", "all", *SMALL[1:], "--save_every", "1", "--out", out, "--steps", "8", *more], ok=False)
     assert re.search(r"1 of \d+ weights did not come, such as model.layers.0.self_attn.k_proj", output), output[-2000:]
     assert [row["step"] for row in metrics(out)] == list(range(since + (since == 6)))
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ([] if since == 1 else ["step-4", "step-6"])
@@ -106,7 +106,7 @@ def test_so_does_a_resumed_run_and_the_last_good_checkpoint_goes_on(whole_run, t
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
     command = [*SMALL[1:], "--out", out, "--steps", "8", "--resume"]
-    output = run(["tests/ranks.py", "stale", 6, 1.5, *command], ok=False)
+    output = run(["tests/ranks.py", "stale", 6, 1.5, "all", *command], ok=False)
     assert "over the rollouts of step 7 " in output and not (out / "checkpoints" / "step-7").exists()
     assert f"resumed {out}/checkpoints/step-6" in run(["srft.py", *command])
     assert metrics(out)[-1]["step"] == 8 and metrics(out)[-1]["engine/mismatch"] == 0
@@ -114,6 +114,23 @@ def test_so_does_a_resumed_run_and_the_last_good_checkpoint_goes_on(whole_run, t
 
 @pytest.mark.slow
 def test_a_small_difference_is_said_once_marked_at_each_step_and_trained_through(tmp_path):
-    output = run(["tests/ranks.py", "stale", 1, 1.1, *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"])
+    output = run(["tests/ranks.py", "stale", 1, 1.1, "all", *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"])
     assert output.count("WARNING: engine and trainer disagree") == 1 and "over the rollouts of step 2 " in output
     assert [row["engine/mismatch"] for row in metrics(tmp_path / "run")[1:]] == [0, 1, 1]
+
+
+@pytest.mark.slow
+def test_one_bad_engine_of_two_ends_the_run_though_the_mean_over_both_would_not(tmp_path):
+    output = run(["tests/ranks.py", "stale", 1, 1.25, 1, *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"], ranks=2, ok=False)
+    last = metrics(tmp_path / "run")[-1]
+    assert "engine and trainer disagree" in output and last["step"] == 2
+    assert last["engine/logp_diff_mean"] < 0.15 < last["engine/logp_diff_rank"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_other_weights_is_not_measured_not_even_where_a_method_has_no_rollouts(tmp_path):
+    (tmp_path / "held.jsonl").write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
+    output = run(["tests/ranks.py", "stale", 2, 1.5, "all", *SMALL[1:], "--method", "sft", "--eval_data", tmp_path / "held.jsonl", "--eval_every", "2",
+                  "--out", tmp_path / "run", "--steps", "4"], ok=False)
+    assert "before the evaluation of step 2, " in output
+    assert ["eval/held" in row for row in metrics(tmp_path / "run")] == [True, False]

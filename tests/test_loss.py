@@ -339,16 +339,21 @@ class Bigram(torch.nn.Module):
         return *(update.pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy)), None
 
 
-def grad_norm(monkeypatch, sequences, split=1, **switches):
-    """The gradient norm that update_policy reports for one step on these sequences."""
+def one_update(monkeypatch, sequences, split=1, policy=None, **switches):
+    """What update_policy reports of one step on these sequences, by one rank of two."""
     monkeypatch.setattr(update.dist, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(update.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)      # here nothing is sharded
-    cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), Bigram()
+    cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), policy or Bigram()
     run = SimpleNamespace(policy=policy, device=torch.device("cpu"), reference=None, objective=srft.OBJECTIVES[cfg.method],
                           optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
     batches = [sequences[i::split] for i in range(split)]
     before = update.forward_before_update(run, cfg, batches)
-    return update.update_policy(run, cfg, batches, before, *update.counts(sequences, cfg.loss_norm))["grad_norm"]
+    return update.update_policy(run, cfg, batches, before, *update.counts(sequences, cfg.loss_norm))
+
+
+def grad_norm(*args, **kwargs):
+    return one_update(*args, **kwargs)["grad_norm"]
 
 
 def step_of_sequences():
@@ -369,6 +374,40 @@ def test_one_update_does_not_depend_on_how_the_step_is_split_into_micro_batches(
     whole, parts = (grad_norm(monkeypatch, step_of_sequences(), split, entropy_level=level, loss_norm=norm)
                     for split in (1, 4))
     assert parts == pytest.approx(whole, rel=1e-5)
+
+
+class Sick(Bigram):
+    """A policy whose log-prob is nan at one token: the first of the sequence that has `length` of them."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length = length
+
+    def forward(self, batch, *args):
+        logp, *others = super().forward(batch, *args)
+        bad = torch.tensor([[n == self.length] for n in batch.lengths]) & (torch.arange(logp.shape[1]) == 0)
+        return logp * torch.where(bad, math.nan, 1.0), *others
+
+
+@pytest.mark.parametrize("length", [3, 5])                           # a rollout; the demonstration
+def test_log_probs_of_the_trainer_that_are_not_finite_end_in_a_skipped_update_and_are_not_the_engines_fault(monkeypatch, length):
+    found = one_update(monkeypatch, step_of_sequences(), policy=Sick(length))
+    sound = one_update(monkeypatch, step_of_sequences())
+    assert math.isnan(found["grad_norm"]) and found["engine/logp_diff_rank"] == pytest.approx(sound["engine/logp_diff_mean"], rel=0.3)
+
+
+def test_an_engine_whose_log_probs_are_nan_is_seen_and_the_worst_rank_is_not_lost_in_the_mean(monkeypatch):
+    sequences = step_of_sequences()
+    for s in sequences[3:]:                                          # the second rank's: one demonstration, two rollouts of 6 and 7
+        s.engine = 1
+    even = one_update(monkeypatch, sequences)
+    for s in sequences[4:]:
+        s.engine_logp = [-30.0] * len(s.response)
+    found = one_update(monkeypatch, sequences)
+    assert 20 < found["engine/logp_diff_rank"] < 30 and found["engine/logp_diff_mean"] < 0.7 * found["engine/logp_diff_rank"]
+    assert even["engine/logp_diff_mean"] <= even["engine/logp_diff_rank"] < 5
+    sequences[5].engine_logp = [math.nan] * 7
+    assert math.isnan(one_update(monkeypatch, sequences)["engine/logp_diff_rank"])
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])

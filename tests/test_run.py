@@ -19,7 +19,7 @@ from config import TESTED, TINY, Config, check_config, check_versions, parse_arg
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
-engine/logp_diff_mean engine/logp_diff_max engine/mismatch tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
+engine/logp_diff_mean engine/logp_diff_rank engine/logp_diff_max engine/mismatch tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
 time/step perf/tokens_per_s perf/mfu perf/peak_memory_gb""".split()
 
 
