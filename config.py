@@ -274,11 +274,11 @@ def check_versions(found, say):
     version."""
     for name, (oldest, newest) in TESTED.items():
         if name in found:
-            release = Version(found[name].split("+")[0])                        # without "+cu130", "+cpu"
-            if release < Version(oldest):
+            release = Version(found[name]).release                     # "2.11.0a0+cu130": (2, 11, 0)
+            if release < Version(oldest).release:
                 raise ValueError(f"{name} {found[name]} is too old: this code needs {oldest} to {newest}; "
                                  "install requirements.txt (on a CPU requirements-cpu.txt)")
-            if release > Version(newest):
+            if release > Version(newest).release:
                 say(f"{name} {found[name]} is newer than {newest}, the last that this code was tested with")
 
 

@@ -32,7 +32,8 @@ from rollout import kv_bytes
 GIB = 2**30
 CARD = 80e9              # bytes, as the name "80 GB" promises
 RESIDUAL = 2 * GIB       # assumed, in both phases: CUDA context, NCCL buffers
-GRAPHS = 1 * GIB         # assumed: the engine's CUDA graphs, out of its share; they stay while it sleeps
+GRAPHS = 1 * GIB         # assumed: the engine's CUDA graphs, which stay while it sleeps. vllm 0.32 takes them
+                         # out of its share, 0.25.1 beside it: the plan counts both
 WORKSPACE = 2 * GIB      # assumed, out of vLLM's share: activations of the engine's largest batch
 NODE = 8                 # cards a node, as far as a plan goes; a run asks torchrun
 TYPICAL = (256, 2000)    # prompt and response tokens of the "typical" row
@@ -199,7 +200,8 @@ def budget(cfg, memory):
             ("gradients: fp32 shards", memory["gradients"], 0),
             ("activations, temporaries at peak", memory["activations"], 0),
             ("flash attention's own, in backward", memory["attention"], 0),
-            (f"vLLM: graphs, awake {cfg.engine_memory:.0%} of card", graphs(cfg), share),
+            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, share),
+            ("vLLM's CUDA graphs (assumed)", graphs(cfg), graphs(cfg)),
             ("CUDA, NCCL (assumed)", RESIDUAL, RESIDUAL)]
     used = [sum(row[phase] for row in rows) for phase in (1, 2)]
     return rows, used, kv_room(cfg, memory["parameters"])

@@ -88,6 +88,8 @@ def usable_cpus(mounted="/sys/fs/cgroup", mine="/proc/self/cgroup"):
         else:
             continue
         folder = os.path.normpath(tree + group)
+        if not folder.startswith(tree):                      # "/../..": outside of what a container sees
+            folder = tree
         while len(folder) >= len(tree):                      # a group's time is part of its parent's
             found = _lines(f"{folder}/cpu.max")                                           # version 2
             found = found or _lines(f"{folder}/cpu.cfs_quota_us") + _lines(f"{folder}/cpu.cfs_period_us")

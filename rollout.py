@@ -67,8 +67,8 @@ def check_environment(device):
     another device than the trainer's, and on a GPU what its memory and its kernels do not stand."""
     from vllm.platforms import current_platform
     if current_platform.device_type != device.type:
-        built = current_platform.device_type or "GPUs"
-        raise ValueError(f"this vLLM is one for {built}, and the trainer runs on {device.type}: install "
+        found = current_platform.device_type or "no device that it is built for"
+        raise ValueError(f"this vLLM finds {found}, and the trainer runs on {device.type}: install "
                          "requirements.txt for GPUs, requirements-cpu.txt for --device cpu")
     if device.type != "cuda":
         return
@@ -118,6 +118,7 @@ class RolloutEngine:
         arguments = gpu_arguments(gpu_memory_utilization)
         if not self.cuda:
             arguments = cpu_arguments(config, max_tokens, max_sequences, self.untied)
+        threads = torch.get_num_threads()       # vLLM's GPU worker sets them to 1, and --offload wants them
         self.llm = LLM(
             str(config_folder(config, tokenizer)), load_format="dummy",     # weights come by sync_weights
             dtype=dtype, max_model_len=max_tokens, max_num_seqs=max_sequences, seed=seed,
@@ -126,6 +127,7 @@ class RolloutEngine:
             disable_log_stats=True,
             logprobs_mode="processed_logprobs",  # the distribution sampled from: the one the ratio needs
             **arguments)
+        torch.set_num_threads(threads)
         self.llm.apply_model(refuse_partial_loads)
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,
@@ -337,9 +339,10 @@ def write_config(config, tokenizer, cache):
     try:
         new.rename(folder)
     except OSError:
+        kept = {file.name: file.stat().st_size for file in new.iterdir()}
         shutil.rmtree(new)
-        if not folder.is_dir():
-            raise
+        if {file.name: file.stat().st_size for file in folder.iterdir()} != kept:
+            raise OSError(f"{folder} is not what was written there; delete it") from None
     return folder
 
 

@@ -1,6 +1,6 @@
 """The CUDA path on one GPU: does each piece of it work, is it right, what does it cost?
 
-    python bench/gpu.py --out DIR                     # all parts, on an H100 8 minutes or some more
+    python bench/gpu.py --out DIR                     # all parts; at most 14 minutes, 8 expected on an H100
     python bench/gpu.py kernels trainer --out DIR     # these alone; the first four need no vLLM
     python bench/gpu.py table --out DIR               # gpu.md anew, from JSON files gathered in DIR
 
@@ -8,9 +8,9 @@
   trainer     packed against separate forwards, memory against the plan, synchronisations
   mfu         forward and backward at two sizes of micro-batch, with recomputation and without
   offload     one update with --offload beside the same one without
+  end-to-end  srft.py --preset tiny, then --resume, then eval.py
   engine      start, log-probs beside the trainer's, twice sleep, update, sync and the same tokens again
   warm        start once more, in another process: what the compile cache saves
-  end-to-end  srft.py --preset tiny, then --resume, then eval.py
   decode      tokens a second
 
 No hub and no weights on disk: random weights in the widths of Qwen2.5-7B, 4 layers deep, and in the shape
@@ -50,9 +50,9 @@ PARTS = {
     "trainer": Part(90, ("trained",)),
     "mfu": Part(60, ("mfu",)),
     "offload": Part(90, ("offload",)),
+    "end-to-end": Part(180, ("end_to_end",)),
     "engine": Part(210, ("wide_engine", "tied_engine"), vllm=True),
     "warm": Part(60, ("warm",), vllm=True),
-    "end-to-end": Part(180, ("end_to_end",)),
     "decode": Part(60, ("decode",), vllm=True)}
 
 

@@ -265,7 +265,7 @@ def fits(config, cfg, cases):
         results.append({"cards": world, "offload": offload, "training_gb": training / GB, "generating_gb": generating / GB,
                         "kv_gb": kv / GB, "host_gb": memory["host"] / GB, "fits": ok})
     weights = 2 * memory["parameters"] / GB
-    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA and NCCL, and in training "
+    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA and NCCL, "
                 f"{plan.GRAPHS / GB:.1f} for the engine's CUDA graphs). It fits if "
                 f"training takes at most 72, generating at most 80 with the engine's weights ({weights:.1f}) and at least 10 of "
                 "KV cache",

@@ -134,7 +134,7 @@ def test_what_the_simulation_cannot_see_is_counted_by_formula_or_as_an_assumptio
     text = "\n".join(plan.report(config, small, memory, "model"))
     assert "flash attention's own, in backward" in text and "1.00 CUDA graphs and 2.00 workspace\n  (both assumed)" in text
     small.engine_eager = True                                                    # no graphs, awake or asleep
-    assert plan.budget(small, memory)[1][0] == training - plan.GRAPHS and plan.budget(small, memory)[2] == room + plan.GRAPHS
+    assert plan.budget(small, memory)[1] == [training - plan.GRAPHS, generating - plan.GRAPHS] and plan.budget(small, memory)[2] == room + plan.GRAPHS
 
 
 def test_other_ranks_print_nothing(small, monkeypatch, capsys):

@@ -350,6 +350,7 @@ def test_two_workers_grade_300_responses_a_second():
     ("0::/", {}, 8),
     ("0::/", {"cpu.max": "250000 100000"}, 2),                                                 # a container's own view
     ("0::/", {"cpu.max": "max 100000"}, 8), ("0::/", {"cpu.max": "50000 100000"}, 1), ("0::/", {"cpu.max": "9900000 100000"}, 8),
+    ("0::/../../x", {"cpu.max": "250000 100000"}, 2),
     ("0::/slurm/job", {"slurm/cpu.max": "300000 100000", "slurm/job/cpu.max": "max 100000"}, 3),      # a parent's quota binds
     ("3:cpu,cpuacct:/docker/x", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
     ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8), (None, {}, 8)])
