@@ -5,7 +5,7 @@ PYTHON ?= python3
 export OMP_NUM_THREADS = 1
 
 # torchrun asks the network for this machine's own name, and waits for minutes where nobody knows it: --local_addr.
-.PHONY: demo test test-fast env env-older clean
+.PHONY: demo test test-fast test-older env env-older clean
 
 # torch's own errors only: on a CPU, vLLM warns through it of how it places memory.
 demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
@@ -32,8 +32,13 @@ $(VENV)/.tests-installed: $(VENV)/.installed requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-cpu.txt
 	touch $@
 
-# Where torch's wheel is one for CUDA, as torch 2.11's is without an index for CPUs, tests and demo run all the same: --device cpu.
-env-older:                         ## the oldest supported versions, in .venv-older: .venv-older/bin/python -m pytest -m "not slow" tests
+# Its torch may be a wheel for CUDA: the tests pass --device cpu.
+test-older: env-older              ## on the oldest supported versions: the core, and whole runs of srft, grpo and eval.py
+	.venv-older/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not clock" tests
+	.venv-older/bin/python -m pytest -q tests/test_run.py tests/test_eval.py \
+	    -k "leaves_the_folder_that_the_readme_promises or (every_method_trains and grpo) or the_command_of_table_a1"
+
+env-older:                         ## the virtual environment with them, .venv-older
 	$(PYTHON) -m venv .venv-older
 	.venv-older/bin/pip install --quiet --disable-pip-version-check uv
 	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip install --quiet -r requirements-cpu.txt -r requirements-dev.txt --override requirements-older.txt

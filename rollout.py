@@ -341,6 +341,8 @@ def write_config(config, tokenizer, cache):
     except OSError:
         kept = {file.name: file.stat().st_size for file in new.iterdir()}
         shutil.rmtree(new)
+        if not folder.is_dir():
+            raise
         if {file.name: file.stat().st_size for file in folder.iterdir()} != kept:
             raise OSError(f"{folder} is not what was written there; delete it") from None
     return folder

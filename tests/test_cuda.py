@@ -60,6 +60,17 @@ def test_a_micro_batch_of_a_later_update_and_one_without_work_wait_for_nothing_e
         assert len(reads) == 1
 
 
+def test_what_goes_to_a_gpu_goes_from_pinned_memory_and_nobody_waits_for_it(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: steps.append("pin") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: steps.append((args, kwargs)) or self)
+    M.to_device([1, 2], torch.device("cuda", 3))
+    assert steps == ["pin", ((torch.device("cuda", 3),), {"non_blocking": True})]
+    steps.clear()
+    M.to_device([1, 2], torch.device("cpu"))
+    assert [step[0] for step in steps] == [(torch.device("cpu"),)]                       # pageable memory: there is no other
+
+
 class Operators(TorchDispatchMode):
     """Writes down the operators that are called, with their arguments."""
 

@@ -84,6 +84,18 @@ def test_weights_that_are_not_those_of_the_model_are_refused_at_any_sync(engine,
     assert engine.weights_version is None
 
 
+def test_a_tied_head_is_loaded_with_its_embedding_and_any_parameter_that_is_not_is_an_error():
+    """As on a GPU, where head and embedding are one parameter (on a CPU the engine unties them)."""
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 2), "norm": torch.nn.LayerNorm(2), "head": torch.nn.Linear(2, 3, bias=False)})
+    model["head"].weight = model["embed"].weight
+    model.load_weights = lambda weights: {name for name, _ in weights}
+    rollout.refuse_partial_loads(model)
+    names = ["embed.weight", "norm.weight", "norm.bias"]
+    assert model.load_weights((name, None) for name in names) == set(names)
+    with pytest.raises(ValueError, match="vLLM left 1 of its 3 parameters as they were, such as norm.bias"):
+        model.load_weights((name, None) for name in names[:2])
+
+
 def test_prefixes_of_old_weights_that_vllm_keeps_are_an_error(engine):
     engine.llm.idle = False
     with pytest.raises(RuntimeError, match="prefixes"):
@@ -219,6 +231,15 @@ def test_a_cache_that_cannot_be_written_costs_one_line_not_the_run(tmp_path, mon
     assert (folder / "config.json").exists() and tmp_path not in folder.parents
     assert capsys.readouterr().err.count("\n") == 1
     shutil.rmtree(folder.parent)
+
+
+def test_an_engines_folder_that_lost_a_file_is_named_and_another_one_is_used(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = config_folder(load_config(TINY), tiny_tokenizer())
+    (folder / "tokenizer.json").unlink()                                                # whoever cleans caches
+    other = config_folder(load_config(TINY), tiny_tokenizer())
+    assert other.parent != folder.parent and (other / "tokenizer.json").exists()
+    assert f"{folder} is not what was written there; delete it: the engine compiles" in capsys.readouterr().err
 
 
 @pytest.mark.slow
