@@ -83,7 +83,7 @@ def test_one_and_two_ranks_agree_over_five_steps_of_the_same_rollouts(tmp_path):
 def test_a_run_whose_engine_gets_other_weights_stops_at_that_step_before_its_checkpoint(method, since, tmp_path):
     out = tmp_path / "run"
     output = run(["tests/ranks.py", "stale", since, 1.5, "all", *SMALL[1:], "--method", method, "--save_every", "1", "--out", out, "--steps", "3"], ok=False)
-    assert "engine and trainer disagree" in output and f"over the rollouts of step {since + 1} " in output
+    assert "engine and trainer disagree" in output and f"over the rollouts of step {since + 1}, " in output
     assert [row["step"] for row in metrics(out)] == list(range(since + 2)) and metrics(out)[-1]["engine/mismatch"] == 1
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-1"] * since
 
@@ -107,7 +107,7 @@ def test_so_does_a_resumed_run_and_the_last_good_checkpoint_goes_on(whole_run, t
     shutil.copytree(whole_run, out)
     command = [*SMALL[1:], "--out", out, "--steps", "8", "--resume"]
     output = run(["tests/ranks.py", "stale", 6, 1.5, "all", *command], ok=False)
-    assert "over the rollouts of step 7 " in output and not (out / "checkpoints" / "step-7").exists()
+    assert "over the rollouts of step 7, " in output and not (out / "checkpoints" / "step-7").exists()
     assert f"resumed {out}/checkpoints/step-6" in run(["srft.py", *command])
     assert metrics(out)[-1]["step"] == 8 and metrics(out)[-1]["engine/mismatch"] == 0
 
@@ -115,7 +115,7 @@ def test_so_does_a_resumed_run_and_the_last_good_checkpoint_goes_on(whole_run, t
 @pytest.mark.slow
 def test_a_small_difference_is_said_once_marked_at_each_step_and_trained_through(tmp_path):
     output = run(["tests/ranks.py", "stale", 1, 1.1, "all", *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"])
-    assert output.count("WARNING: engine and trainer disagree") == 1 and "over the rollouts of step 2 " in output
+    assert output.count("WARNING: engine and trainer disagree") == 1 and "over the rollouts of step 2, " in output
     assert [row["engine/mismatch"] for row in metrics(tmp_path / "run")[1:]] == [0, 1, 1]
 
 
