@@ -37,6 +37,7 @@ from data import TEMPLATES, Prompt, tokenize
 from processes import fetch, init_distributed, mistakes_in_one_line
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
+from runlog import write_whole
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
 
 
@@ -317,14 +318,6 @@ def fingerprint(file):
         content.seek(max(0, size - (1 << 20)))
         ends.update(content.read())
     return f"{size} {ends.hexdigest()[:16]}"
-
-
-def write_whole(path, text):
-    """Write a file at once: no reader, and no kill, sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.replace(path)
 
 
 def claim(out):

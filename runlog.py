@@ -27,6 +27,14 @@ def read_rows(file):
     return rows
 
 
+def write_whole(path, text):
+    """Write a file at once: no reader, and no kill, sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def draw_curves(run):
     """Draw run/curves.png from run/metrics.jsonl: PANELS."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training

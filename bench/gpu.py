@@ -36,6 +36,7 @@ import common
 import torch
 
 from processes import choose_device
+from runlog import write_whole
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,6 @@ class Report:
         """What another part measured in this folder; None if it did not, or failed to."""
         rows = Report(self.folder, part).rows
         return next((row.get("number") for row in rows if row["what"] == what), None)
-
-
-def write_whole(path, text):
-    """At once: who kills this process finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.replace(path)
 
 
 def verdict(ok):
