@@ -34,9 +34,9 @@ from transformers import AutoTokenizer
 
 import model as M
 from data import TEMPLATES, load_examples, tokenize
-from processes import fetch, init_distributed, mistakes_in_one_line
+from support.processes import fetch, init_distributed, mistakes_in_one_line
 from rollout import RolloutEngine, check_environment, stored_tensors
-from runlog import read_rows
+from support.runlog import read_rows
 
 # ----------------------------------------------------------------------------------------------------------
 # Models, and the probabilities that they give to responses.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import Example, parse_row, read_rows, tiny_examples
-from graders import last_box, repair_scientific
+from grading.answers import last_box, repair_scientific
 
 LETTERS = "ABCDEFGHIJ"
 

@@ -34,10 +34,10 @@ import model as M
 from benchmarks import BENCHMARKS, load_benchmark
 from config import check_versions, environment
 from data import TEMPLATES, Prompt, tokenize
-from processes import fetch, init_distributed, mistakes_in_one_line
+from support.processes import fetch, init_distributed, mistakes_in_one_line
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
-from runlog import write_whole
+from support.runlog import write_whole
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
 
 

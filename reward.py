@@ -3,7 +3,7 @@ r"""The binary reward of Eq. A2, computed where hostile text can do no harm.
     R(x, y) = 1 if the answer in response y equals the reference answer of x, else 0        (Eq. A2)
 
 "Equals" is the verdict of Math-Verify in training, of the OAT-Grader in the final evaluation (Sec. 5.1), or,
-for multiple choice, of comparing letters (graders.py). A2 has no reward for format.
+for multiple choice, of comparing letters (grading/answers.py). A2 has no reward for format.
 
     with Grader() as grader:
         grader.grade([r"so it is $\boxed{\frac12}$", r"\boxed{7}"], ["0.5", "8"])
@@ -36,7 +36,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from graders import KINDS, REASONS, judge, undollar
+from grading.answers import KINDS, REASONS, judge, undollar
 
 MAX_REPLY = 8192        # bytes of a reply; a longer trace is cut
 MAX_CHARS = 50_000      # of a longer text only the end is graded: answers stand at the end

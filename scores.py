@@ -125,7 +125,7 @@ def markdown(summary, label, kinds, notes, text="after_think", template="paper")
     lines += ["", "± is the standard error over problems, the samples' noise included. Graded was " + {
         "whole": "all of a response.", "after_think": "what follows the last </think>, or all without one.",
         "require_think": "what follows the last </think>."}[text] + " math-verify is the reward of training: "
-        "Math-Verify with its known slips repaired (graders.py)."]
+        "Math-Verify with its known slips repaired (grading/answers.py)."]
     if "amc23" in summary:
         lines[-1] += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
     if any(name in summary for name in COLUMNS[5:]):

@@ -26,13 +26,13 @@ from transformers import AutoTokenizer
 
 import baselines
 import model as M
-from runlog import RunLog, read_rows
+from support.runlog import RunLog, read_rows
 from baselines import add_up, average, sequence_mean, shaped, without_padding
 from config import (METHODS, Config, check_config, check_versions, environment, parse_args,
                     sequences_per_prompt)
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
-from processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
+from support.processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
                        seed_everything, set_timeouts, start_profiler, write_profile)
 from reward import Grader
 from rollout import RolloutEngine, check_environment
@@ -647,7 +647,7 @@ def main():
     with hang_watch():
         with mistakes_in_one_line("srft.py"):
             if cfg.dry_run:
-                import plan
+                from bench import plan
                 plan.show(cfg)
                 return
             run = setup(cfg)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))                    # `python bench/x.py` finds the
 import torch  # noqa: E402
 
 from config import environment  # noqa: E402
-from processes import choose_device  # noqa: E402
+from support.processes import choose_device  # noqa: E402
 
 
 def parser(doc, name):

@@ -35,8 +35,8 @@ from pathlib import Path
 import common
 import torch
 
-from processes import choose_device
-from runlog import write_whole
+from support.processes import choose_device
+from support.runlog import write_whole
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model as M
-import plan
 import srft
 import update
+from bench import plan
 from config import TINY, Config
 from data import tiny_tokenizer
-from processes import init_distributed, memory_gb
+from support.processes import init_distributed, memory_gb
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
 import model as M
-from processes import init_distributed
+from support.processes import init_distributed
 
 SHAPES = {"3M": dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6),
           "26M": dict(vocab_size=16384, hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8),

@@ -16,8 +16,8 @@ from vllm import SamplingParams
 
 import model as M
 from config import TINY
-from processes import init_distributed
 from rollout import RolloutEngine
+from support.processes import init_distributed
 
 
 def main(argv=None):

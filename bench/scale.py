@@ -34,9 +34,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 import model as M
-import plan
+from bench import plan
 from config import Config, check_config
-from processes import init_distributed
+from support.processes import init_distributed
 
 GB = 1e9
 

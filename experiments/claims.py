@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runlog import read_rows
+from support.runlog import read_rows
 from runs import REST, REVIEWS, RUNS, SECOND_FAMILY, STAGE, STEPS, SWITCHES, TABLE1, TABLE2, TABLE3
 
 # Student's t by the number of seeds.

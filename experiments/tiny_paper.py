@@ -32,7 +32,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(
 import claims                                                                                   # noqa: E402
 import preloaded                                                                                # noqa: E402
 from data import TINY_SPLITS, Example, tiny_examples, tiny_problem, tiny_response, tiny_terms   # noqa: E402
-from runlog import read_rows                                                                    # noqa: E402
+from support.runlog import read_rows                                                                    # noqa: E402
 from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED      # noqa: E402
 
 KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr",

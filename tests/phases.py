@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from processes import fetch, hang_watch, init_distributed, phase, set_timeouts
+from support.processes import fetch, hang_watch, init_distributed, phase, set_timeouts
 
 
 def timeouts(mesh):

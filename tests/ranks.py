@@ -16,7 +16,7 @@ import srft
 import update
 from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
-from processes import init_distributed
+from support.processes import init_distributed
 from reward import Grader, Verdict
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import analysis as A
 from config import TINY
 from data import tiny_examples, tiny_tokenizer
-from runlog import read_rows
+from support.runlog import read_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]

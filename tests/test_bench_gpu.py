@@ -17,7 +17,7 @@ from conftest import ENV, ROOT
 import gpu
 import gpu_parts
 import model as M
-import plan
+from bench import plan
 from config import Config
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 from conftest import run
 from transformers import LlamaConfig
 
-import plan
+from bench import plan
 import scale
 from config import Config
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as M
-import plan
+from bench import plan
 import srft
 import update
 from config import METHODS, TINY, parse_args

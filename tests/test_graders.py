@@ -1,4 +1,4 @@
-r"""graders.py: what equals what in training, and which letter a response settles on.
+r"""grading/answers.py: what equals what in training, and which letter a response settles on.
 
     pytest tests/test_graders.py            # 5 s; only harmless texts, so the graders are called directly
 """
@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-import graders
-import oat
-from graders import choice_letter, judge, last_box, repair_scientific, undollar
+from grading import answers
+from grading import oat
+from grading.answers import choice_letter, judge, last_box, repair_scientific, undollar
 
 
 def boxed(text):
@@ -231,7 +231,7 @@ def test_an_exception_inside_a_grader_is_a_verdict(monkeypatch):
         def raising(text, answer, strict_box, seconds, trace, error=error):
             trace.append("so far")
             raise error
-        monkeypatch.setattr(graders, "choice", raising)
+        monkeypatch.setattr(answers, "choice", raising)
         assert judged("5", "5", kind="choice") == (want, "", ["so far", repr(error)])
 
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 import data
 import model as M
 from model import Sequence, collate, karmarkar_karp, pack, token_logprobs
-from processes import init_distributed, seed_everything
+from support.processes import init_distributed, seed_everything
 
 CPU = torch.device("cpu")
 VOCAB = 97

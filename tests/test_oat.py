@@ -1,4 +1,4 @@
-r"""oat.py: what equals what under the OAT-Grader, right or not, and that no answer takes more than its time.
+r"""grading/oat.py: what equals what under the OAT-Grader, right or not, and that no answer takes more than its time.
 
     pytest tests/test_oat.py                # half a minute, most of it waiting for bombs
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import oat
-from oat import equal, extract
+from grading import oat
+from grading.oat import equal, extract
 
-ROOT = Path(oat.__file__).resolve().parent
+ROOT = Path(oat.__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not on this machine")
 
@@ -58,7 +58,7 @@ def test_without_a_closed_box_written_exactly_there_is_no_answer(text):
 
 
 def test_extraction_does_not_load_sympy():
-    code = "import oat, sys; assert oat.extract(r'\\boxed{1}') == '1'; print('sympy' in sys.modules)"
+    code = "import sys; from grading import oat; assert oat.extract(r'\\boxed{1}') == '1'; print('sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n"
 

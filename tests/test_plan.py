@@ -1,4 +1,4 @@
-"""plan.py: the 7B plan comes out on a laptop without network or weights, and its numbers obey arithmetic.
+"""bench/plan.py: the 7B plan comes out on a laptop without network or weights, and its numbers obey arithmetic.
 
     pytest tests/test_plan.py                 # -m "not slow" leaves out the two whole command lines
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import plan
+from bench import plan
 from config import Config
 
-ROOT = Path(plan.__file__).resolve().parent
+ROOT = Path(plan.__file__).resolve().parents[1]
 # No network, whatever the machine has: an address that nothing answers, and an empty hub cache.
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 

@@ -1,4 +1,4 @@
-"""processes.py: a run that hangs ends by itself and names the rank that is behind; errors name rank and phase; profiles.
+"""support/processes.py: a run that hangs ends by itself and names the rank that is behind; errors name rank and phase; profiles.
 
     pytest tests/test_processes.py
 """
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ENV, ROOT, SMALL, start
 
-import processes
+from support import processes
 
 MINUTES = 0.04                    # 2.4 s in one phase
 

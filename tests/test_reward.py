@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import reward
-from graders import KINDS, REASONS, repair_scientific
+from grading.answers import KINDS, REASONS, repair_scientific
 from reward import Grader, graded_text, usable_cpus
 
 ROOT = Path(reward.__file__).resolve().parent

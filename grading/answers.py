@@ -1,7 +1,7 @@
 r"""The graders themselves: is the answer in this text the reference answer?
 
     math-verify   the training reward (Sec. 5.1): Math-Verify on the last box, with its known slips repaired
-    oat           the final evaluation (Sec. 5.1): the OAT-Grader, see oat.py
+    oat           the final evaluation (Sec. 5.1): the OAT-Grader, see grading/oat.py
     choice        multiple choice: the letter, in any usual dress; the two above deny that `C)` is C
 
     judge({"kind": "math-verify", "response": r"\boxed{0.5}", "answer": r"\frac12", "strict_box": True}, 5)
@@ -15,7 +15,7 @@ import re
 import time
 import unicodedata
 
-import oat
+from grading import oat
 
 KINDS = ("math-verify", "oat", "choice")
 DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5

@@ -26,8 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import model as M
 from config import check_config, sequences_per_prompt
-from processes import mesh_shape
 from rollout import kv_bytes
+from support.processes import mesh_shape
 
 GIB = 2**30
 CARD = 80e9              # bytes, as the name "80 GB" promises

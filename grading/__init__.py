@@ -1,0 +1,1 @@
+"""Is this the answer? Imports no file of the root."""
