@@ -34,8 +34,8 @@ from transformers import AutoTokenizer
 
 import model as M
 from data import TEMPLATES, load_examples, tokenize
-from support.processes import fetch, init_distributed, mistakes_in_one_line
 from rollout import RolloutEngine, check_environment, stored_tensors
+from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
 
 # ----------------------------------------------------------------------------------------------------------

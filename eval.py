@@ -34,12 +34,11 @@ import model as M
 from benchmarks import BENCHMARKS, load_benchmark
 from config import check_versions, environment
 from data import TEMPLATES, Prompt, tokenize
-from support.processes import fetch, init_distributed, mistakes_in_one_line
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
-from support.runlog import write_whole
 from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
-
+from support.processes import fetch, init_distributed, mistakes_in_one_line
+from support.runlog import write_whole
 
 # ----------------------------------------------------------------------------------------------------------
 # Sampling and grading: the same for a training run and for the command line.

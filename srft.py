@@ -26,16 +26,16 @@ from transformers import AutoTokenizer
 
 import baselines
 import model as M
-from support.runlog import RunLog, read_rows
 from baselines import add_up, average, sequence_mean, shaped, without_padding
 from config import (METHODS, Config, check_config, check_versions, environment, parse_args,
                     sequences_per_prompt)
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
-from support.processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
-                       seed_everything, set_timeouts, start_profiler, write_profile)
 from reward import Grader
 from rollout import RolloutEngine, check_environment
+from support.processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
+                               seed_everything, set_timeouts, start_profiler, write_profile)
+from support.runlog import RunLog, read_rows
 from update import counts, forward_before_update, term_gradient_norms, update_policy
 
 

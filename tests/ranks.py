@@ -16,8 +16,8 @@ import srft
 import update
 from config import TINY, parse_args
 from data import tiny_examples, tiny_tokenizer, tokenize
-from support.processes import init_distributed
 from reward import Grader, Verdict
+from support.processes import init_distributed
 
 
 def made_up_sequences():

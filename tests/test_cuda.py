@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as M
-from bench import plan
 import srft
 import update
+from bench import plan
 from config import METHODS, TINY, parse_args
 
 

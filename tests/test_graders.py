@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from grading import answers
-from grading import oat
+from grading import answers, oat
 from grading.answers import choice_letter, judge, last_box, repair_scientific, undollar
 
 
