@@ -13,8 +13,9 @@ shows.
 
 A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a
 sequence of runs (each started from the one before), with more seeds after commas: their mean is drawn, and
-their range. Models of any size are read through FSDP2: `torchrun --nproc_per_node=8 analysis.py ...` spreads
-them over eight cards.
+their range. Models of any size are read through FSDP2, which spreads them over eight cards by
+
+    torchrun --local_addr=127.0.0.1 --nproc_per_node=8 analysis.py ...
 
 What the paper leaves open about Fig. 2, and its reviewers ask: whose response it is (--responses: the
 demonstrations of --data, or what `respond` sampled from the base or the tuned model), which log-probs (both
@@ -33,6 +34,7 @@ import torch.distributed.checkpoint as dcp
 from transformers import AutoTokenizer
 
 import model as M
+from config import check_versions, environment
 from data import TEMPLATES, load_examples, tokenize
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.processes import fetch, init_distributed, mistakes_in_one_line
@@ -58,6 +60,7 @@ class Scorer:
     def __init__(self, folder, mesh, device, args):
         config = M.load_config(folder, args.rope_theta, args.window)
         self.policy = M.load_policy(folder, config, mesh, device).eval()
+        M.check_packing(self.policy, device, config.vocab_size)
         self.device, self.tokens = device, args.micro_batch_tokens
 
     def load_checkpoint(self, path):
@@ -490,6 +493,7 @@ def main(argv=None):
         with mistakes_in_one_line("analysis.py"):
             if FIGURES[args.figure] is not curves:
                 *_, device, mesh = init_distributed(args.device)
+                check_versions(environment(device)["versions"], print)
             for kind, content in FIGURES[args.figure](args, mesh, device):
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")

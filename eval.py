@@ -1,6 +1,6 @@
 r"""Accuracy as Sec. 5.1 and App. B measure it: sample, grade by both verifiers, average, put beside Table 2.
 
-    torchrun --nproc_per_node=8 eval.py --model out/srft --benchmarks math500,aime24=aime.jsonl
+    torchrun --local_addr=127.0.0.1 --nproc_per_node=8 eval.py --model out/srft --benchmarks math500,amc23
     python eval.py --model DIR --benchmarks mine.jsonl --max_tokens 512       # one process; on CPU, too
 
 A model is a Hugging Face folder or hub name, or the folder of a run. Benchmarks are names (fetched from the
@@ -353,9 +353,9 @@ def prepare(args, tokenizer, window, say):
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
     rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)            # ranks end hours apart
-    check_environment(device)
     say = print if rank == 0 else lambda *_: None
     check_versions(environment(device)["versions"], say)
+    check_environment(device)
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)

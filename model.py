@@ -537,11 +537,17 @@ def check_packing(policy, device, vocab_size):
     hidden, _ = policy(batch, features=True)                                                    # (204, D)
     limit = 0.2 if hidden.dtype == torch.bfloat16 else 1e-3
     packed = policy(batch)[0]                                                                   # (3, 72)
-    for attention, own, what in (("packed", False, "each sequence alone"),
-                                 ("sdpa", True, "transformers' own forward")):
+
+    def alone(attention, own):
+        """Log-probs of each response, its sequence by itself: list of (T,)."""
         policy.lm.set_attn_implementation(attention)
-        for row, sequence in zip(packed, sequences):
-            logp = policy(collate([sequence], device), own_logits=own)[0].flatten()             # (T,)
+        found = [policy(collate([s], device), own_logits=own)[0].flatten() for s in sequences]
+        policy.lm.set_attn_implementation("packed")
+        return found
+
+    for found, what in ((alone("packed", own=False), "each sequence alone"),
+                        (alone("sdpa", own=True), "transformers' own forward")):
+        for row, logp in zip(packed, found):
             error = (row[:len(logp)] - logp).abs().mean().item()
             if not error < limit:
                 raise RuntimeError(
@@ -550,7 +556,6 @@ def check_packing(policy, device, vocab_size):
                     "sequences see each other, or head or attention are of a kind that this code does not "
                     "know. Use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind, or the pinned "
                     "versions.")
-    policy.lm.set_attn_implementation("packed")
     policy.reshard()      # a forward without backward leaves the root gathered: named_parameters() are copies
 
 

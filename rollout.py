@@ -6,10 +6,11 @@ same GPUs, as training.
     rollouts = engine.generate(prompts, n=8, temperature=1.0, max_tokens=8192, seed=0, version=0)
     engine.sleep(); train(); engine.sync_weights(..., version=1)       # wakes by itself
 
-Only vLLM's public API is used, and no other file imports vllm. The engine never reads weights from disk,
-so it can serve nothing but what it was sent: by the trainer, or, in eval.py, by `stored_tensors`. Each
-transfer carries a version and must bring the whole model, and asking for another version than the one loaded
-is an error: stale weights, the classic silent bug of RL stacks, cannot happen.
+Only vLLM's public API is used, but for a wrapper around its model's load_weights and for its core's shutdown.
+The engine never reads weights from disk, so it can serve nothing but what it was sent: by the trainer, or, in
+eval.py, by `stored_tensors`. Each transfer carries a version and must bring the whole model, and asking for
+another version than the one loaded is an error: stale weights, the classic silent bug of RL stacks, cannot
+happen. No other file of the root imports vllm.
 """
 import atexit
 import gc

@@ -1,8 +1,8 @@
 """SRFT: supervised and reinforcement fine-tuning in a single stage (Eq. 5-13 of the paper), end to end.
 
-    torchrun --nproc_per_node=8 srft.py                # the paper's 7B run: 500 x 128 prompts x 8 rollouts
-    torchrun --nproc_per_node=2 srft.py --preset tiny  # the same code on a laptop's CPU, in minutes
-    torchrun --nproc_per_node=8 srft.py --dry_run      # print the memory plan, run nothing
+    torchrun --local_addr=127.0.0.1 --nproc_per_node=8 srft.py                # the paper's 7B run
+    torchrun --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny  # a laptop's CPU, in minutes
+    python srft.py --dry_run                                                  # the memory plan, nothing else
 
 Top to bottom: the objective, the training loop; update.py has one optimizer update. Every choice that the
 paper leaves open is a field of config.Config; the README's table of decisions says why its default is what
@@ -175,9 +175,9 @@ def setup(cfg):
     """Everything before the first step: processes, data, sharded policy, engine, grader; and, with
     --resume, the state of the newest whole checkpoint."""
     rank, world, device, mesh = init_distributed(cfg.device)
-    check_environment(device)
     say = print if rank == 0 else lambda *_: None
     check_versions(environment(device)["versions"], say)
+    check_environment(device)
     out = Path(cfg.out)
     checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
     if not cfg.resume and (out / "metrics.jsonl").exists():
@@ -495,14 +495,11 @@ def train(cfg, run):
             "lr": run.optimizer.param_groups[0]["lr"], "perf/peak_memory_gb": max(memory)}
         if run.rank == 0:
             warn_of_grader(metrics, grading)
-        difference = metrics["engine/logp_diff_rank"]                               # None: no rollouts
-        wrong_engine = difference is not None and not difference <= MISMATCH_STOPS  # nan is wrong, too
-        where = f"over the rollouts of step {step}"
-        if metrics["engine/mismatch"] and not wrong_engine and not warned and run.rank == 0:
+        trouble, said = engine_trouble(metrics["engine/logp_diff_rank"], step)
+        if trouble == "warn" and not warned and run.rank == 0:
             warned = True                                                           # once a run
-            tqdm.write(f"WARNING: {mismatch(difference, where)}. A small model in bf16 may be that noisy",
-                       file=sys.stderr)
-        if evaluate_now and not wrong_engine:
+            tqdm.write(f"WARNING: {said}. A small model in bf16 may be that noisy", file=sys.stderr)
+        if evaluate_now and trouble != "stop":
             metrics |= evaluation(step)
         run.log.write(metrics, samples, last=step == cfg.steps)
         shown = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
@@ -510,9 +507,8 @@ def train(cfg, run):
         bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in shown.items()
                          if metrics.get(key) is not None}, refresh=False)
         bar.update()
-        if wrong_engine:
-            raise RuntimeError(f"{mismatch(difference, where)}. This step has no checkpoint: --resume goes "
-                               "on from the last one")
+        if trouble == "stop":
+            raise RuntimeError(f"{said}. This step has no checkpoint: --resume goes on from the last one")
         if skipped_in_a_row >= 5:
             raise RuntimeError(
                 f"the gradient was not finite {skipped_in_a_row} times in a row; the last batch held "
@@ -567,7 +563,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     } | {f"grader/{reason}": grading[reason] for reason in ("no_box", "unclosed", "truncated", "parse_fail")
     } | {name: mean(update[name] for update in updates) for name in updates[0]} | {
         "engine/logp_diff_max": max(worst, default=None),
-        "engine/mismatch": None if difference is None else int(not difference <= MISMATCH_WARNS),
+        "engine/mismatch": None if difference is None else int(engine_trouble(difference, 0)[0] is not None),
         "time/rollout": times[0], "time/grade": times[1], "time/train": times[2], "time/sync": times[3],
         "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total,
         "perf/mfu": run.flops(sequences) / (times[2] * run.world * peak) if peak else None}
@@ -596,6 +592,14 @@ def mismatch(difference, where):
             f"average {where}, at the rank where it is highest (warning above {MISMATCH_WARNS}, end above "
             f"{MISMATCH_STOPS}). The engine serves other weights, another RoPE or another temperature than "
             "the trainer; check --rope_theta, --window and the vllm version")
+
+
+def engine_trouble(difference, step):
+    """("stop", "warn" or None; what to say of it) for a step's engine/logp_diff_rank; None: no rollouts."""
+    if difference is None or difference <= MISMATCH_WARNS:
+        return None, ""
+    said = mismatch(difference, f"over the rollouts of step {step}")
+    return ("warn" if difference <= MISMATCH_STOPS else "stop"), said               # nan stops, too
 
 
 @torch.no_grad()

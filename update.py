@@ -125,9 +125,7 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
     capped = (ratio > cfg.tis_cap).sum() if cfg.tis_cap else torch.zeros_like(loss)
     measured = {"h_demo": torch.where(is_demo, h, 0.0).sum(), "h_rollout": torch.where(is_demo, 0.0, h).sum(),
                 "capped": capped, "worst": diff.abs().max(), **stats}
-    numbers = torch.stack([x.detach().float() for x in measured.values()])
-    numbers = torch.cat([numbers, diff.abs().sum(1)]).tolist()                    # the one read of the device
-    measured = dict(zip(measured, numbers))
+    measured, differences = read_once(measured, diff.abs().sum(1))
     rollouts = [s for s in sequences if not s.is_demo]
     sums = {"demos": len(sequences) - len(rollouts), "rollouts": len(rollouts),
             "correct": sum(s.reward > 0 for s in rollouts), "tokens": sum(len(s.response) for s in rollouts)}
@@ -136,8 +134,16 @@ def backward_micro_batch(run, cfg, sequences, before, n_demo, n_rollout, only=No
         if not name.startswith("loss/"):
             measured[name] *= sums[kind]
     engines = [(s.engine, difference, len(s.response))
-               for s, difference in zip(sequences, numbers[-len(sequences):]) if not s.is_demo]
+               for s, difference in zip(sequences, differences) if not s.is_demo]
     return sums | measured | {"engines": engines}
+
+
+def read_once(scalars, rows):
+    """(name -> float, list of floats) of name -> scalar tensor and a (B,) tensor, by one read of the
+    device."""
+    numbers = torch.stack([x.detach().float() for x in scalars.values()])
+    numbers = torch.cat([numbers, rows]).tolist()
+    return dict(zip(scalars, numbers)), numbers[len(scalars):]
 
 
 SUMS = ("demos", "correct", "rollouts", "h_demo", "h_rollout", "tokens", "capped")

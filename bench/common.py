@@ -22,12 +22,12 @@ from support.processes import choose_device  # noqa: E402
 
 
 def parser(doc, name):
-    """An ArgumentParser with what every bench takes: --out, --threads."""
+    """An ArgumentParser with what every bench takes: --out, --device, --threads."""
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default=f"out/bench/{name}.json", help="JSON file: all figures, versions, machine [%(default)s]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
-                   help="auto: the GPU if torch is built for one, else the CPU [%(default)s]")
+                   help="auto: the GPU if torch is built for one, and an error if it cannot be used; else the CPU [%(default)s]")
     p.add_argument("--threads", type=int, default=1, help="threads of this process [%(default)s]")
     return p
 

@@ -62,7 +62,7 @@ CPU = Sizes(
     prompts=(2, 2), tokens=16, decode=(2, 4))
 HEADS = (28, 4, 128)              # query heads, key and value heads, head width: those of the 7B model
 PROMPT = 64                       # tokens of a prompt of the engine
-ENGINE_MEMORY = 0.4               # of the card: beside it the trainer's 23 GB of weights and moments, not sharded
+ENGINE_MEMORY = 0.4               # of the card, beside the trainer's 23 GB of weights and moments
 # Bytes that an update of GPU.wide takes on one rank: what plan.simulate says, as a test makes sure.
 PLANNED_PEAK = 46.53e9
 
@@ -294,14 +294,13 @@ def peak_of_update(report, run, cfg, batches):
 def waits_of_update(report, run, cfg, batches):
     before = update.forward_before_update(run, cfg, batches)
     with synchronisations(run.device) as places:
-        update.backward(run, cfg, batches, before, 2, 2)
-    run.optimizer.zero_grad(set_to_none=True)
-    each, what = places.total() / len(batches), f"synchronisations a micro-batch; in {len(batches)} of them"
+        update.update_policy(run, cfg, batches, before, 2, 2)
+    what = f"synchronisations of an update of {len(batches)} micro-batches"
     if run.device.type == "cpu":
         return report.add(what, "-")
     where = ", ".join(f"{place} x {n}" for place, n in places.most_common())
-    report.add(what, f"{each:g}; {where}", "the one read at its end", each <= 1, number=each,
-               places=dict(places))
+    report.add(what, f"{places.total()}; {where}", "a read for each, and the gradient's norm",
+               places.total() <= len(batches) + 1, number=places.total(), places=dict(places))
 
 
 @torch.no_grad()
@@ -497,7 +496,7 @@ def learn_nothing(run, cfg, ids, groups):
 
 
 def mismatch(report, what, metrics, device):
-    """On a GPU the mean may be what srft.py's own check at a run's first step lets pass."""
+    """On a GPU the mean may be what srft.py's own check, at every step, does not warn of."""
     mean, worst = metrics["engine/logp_diff_mean"], metrics["engine/logp_diff_max"]
     limit = 0.05 if device.type == "cuda" else 1e-4
     what = f"{what}: log p of engine less trainer's, mean and worst size"

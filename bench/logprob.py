@@ -141,8 +141,9 @@ def worker(args):
 class Worker:
     """A worker process; .error says why it cannot run, None if it can. All start side by side."""
 
-    def __init__(self, name, python, threads, folder):
-        command = [python, __file__, "--worker", name, "--exchange", folder, "--threads", str(threads)]
+    def __init__(self, name, python, args, folder):
+        command = [python, __file__, "--worker", name, "--exchange", folder, "--threads", str(args.threads),
+                   "--device", args.device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.loaded = None
 
@@ -219,7 +220,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         for name in PATHS:
             if python := sys.executable if name in ("ours", "full") else args.trl_python:
-                workers[name] = Worker(name, python, args.threads, folder)
+                workers[name] = Worker(name, python, args, folder)
         try:
             for case in args.cases:
                 results.append(run_case(args, workers, case, folder))

@@ -1,6 +1,6 @@
 """The memory plan of a run, found on a CPU machine from a model config alone: no weights, no GPU.
 
-    torchrun --nproc_per_node=2 srft.py --dry_run              # the paper's 7B run on 8 x 80 GB
+    python srft.py --dry_run                                   # the paper's 7B run on 8 x 80 GB
     python srft.py --dry_run --model DIR --n_rollouts 16       # DIR needs nothing but a config.json
     python srft.py --dry_run --dry_run_ranks 64                # 8 nodes of 8: HSDP
 

@@ -16,7 +16,7 @@ from vllm import SamplingParams
 
 import model as M
 from config import TINY
-from rollout import RolloutEngine
+from rollout import RolloutEngine, check_environment
 from support.processes import init_distributed
 
 
@@ -30,6 +30,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     common.start(args)
     _, _, device, mesh = init_distributed(args.device)
+    check_environment(device)
     if args.model:
         config, tokenizer = M.load_config(args.model), AutoTokenizer.from_pretrained(args.model)
         policy = M.load_policy(args.model, config, mesh, device)

@@ -495,6 +495,7 @@ def main():
     p.add_argument("--decode", type=float, default=0.7, help="share of memory bandwidth in decoding [%(default)s]")
     p.add_argument("--mean_response", type=int, default=plan.TYPICAL[1], help="tokens, typical lengths [%(default)s]")
     p.add_argument("--engine_sequences", type=int, default=Config.engine_sequences, help="decoded at once, a rank [%(default)s]")
+    p.set_defaults(device="cpu")                       # a simulation, and ranks of this machine's CPU
     args = p.parse_args()
     common.start(args)
     cfg = Config(model=args.model, engine_sequences=args.engine_sequences)

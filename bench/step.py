@@ -104,12 +104,13 @@ def write_model(folder, shape, smollm2):
 class Worker:
     """One side: a process that runs `script` in the environment of `python`, and does a step when told."""
 
-    def __init__(self, python, script, folder, shape, log):
+    def __init__(self, python, script, folder, shape, log, device):
         spec = folder / f"{script.stem}.json"
         spec.write_text(json.dumps({
             "model": str(folder), "data": str(folder / "data.jsonl"), "out": str(folder / f"out-{script.stem}"),
             "prompts": shape.prompts, "group": GROUP, "max_prompt": shape.prompt_tokens, "micro_batch": MICRO_BATCH,
-            "max_response": shape.max_response, "lr": LR, "weight_decay": WEIGHT_DECAY}))
+            "max_response": shape.max_response, "lr": LR, "weight_decay": WEIGHT_DECAY,
+            "device": device}))
         self.log = log.open("w")
         self.process = subprocess.Popen(
             [python, script, spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
@@ -168,7 +169,8 @@ def bench(name, shape, args):
         write_model(Path(folder), shape, args.smollm2)
         try:
             for side, (python, script) in scripts.items():
-                sides[side] = Worker(python, script, Path(folder), shape, logs / f"step-{name}-{side}.log")
+                log = logs / f"step-{name}-{side}.log"
+                sides[side] = Worker(python, script, Path(folder), shape, log, args.device)
             for worker in sides.values():                          # first steps allocate, compile and fill caches
                 worker.step(lengths=draw_lengths(random.Random(args.seed), count, shape.max_response))
                 worker.forget_peak()

