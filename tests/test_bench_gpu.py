@@ -288,7 +288,7 @@ def test_the_parts_without_an_engine_run_where_there_is_no_vllm(tmp_path):
     with mock.patch.dict(ENV, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}"):
         table = bench(tmp_path, "kernels", "trainer", "mfu", "offload")
     for what in ("7B widths: check_packing", "tied: check_packing", "tiny: check_packing", "its measured peak",
-                 "synchronisations a micro-batch", "256 tokens, blocks kept", "second update with --offload"):
+                 "synchronisations of an update of", "256 tokens, blocks kept", "second update with --offload"):
         assert f"| {what}" in table
     assert "| MFU -, " in table                                          # a CPU has no peak
 
@@ -297,8 +297,8 @@ def test_the_parts_without_an_engine_run_where_there_is_no_vllm(tmp_path):
 def test_the_parts_with_an_engine_run_and_the_same_seeds_give_the_same_tokens_after_each_sync(tmp_path):
     table = bench(tmp_path, "engine", "warm", "end-to-end", "decode")
     for name in ("7B widths", "tied"):
-        for version in (1, 2):
-            assert f"| {name}: the same seeds after sync {version}" in table
-    assert table.count("| 4 of 4 responses equal, log-probs within 0 ") == 4 and "; the first took " in table
+        for when in ("again, before any sleep", "after sync 1", "after sync 2"):
+            assert f"| {name}: the same seeds {when}" in table
+    assert table.count("| 4 of 4 responses equal, log-probs within 0 ") == 6 and "; the first took " in table
     assert "| step 2, reward" in table and "| step 4, reward" in table and "| 16 responses, " in table
     assert "| 4 sequences of 64 + 16 tokens, 2 layers" in table
