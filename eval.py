@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 
 import model as M
 from benchmarks import BENCHMARKS, load_benchmark
-from config import check_versions, environment
+from config import check_versions, environment, versions
 from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
@@ -354,7 +354,7 @@ def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
     rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)            # ranks end hours apart
     say = print if rank == 0 else lambda *_: None
-    check_versions(environment(device)["versions"], say)
+    check_versions(versions(), say)
     check_environment(device)
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)
