@@ -11,8 +11,6 @@ model (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugg
 """
 import json
 import math
-import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +153,8 @@ def load_examples(path, skip_bad_rows=False, log=print):
     one example must remain.
     """
     if str(path).startswith("tiny:"):
-        return tiny_examples(str(path).removeprefix("tiny:"))
+        from tiny.task import rows
+        return [parse_row(row) for row in rows(str(path).removeprefix("tiny:"))]
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; --data takes a parquet or JSONL file, "
@@ -266,81 +265,3 @@ class Order:
             out.append(int(permutation[i]))
         self.position += k
         return out
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The tiny task: sums and differences of two-digit numbers, reasoned out line by line.
-#
-# It mirrors the paper's setting at a laptop's size. The base model (tiny/make.py) has seen three ways
-# to respond: blurting out a guess (its habit), adding term by term with slips, and, rarely, the careful
-# way of the demonstrations, which splits tens from units. Demonstrations are few (256) and imperfect
-# (18 % end in a wrong answer). A guess is right about once in fifty times. "long" asks for more terms
-# than any training problem has.
-
-TINY_SPLITS = {"train": (256, (3, 4, 5), 1), "heldout": (200, (3, 4, 5), 2), "long": (200, (7, 8), 3),
-               "valid": (200, (3, 4, 5), 4)}
-TINY_TOKENS = ["<eos>", "<unk>", "<think>", "</think>", "\\boxed{", "}", "\n", "=", "?", "+", "-",
-               *"0123456789"]
-
-
-def tiny_terms(rng, n):
-    """n signed terms whose running sum stays within 0..199, e.g. [47, 35, -60]."""
-    terms = [rng.randint(1, 99)]
-    while len(terms) < n:
-        term = rng.choice((1, -1)) * rng.randint(1, 99)
-        if 0 <= sum(terms) + term <= 199:
-            terms.append(term)
-    return terms
-
-
-def tiny_problem(terms):
-    """[47, 35, -60] -> '47+35-60=?' and a newline."""
-    return str(terms[0]) + "".join(f"{t:+d}" for t in terms[1:]) + "=?\n"
-
-
-def tiny_response(terms, rng, style, slip=0.0):
-    """A response in one of the three styles; each line of a reasoned one slips with probability `slip`.
-
-    careful [47, 35]: '<think>\\n47+30=77\\n77+5=82\\n</think>\\n\\boxed{82}';   plain: one line '47+35=82';
-    guess: no thought, a box with a number near the answer.
-    """
-    if style == "guess":
-        return f"\\boxed{{{sum(terms) + round(rng.gauss(0, 20))}}}"
-    value, lines = terms[0], []
-    for term in terms[1:]:
-        tens = int(term / 10) * 10                                # rounds towards zero: -35 -> -30
-        for part in [p for p in (tens, term - tens) if p] if style == "careful" else [term]:
-            result = value + part + (rng.choice((-10, -1, 1, 10)) if rng.random() < slip else 0)
-            lines.append(f"{value}{part:+d}={result}\n")
-            value = result
-    return "<think>\n" + "".join(lines) + f"</think>\n\\boxed{{{value}}}"
-
-
-def tiny_examples(split):
-    """The built-in task's examples: "train" (with demonstrations), "heldout" and "valid" (as long), "long"
-    (longer)."""
-    if split not in TINY_SPLITS:
-        raise ValueError(f"unknown split tiny:{split}: choose one of {', '.join(TINY_SPLITS)}")
-    seen, examples = set(), []
-    for name, (count, lengths, seed) in TINY_SPLITS.items():  # in order, so that no split repeats another's
-        rng, examples = random.Random(seed), []
-        while len(examples) < count:
-            terms = tiny_terms(rng, rng.choice(lengths))
-            if (problem := tiny_problem(terms)) in seen:
-                continue
-            seen.add(problem)
-            demo = tiny_response(terms, rng, "careful", slip=0.03) if name == "train" else None
-            examples.append(Example(f"tiny/{name}/{len(examples)}", problem, str(sum(terms)), demo))
-        if name == split:
-            return examples
-
-
-def tiny_tokenizer():
-    """A character-level Hugging Face tokenizer for the tiny task (marks such as <think> are one token)."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(TINY_TOKENS)}, unk_token="<unk>"))
-    pieces = "|".join(re.escape(t) for t in TINY_TOKENS if len(t) > 1) + "|.|\n"
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")

@@ -31,12 +31,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import model as M
-from benchmarks import BENCHMARKS, load_benchmark
-from config import check_versions, environment, versions
+from paper.benchmarks import BENCHMARKS, load_benchmark
+from support.versions import check_versions, environment, versions
 from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
-from scores import COLUMNS, departures, estimate, markdown, summarize, verdict
+from paper.tables import COLUMNS, departures, estimate, markdown, summarize, verdict
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import write_whole
 

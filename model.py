@@ -17,8 +17,6 @@ import heapq
 import inspect
 import json
 import math
-import os
-import random
 import shutil
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,149 +29,12 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-# ----------------------------------------------------------------------------------------------------------
-# Log-probabilities and entropy without ever holding (N, V).
-
-def _addmm_fp32(out, a, b, beta=1.0, alpha=1.0):
-    """out = beta * out + alpha * a @ b, in place; out is fp32 whatever a and b are."""
-    if not a.is_cuda or a.dtype == torch.float32:
-        out.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
-    elif beta:                                     # one kernel: neither a rounded product nor a copy of it
-        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=out)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-        if alpha != 1:
-            out.mul_(alpha)
-
-
-class _ChunkedLogProbs(torch.autograd.Function):
-    """Forward keeps only the log-normalizer and the entropy of each token; backward recomputes the logits
-    chunk by chunk. All chunks write to the same (chunk, V) blocks: on a CPU, a fresh block costs more time in
-    page faults than softmax takes on it."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk, entropy_grad):
-        logp = hidden.new_empty(len(hidden), dtype=torch.float32)
-        logz, entropy = torch.empty_like(logp), torch.empty_like(logp)
-        blocks = hidden.new_empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32)
-        for s in range(0, len(hidden), chunk):
-            c = slice(s, min(s + chunk, len(hidden)))
-            logits, p = blocks[:, :c.stop - s]
-            _addmm_fp32(logits, hidden[c], weight.T, beta=0, alpha=1 / temperature)
-            torch.softmax(logits, -1, out=p)
-            z = p.sum(-1)                                   # 1, but for the rounding of softmax's own sum
-            logz[c] = logits.amax(-1) + (z / p.amax(-1)).log_()
-            logp[c] = logits.gather(-1, targets[c, None])[:, 0] - logz[c]
-            entropy[c] = logz[c] - p.mul_(logits).sum(-1) / z                       # H = log Z - E[logit]
-        ctx.save_for_backward(hidden, weight, targets, logz, entropy)
-        ctx.temperature, ctx.chunk, ctx.entropy_grad = temperature, chunk, entropy_grad
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, targets, logz, entropy = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        blocks = hidden.new_empty(1 + ctx.entropy_grad, min(ctx.chunk, len(hidden)), len(weight),
-                                  dtype=torch.float32)
-        for s in range(0, len(hidden), ctx.chunk):
-            c = slice(s, min(s + ctx.chunk, len(hidden)))
-            log_p, scale = blocks[0, :c.stop - s], blocks[-1, :c.stop - s]
-            _addmm_fp32(log_p, hidden[c], weight.T, beta=0, alpha=1 / ctx.temperature)
-            log_p.sub_(logz[c, None])
-            # d logp_y / d logits = onehot(y) - p.      d H / d logits = -p (log p + H).
-            g, e = grad_logp[c, None] / ctx.temperature, grad_entropy[c, None] / ctx.temperature
-            if ctx.entropy_grad:
-                torch.add(log_p, entropy[c, None], out=scale).mul_(-e).sub_(g)
-            else:
-                scale = -g
-            d = log_p.exp_().mul_(scale).scatter_add_(-1, targets[c, None], g).to(hidden.dtype)
-            grad_hidden[c] = d @ weight
-            if grad_weight is not None:
-                _addmm_fp32(grad_weight, d.T, hidden[c])
-        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None, None, None, None)
-
-
-def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=None, entropy_grad=False):
-    """log softmax(hidden @ head_weight.T / temperature)[targets] and the entropy of that softmax.
-
-    hidden (N,D), head_weight (V,D), targets (N,) int64 -> logp (N,) with gradient, entropy (N,); nats,
-    fp32. The entropy has no gradient unless `entropy_grad` (an entropy bonus). Whatever N is, memory beyond
-    inputs and gradients peaks at two (chunk, V) fp32 blocks; by default `chunk` is 1024 tokens, or fewer
-    where the two would take more than 1 GiB. The gradient of head_weight is summed over chunks in fp32 and
-    rounded once: in bf16, that (V,D) sum and a (chunk, V) block in bf16 come on top.
-    """
-    return _ChunkedLogProbs.apply(hidden, head_weight, targets, temperature,
-                                  chunk or default_chunk(len(head_weight)), entropy_grad)
-
-
-def default_chunk(vocabulary):
-    """1024 tokens, or fewer where two (chunk, V) fp32 blocks would take more than 1 GiB: a multiple of 128,
-    the height of a tile in the GPU's matrix products."""
-    return min(1024, max(128, 2**27 // vocabulary // 128 * 128))
-
-
-class _ChunkedKL(torch.autograd.Function):
-    """As _ChunkedLogProbs: backward recomputes the logits of both models chunk by chunk, in two (chunk, V)
-    blocks."""
-
-    @staticmethod
-    def _log_softmax(out, hidden, weight, temperature):
-        _addmm_fp32(out, hidden, weight.T, beta=0, alpha=1 / temperature)
-        return out.sub_(out.logsumexp(-1, keepdim=True))
-
-    @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, chunk):
-        kl = hidden.new_empty(len(hidden), dtype=torch.float32)
-        blocks = hidden.new_empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32)
-        for s in range(0, len(hidden), chunk):
-            c = slice(s, min(s + chunk, len(hidden)))
-            log_p, log_q = blocks[:, :c.stop - s]
-            _ChunkedKL._log_softmax(log_p, hidden[c], weight, temperature)
-            _ChunkedKL._log_softmax(log_q, ref_hidden[c], ref_weight, temperature)
-            log_q.neg_().add_(log_p)
-            kl[c] = log_p.exp_().mul_(log_q).sum(-1)
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return kl
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, ref_hidden, ref_weight, kl = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        blocks = hidden.new_empty(2, min(ctx.chunk, len(hidden)), len(weight), dtype=torch.float32)
-        for s in range(0, len(hidden), ctx.chunk):
-            c = slice(s, min(s + ctx.chunk, len(hidden)))
-            log_p, log_q = blocks[:, :c.stop - s]
-            _ChunkedKL._log_softmax(log_p, hidden[c], weight, ctx.temperature)
-            _ChunkedKL._log_softmax(log_q, ref_hidden[c], ref_weight, ctx.temperature)
-            # d KL / d logits = p (log p - log q - KL).
-            log_q.neg_().add_(log_p).sub_(kl[c, None]).mul_(grad[c, None] / ctx.temperature)
-            d = log_p.exp_().mul_(log_q).to(hidden.dtype)
-            grad_hidden[c] = d @ weight
-            _addmm_fp32(grad_weight, d.T, hidden[c])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
-
-
-def token_kl(hidden, head_weight, ref_hidden, ref_head_weight, temperature=1.0, chunk=None):
-    """KL(pi || pi_ref) >= 0 of the full distributions at each position (Eq. A1), nats, fp32, with gradient
-    for pi.
-
-    hidden (N,D), head_weight (V,D), and the reference model's, which may have another D -> (N,). Memory
-    beyond inputs and gradients peaks at three (chunk, V) fp32 blocks, logsumexp's among them.
-    """
-    return _ChunkedKL.apply(hidden, head_weight, ref_hidden, ref_head_weight, temperature,
-                            chunk or default_chunk(len(head_weight)))
-
+from support.device import to_device
+from support.logprobs import token_kl, token_logprobs
 
 # ----------------------------------------------------------------------------------------------------------
 # Packing: sequences lie end to end in one row of N tokens; attention is block-diagonal and causal.
@@ -258,15 +119,6 @@ class Batch:
     where: torch.Tensor            # (R,)
     targets: torch.Tensor          # (R,)
     lengths: list                  # response tokens of each sequence; they sum to R
-
-
-def to_device(numbers, device, dtype=None):
-    """A list, array or CPU tensor as a tensor on the device. The host does not wait: it would if the memory
-    were not pinned, since CUDA first finishes all queued work before it copies from pageable memory."""
-    tensor = torch.as_tensor(numbers, dtype=dtype)
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def collate(sequences, device):
@@ -574,141 +426,6 @@ def forward_backward_flops(config, parameters, sequences):
     n = sum(map(len, sequences))
     return (6 * body * n + 6 * head * sum(len(s.response) for s in sequences)
             + 6 * width * sum(len(s)**2 for s in sequences))
-
-
-# Dense bf16 FLOP/s by NVIDIA's data sheets, without sparsity. A variant stands before its card's SXM form.
-PEAK_FLOPS = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12),
-              ("H200 NVL", 835e12), ("H200", 989e12), ("GB200", 2500e12), ("B200", 2250e12),
-              ("A100", 312e12), ("L40S", 362e12), ("RTX 4090", 165e12))
-
-
-def peak_flops(name):
-    """(the listed card, its dense bf16 FLOP/s) of a GPU by the name that CUDA gives it; (None, None) for
-    cards not listed.
-
-    >>> peak_flops("NVIDIA H100 80GB HBM3")
-    ('H100', 989000000000000.0)
-    """
-    words = set(name.replace("-", " ").split())                # "NVIDIA A100-SXM4-80GB"
-    for card, flops in PEAK_FLOPS:
-        if words.issuperset(card.split()):
-            return card, flops
-    return None, None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Checkpoints: out/NAME/checkpoints/step-N/, complete if and only if its manifest lists
-# every file with its size.
-
-def _rng_state():
-    name, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(),
-             "numpy": (name, keys.tolist(), *rest)}
-    if torch.cuda.is_initialized():                       # this process trains on a GPU
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state):
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def save_checkpoint(folder, policy, optimizer, state, keep):
-    """Write weights, optimizer, RNGs and the JSON-able dict `state` (with its "step") to
-    folder/step-N. A collective.
-
-    Everything goes to a temporary name first and is renamed when it is complete, so a kill at any moment
-    leaves the previous checkpoint whole. The newest `keep` are kept.
-    """
-    folder, rank = Path(folder), dist.get_rank()
-    final = folder / f"step-{state['step']}"
-    partial = folder / f".partial-{final.name}"
-    if rank == 0:
-        for left_by_a_kill in folder.glob(".partial-*"):
-            shutil.rmtree(left_by_a_kill, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    weights, moments = get_state_dict(policy, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(partial))
-    torch.save(_rng_state(), partial / f"rng-{rank}.pt")
-    dist.barrier()
-    if rank == 0:
-        shapes = {name: list(p.shape) for name, p in policy.named_parameters()}
-        files = {f.name: f.stat().st_size for f in sorted(partial.iterdir())}
-        manifest = {"state": state, "world": dist.get_world_size(), "shapes": shapes, "files": files}
-        with (partial / "manifest.json").open("w") as f:
-            json.dump(manifest, f)
-            f.flush()
-            os.fsync(f.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        older = sorted((p for p in folder.glob("step-*") if 0 <= _step(p) < state["step"]), key=_step)
-        for old in older[:max(0, len(older) - (keep - 1))]:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def _step(path):
-    return int(path.name.removeprefix("step-")) if path.name.removeprefix("step-").isdigit() else -1
-
-
-def inspect_checkpoint(path):
-    """The manifest of one checkpoint. Raises ValueError naming the file that is missing,
-    cut short or foreign."""
-    path = Path(path)
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"].items()
-        manifest["state"]["step"], manifest["world"], manifest["shapes"]         # all that resuming will read
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: not a complete checkpoint of this program "
-                         f"(manifest.json: {e})") from None
-    for name, size in files:
-        found = (path / name).stat().st_size if (path / name).exists() else "no such file"
-        if found != size:
-            raise ValueError(f"{path / name}: truncated checkpoint, expected {size} bytes, found {found}")
-    return manifest
-
-
-def newest_checkpoint(folder, log=print):
-    """(path, manifest) of the newest whole checkpoint, or None. A broken one is named and passed over; if
-    checkpoints exist but none is whole, ValueError."""
-    paths = sorted((p for p in Path(folder).glob("step-*") if _step(p) >= 0), key=_step, reverse=True)
-    for path in paths:
-        try:
-            return path, inspect_checkpoint(path)
-        except ValueError as e:
-            log(f"refusing a checkpoint: {e}")
-    if paths:
-        raise ValueError(f"{folder}: none of its {len(paths)} checkpoints is whole; "
-                         "move them away to start over")
-    return None
-
-
-def load_checkpoint(path, manifest, policy, optimizer):
-    """Restore weights, optimizer and RNGs in place; returns the saved `state`. Works on another number of
-    ranks, where RNGs (which nothing in a step depends on) restart from the seed. A collective. Raises
-    ValueError if the checkpoint is of another model."""
-    shapes = {name: list(p.shape) for name, p in policy.named_parameters()}
-    if shapes != manifest["shapes"]:
-        name = next((n for n in shapes if shapes[n] != manifest["shapes"].get(n)),
-                    "the number of parameters")
-        raise ValueError(f"{path}: a checkpoint of another model: {name} is {manifest['shapes'].get(name)} "
-                         f"there, {shapes.get(name)} here; use the run's own --model, or another --out")
-    weights, moments = get_state_dict(policy, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    try:
-        dcp.load(state, checkpoint_id=str(path))
-        if manifest["world"] == dist.get_world_size():
-            _set_rng_state(torch.load(Path(path) / f"rng-{dist.get_rank()}.pt", weights_only=True))
-    except (Exception, dcp.api.CheckpointException) as e:
-        raise ValueError(f"{path}: cannot be read ({type(e).__name__}: {str(e)[-300:]})") from e
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return manifest["state"]
 
 
 def readable_by_transformers_4(folder):

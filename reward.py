@@ -21,27 +21,21 @@ always holds is SIGKILL, so the text is parsed by workers that can be killed and
 back: unpickling a reply would let a compromised worker run code here.
 """
 import argparse
-import ctypes
-import json
-import logging
 import math
 import os
-import resource
 import selectors
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from grading.answers import KINDS, REASONS, judge, undollar
+from grading.answers import KINDS, undollar
+from grading.cpus import usable_cpus
+from grading.worker import Worker
 
-MAX_REPLY = 8192        # bytes of a reply; a longer trace is cut
 MAX_CHARS = 50_000      # of a longer text only the end is graded: answers stand at the end
 STARTUP_S = 120.0       # importing sympy takes 0.5 s, but minutes for 200 workers on a cold network disk
-SEND_S = 2.0            # a worker that has not read its item by then is stuck
 MAX_FAILURES = 3        # workers lost in a row before they did anything: the installation, not a response
 TEXTS = ("after_think", "whole", "require_think")
 
@@ -73,40 +67,6 @@ def graded_text(response, text="after_think"):
     """The part of a response that is graded. text: "after_think" or "require_think", what follows the last
     "</think>", or all of it if there is none; "whole", always all of it."""
     return response if text == "whole" else response.rpartition("</think>")[2]
-
-
-def usable_cpus(mounted="/sys/fs/cgroup", mine="/proc/self/cgroup"):
-    """CPUs that this process can keep busy, at least 1: those it may run on, or fewer where the quota of a
-    control group (docker --cpus, a limit of Kubernetes or SLURM) gives it less time."""
-    cpus = len(os.sched_getaffinity(0))
-    for line in _lines(mine):                    # "0::/a/b" (version 2) or "4:cpu,cpuacct:/a/b" (version 1)
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            tree = mounted
-        elif "cpu" in controllers.split(","):
-            tree = f"{mounted}/cpu"
-        else:
-            continue
-        folder = os.path.normpath(tree + group)
-        if not folder.startswith(tree):                      # "/../..": outside of what a container sees
-            folder = tree
-        while len(folder) >= len(tree):                      # a group's time is part of its parent's
-            found = _lines(f"{folder}/cpu.max")                                           # version 2
-            found = found or _lines(f"{folder}/cpu.cfs_quota_us") + _lines(f"{folder}/cpu.cfs_period_us")
-            words = " ".join(found).split()                  # quota and period, microseconds of CPU time
-            if len(words) == 2 and words[0] not in ("max", "-1"):          # else no quota, as at the root
-                cpus = min(cpus, max(1, int(words[0]) // int(words[1])))
-            folder = os.path.dirname(folder)
-    return cpus
-
-
-def _lines(path):
-    """Of a text file; none if there is no such file."""
-    try:
-        with open(path) as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
 
 
 class Grader:
@@ -279,7 +239,7 @@ class Grader:
         for worker in suspects:
             worker.step_back()
         while len(self._pool) < self.workers + len(suspects):
-            self._pool.append(_Worker(self.memory_mb, self.deadline_s))
+            self._pool.append(Worker(self.memory_mb, self.deadline_s))
             self._selector.register(self._pool[-1].sock, selectors.EVENT_READ, self._pool[-1])
 
     def _discard(self, worker, failed=False):
@@ -325,112 +285,6 @@ class Grader:
         return max(0.0, min(waits + [STARTUP_S - w.age() for w in self._pool if not w.ready], default=0.0))
 
 
-class _Worker:
-    """The parent's end of one worker: newline-delimited JSON over a socket pair."""
-
-    def __init__(self, memory_mb, deadline_s):
-        self.sock, theirs = socket.socketpair()
-        with theirs:
-            self.proc = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), "--worker",
-                 str(theirs.fileno()), str(memory_mb), str(deadline_s)],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1"})
-        self.sock.settimeout(SEND_S)
-        self.ready, self.item, self.since = False, None, time.monotonic()   # since: of it, then its item
-
-    def age(self):
-        return time.monotonic() - self.since
-
-    def send(self, item):
-        self.sock.sendall(json.dumps(item).encode() + b"\n")    # ASCII: lone surrogates and NULs survive
-
-    def receive(self):
-        """The next message, or None if the worker died or broke the protocol: no reply is trusted."""
-        try:
-            message = json.loads(self.sock.recv(MAX_REPLY))     # short: it arrives in one piece
-            if not self.ready:
-                return message if message == {"ready": True} else None
-            valid = (self.item is not None and message["id"] == self.item and message["reason"] in REASONS
-                     and isinstance(message["ms"], float) and message["ms"] >= 0
-                     and all(isinstance(text, str) for text in [message["extracted"], *message["trace"]]))
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
-            return None
-        return message if valid else None
-
-    def step_back(self):
-        """Lowest priority for a suspect: it must not slow the start of the spare that may replace it."""
-        try:
-            os.setpriority(os.PRIO_PROCESS, self.proc.pid, 19)
-        except OSError:
-            pass                                                # it has just died
-
-
-# ---- In the worker ------------------------------------------------------------------------------------
-
-def _address_space():
-    """Bytes that count against RLIMIT_AS. (Not ru_maxrss, which starts at the size of the parent.)"""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
-
-
-def _forbid(event, args):
-    """Audit hook: what sympy's parser evaluates may compute, and nothing else: no network, no processes.
-
-    A fence, not a wall: Python raises no event for a few calls, and none for what C code does. The filters in
-    front of the parsers, the limits of the process and its user's rights are the others.
-    """
-    if event.startswith(("socket.", "subprocess.", "ctypes.", "shutil.", "sqlite3.", "os.")):
-        if event != "os.listdir":                               # which imports need
-            raise PermissionError(f"a grader must not: {event}")
-    if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
-        raise PermissionError("a grader must not write files")
-
-
-def _limit(which, value):
-    hard = resource.getrlimit(which)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(which, (value, hard if which == resource.RLIMIT_CPU else value))
-
-
-def _worker_main(fd, memory_mb, deadline_s):
-    """Answers the items that arrive on socket `fd`, until the parent closes it."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):         # the parent handles them, and kills us
-        signal.signal(ignored, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG: die with it, mid-hang too
-    if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
-        del sys.path[0]                                     # our data.py must not shadow a package's
-    _limit(resource.RLIMIT_AS, memory_mb << 20)
-    _limit(resource.RLIMIT_CORE, 0)
-    logging.disable(logging.CRITICAL)
-    for kind in KINDS[:2]:                                  # warms up; no run is lost to silent zeros
-        half = {"response": r"\boxed{\frac{2}{4}}", "answer": r"\frac{1}{2}", "strict_box": True}
-        if (found := judge({"kind": kind} | half, 60))[0] != "ok":
-            raise SystemExit(f"reward.py: {kind} denies 2/4 = 1/2 ({found}): wrong version, or memory_mb "
-                             "too low")
-    _limit(resource.RLIMIT_FSIZE, 0)                        # after the imports, which may write .pyc files
-    _limit(resource.RLIMIT_NPROC, 0)                        # root is not bound by it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)            # start-up errors were shown; no more is wanted
-    # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
-    seconds = min(5, max(1, int(deadline_s / 2)))
-    with socket.socket(fileno=fd) as sock:
-        sys.addaudithook(_forbid)
-        sock.sendall(b'{"ready": true}\n')
-        for line in sock.makefile("rb"):
-            item = json.loads(line)
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + 1)
-            start = time.monotonic()
-            reason, extracted, trace = judge(item, seconds)
-            # Parser caches grow for days, and at the limit every answer would fail: ask to be replaced.
-            reply = {"id": item["id"], "reason": reason, "ms": 1e3 * (time.monotonic() - start),
-                     "retire": _address_space() > memory_mb << 19, "extracted": extracted[:200],
-                     "trace": [step[:300] for step in trace[:20]]}
-            message = json.dumps(reply).encode() + b"\n"
-            if len(message) > MAX_REPLY:
-                message = json.dumps(reply | {"trace": []}).encode() + b"\n"
-            sock.sendall(message)
-
-
 def explain(argv):
     """`python reward.py --response FILE --answer TEXT`: why a response earns what it earns."""
     parser = argparse.ArgumentParser(prog="reward.py", description="Grade one response and say why.")
@@ -460,7 +314,4 @@ def explain(argv):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        _worker_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
-    else:
-        explain(sys.argv[1:])
+    explain(sys.argv[1:])

@@ -24,16 +24,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-import baselines
 import model as M
-from baselines import add_up, average, sequence_mean, shaped, without_padding
-from config import (METHODS, Config, check_config, check_versions, environment, parse_args,
-                    sequences_per_prompt, versions)
+from paper import baselines
+from paper.baselines import add_up, average, sequence_mean, shaped, without_padding
+from config import METHODS, Config, check_config, parse_args, sequences_per_prompt
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from reward import Grader
 from rollout import RolloutEngine, check_environment
-from support.processes import (fetch, hang_watch, init_distributed, memory_gb, mistakes_in_one_line, phase,
+from support.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from support.device import memory_gb, peak_flops
+from support.versions import check_versions, environment, versions
+from support.processes import (fetch, hang_watch, init_distributed, mistakes_in_one_line, phase,
                                seed_everything, set_timeouts, start_profiler, write_profile)
 from support.runlog import RunLog, read_rows
 from update import counts, forward_before_update, term_gradient_norms, update_policy
@@ -179,7 +181,7 @@ def setup(cfg):
     check_versions(versions(), say)
     check_environment(device)
     out = Path(cfg.out)
-    checkpoint = M.newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
+    checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
     if not cfg.resume and (out / "metrics.jsonl").exists():
         raise ValueError(f"{out} already holds a run: pass --resume to continue it, or another --out")
     found = [None] * world
@@ -193,7 +195,7 @@ def setup(cfg):
         f"{config.max_position_embeddings:,} tokens")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        card, peak = M.peak_flops(name)
+        card, peak = peak_flops(name)
         say(f"{name}: perf/mfu is of {peak / 1e12:.0f} TFLOP/s, {card}'s dense bf16 peak" if card else
             f"{name}: peak FLOP/s not listed in model.PEAK_FLOPS, so no perf/mfu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -241,7 +243,7 @@ def setup(cfg):
 
 def restore(cfg, checkpoint, policy, optimizer, order, say):
     """Put the run back to where `checkpoint` (path, manifest) was written; returns its `state`."""
-    state = M.load_checkpoint(*checkpoint, policy, optimizer)
+    state = load_checkpoint(*checkpoint, policy, optimizer)
     if state["data"] != [cfg.data, order.n, cfg.seed]:
         raise ValueError(f"{checkpoint[0]}: was trained on {state['data']} (data, prompts, seed), now "
                          f"{[cfg.data, order.n, cfg.seed]}; resume with the run's own flags")
@@ -519,7 +521,7 @@ def train(cfg, run):
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             state = {"step": step, "skipped": skipped, "position": run.order.position, "failed": run.failed,
                      "demo_rewards": run.demo_rewards, "data": [cfg.data, len(run.prompts), cfg.seed]}
-            M.save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
+            save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
             break
         if step == run.step + 1:
@@ -541,7 +543,7 @@ def summarize(run, cfg, sequences, grading, updates, clock):
     times, total = np.diff(clock).tolist(), clock[-1] - clock[0]
     peak = None
     if run.device.type == "cuda":
-        _, peak = M.peak_flops(torch.cuda.get_device_name(run.device))
+        _, peak = peak_flops(torch.cuda.get_device_name(run.device))
 
     def mean(values):
         """None: this method has no such sequences, this update none of that kind."""

@@ -15,17 +15,18 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 import model as M
+from support.device import to_device
 
 
 def padded(rows, device):
     """Lists of different length -> (B,T) float tensor, zeros on the right."""
     rows = [torch.as_tensor(np.asarray(row, np.float32)) for row in rows]
-    return M.to_device(pad_sequence(rows, batch_first=True), device)
+    return to_device(pad_sequence(rows, batch_first=True), device)
 
 
 def column(sequences, name, device):
     """One number of each sequence -> (B,) float tensor."""
-    return M.to_device([float(getattr(s, name)) for s in sequences], device, torch.float32)
+    return to_device([float(getattr(s, name)) for s in sequences], device, torch.float32)
 
 
 def loss_inputs(sequences, device):

@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))                    # `python bench/x.py` finds the
 
 import torch  # noqa: E402
 
-from config import environment  # noqa: E402
-from support.processes import choose_device  # noqa: E402
+from support.versions import environment  # noqa: E402
+from support.device import choose_device  # noqa: E402
 
 
 def parser(doc, name):

@@ -35,7 +35,7 @@ from pathlib import Path
 import common
 import torch
 
-from support.processes import choose_device
+from support.device import choose_device
 from support.runlog import write_whole
 
 

@@ -21,12 +21,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import model as M
+from support.device import peak_flops
+from support.logprobs import _addmm_fp32, token_kl, token_logprobs
 import srft
 import update
 from bench import plan
 from config import TINY, Config
-from data import tiny_tokenizer
-from support.processes import init_distributed, memory_gb
+from tiny.task import make_tokenizer
+from support.device import memory_gb
+from support.processes import init_distributed
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def vocabularies(device):
 
 
 def products(report, device):
-    """The three branches of model._addmm_fp32 against float64."""
+    """The three branches of _addmm_fp32 against float64."""
     n = sizes(device).head[0]
     for vocab, width in vocabularies(device):
         a, b, out = (torch.randn(*x, device=device) for x in ((n, width), (vocab, width), (n, vocab)))
@@ -174,7 +177,7 @@ def products(report, device):
             what = f"product {n} x {width:,} x {vocab:,}, {name}"
             with report.attempt(what):
                 left, right, found = a.to(dtype), b.to(dtype).T, out.clone()
-                M._addmm_fp32(found, left, right, beta=beta, alpha=0.7)
+                _addmm_fp32(found, left, right, beta=beta, alpha=0.7)
                 exact = beta * out.double() + 0.7 * (left.double() @ right.double())
                 report.below(what, ((found - exact).norm() / exact.norm()).item(), limit)
 
@@ -199,10 +202,10 @@ def heads(report, device):
 
         cases = (
             ("token_logprobs", 1, lambda *x: plain(*x)[:1],
-             lambda *x: M.token_logprobs(*x, targets, 0.9, chunk)[:1]),
+             lambda *x: token_logprobs(*x, targets, 0.9, chunk)[:1]),
             ("token_logprobs, entropy with gradient", 2, plain,
-             lambda *x: M.token_logprobs(*x, targets, 0.9, chunk, entropy_grad=True)),
-            ("token_kl", 1, plain_kl, lambda *x: [M.token_kl(*x, ref_hidden, ref_weight, 0.9, chunk)]))
+             lambda *x: token_logprobs(*x, targets, 0.9, chunk, entropy_grad=True)),
+            ("token_kl", 1, plain_kl, lambda *x: [token_kl(*x, ref_hidden, ref_weight, 0.9, chunk)]))
         for name, values, reference, ours in cases:
             what = f"{name}, {n} tokens in chunks of {chunk}, V = {vocab:,}, D = {width:,}"
             with report.attempt(what):
@@ -352,7 +355,7 @@ def mfu(report, device):
     run = trainer(config, device, mesh)
     parameters, peak = sum(p.numel() for p in run.policy.parameters()), None
     if device.type == "cuda":
-        _, peak = M.peak_flops(torch.cuda.get_device_name(device))
+        _, peak = peak_flops(torch.cuda.get_device_name(device))
     for recompute in (True, False):
         for tokens in sizes(device).mfu:
             length = min(2048, tokens // 4)                    # of each sequence; an eighth of it is prompt
@@ -418,7 +421,7 @@ def start_engine(config, device):
     from rollout import RolloutEngine, check_environment
     check_environment(device)
     began = common.clock(device)
-    engine = RolloutEngine(config, tiny_tokenizer(), engine_dtype(device), PROMPT + sizes(device).tokens,
+    engine = RolloutEngine(config, make_tokenizer(), engine_dtype(device), PROMPT + sizes(device).tokens,
                            max(sizes(device).decode), ENGINE_MEMORY, device.type == "cpu", seed=0)
     return engine, common.clock(device) - began
 
@@ -527,7 +530,7 @@ def head_in(dtype):
 
     def logits(self, hidden, head, *_, **__):
         out = hidden.new_empty(len(hidden), len(head.weight), dtype=torch.float32)
-        M._addmm_fp32(out, hidden, head.weight.T, beta=0)
+        _addmm_fp32(out, hidden, head.weight.T, beta=0)
         return out.to(dtype)[:, :self.org_vocab_size]
 
     with mock.patch.object(LogitsProcessor, "_get_logits", logits):

@@ -5,7 +5,7 @@
 One run is forward and backward of sum(g logp) for random g, N tokens of width D and a vocabulary of V, all gradients taken;
 the entropy is computed too, without gradient, by every path that offers it.
 
-  ours          model.token_logprobs
+  ours          logprobs.token_logprobs
   full          h W^T, log_softmax, gather and the entropy in plain torch; left out where its blocks exceed --limit_gb
   TRL           trl.kernels.ChunkedLogProbFunction as its trainers call it, with the entropy
   Liger         the log-prob function inside its GRPO loss, in torch; no entropy

@@ -4,7 +4,7 @@
 
 Forward and backward of the mean log-prob of the response tokens of each micro-batch, for one set of sequences of each
 distribution of lengths, through the policy as training builds it (FSDP2, one process, blocks recomputed) and
-model.token_logprobs on response tokens only.
+token_logprobs on response tokens only.
 
   packed  micro-batches from model.pack of at most --padded_batch times the longest length, the memory that padding must reserve
   padded  --padded_batch sequences a micro-batch, in the order drawn, right-padded to the longest of them; transformers' own sdpa
@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config
 
 import model as M
+from support.logprobs import token_logprobs
 from support.processes import init_distributed
 
 SHAPES = {"3M": dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6),
@@ -61,7 +62,7 @@ def padded_forward(policy, batch):
     """What Policy.forward does, for (ids, mask, rows, columns, targets) of right-padded sequences."""
     ids, mask, rows, columns, targets = batch
     hidden = policy.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return M.token_logprobs(hidden[rows, columns], policy.lm.get_output_embeddings().weight, targets)
+    return token_logprobs(hidden[rows, columns], policy.lm.get_output_embeddings().weight, targets)
 
 
 def pad(sequences, device):

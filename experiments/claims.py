@@ -287,7 +287,7 @@ def reviews(results):
 # ----------------------------------------------------------------------------------------------------------
 
 def figures(bench, results):
-    """{figure: {label: run folders}}, seeds joined by ",", stages of a sequence by "+", as in analysis.py."""
+    """{figure: {label: run folders}}, seeds joined by ",", stages of a sequence by "+", as in paper/figures.py."""
     def curve(*names):
         seeds = [seed for seed in results.seeds if all((name, seed) in results.rows for name in names)]
         return ",".join("+".join(str(bench.known(name, seed)) for name in names) for seed in seeds)
@@ -339,5 +339,5 @@ def report(bench):
     for name, curves in figures(bench, results).items():
         if all(curves.values()):
             runs = [f"{label}={folders}" for label, folders in curves.items()]
-            bench.analysis(name, *runs, "--out", bench.results / name)
+            bench.figures(name, *runs, "--out", bench.results / name)
     print(tables, text, sep="\n")

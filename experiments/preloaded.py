@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOAD = ["srft", "analysis", "vllm.entrypoints.llm"]
+PRELOAD = ["srft", "paper.figures", "vllm.entrypoints.llm"]
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")     # as rollout.py does, which it imports
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
@@ -41,6 +41,9 @@ def _main(argv, env, output):
     try:
         if argv[0] == "-c":
             exec(argv[1], {"__name__": "__main__"})
+        elif argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0] = str(Path(argv[0]).resolve().parent)
             runpy.run_path(argv[0], run_name="__main__")
@@ -95,6 +98,6 @@ class Child:
 
 
 def start(argv, env=(), output=os.devnull):
-    """Run a script of the project, argv[0], or "-c" and code, from its root, with `env` on top of this
+    """Run a script of the project, argv[0], or "-c" and code, or "-m" and a module, from its root, with `env` on top of this
     process's; stdout and stderr go to `output`."""
     return Child(argv, os.environ | dict(env), output)

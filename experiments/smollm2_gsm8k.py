@@ -47,7 +47,7 @@ def main():
     if args.steps == 1:
         parser.error("--steps: 2 or more, for a sequence has two stages")
     if set(args.out) & set("+,="):
-        parser.error("--out: not with +, comma or =, which join runs and name curves in analysis.py")
+        parser.error("--out: not with +, comma or =, which join runs and name curves in paper/figures.py")
     local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name     # runs start in ROOT
     args.model, args.train, args.out = local(args.model), local(args.train), str(Path(args.out).resolve())
     flags = CPU if args.cpu else GPU
@@ -88,7 +88,7 @@ def main():
         print(f"{name:<8} {accuracy:5.1f} %   response {tokens:.0f} tokens", flush=True)
     for figure in ("fig5", "fig6"):
         curve = [f"{name}={runs}" for name, runs in curves.items()]
-        subprocess.run([sys.executable, "analysis.py", figure, *curve, "--out", str(out / figure)],
+        subprocess.run([sys.executable, "-m", "paper.figures", figure, *curve, "--out", str(out / figure)],
                        check=True, cwd=ROOT)
 
 

@@ -31,7 +31,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(
                "CUDA_VISIBLE_DEVICES": ""}                                  # of all processes started
 import claims                                                                                   # noqa: E402
 import preloaded                                                                                # noqa: E402
-from data import TINY_SPLITS, Example, tiny_examples, tiny_problem, tiny_response, tiny_terms   # noqa: E402
+from data import Example, load_examples   # noqa: E402
+from tiny.task import SPLITS, draw_terms, write_problem, write_response   # noqa: E402
 from support.runlog import read_rows                                                                    # noqa: E402
 from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED      # noqa: E402
 
@@ -94,8 +95,8 @@ class Bench:
             command = " ".join(map(str, command))
             raise RuntimeError(f"{command} failed; the end of {log}:\n{child.text()[-1500:]}")
 
-    def analysis(self, figure, *args):
-        self.start(["analysis.py", figure, *args], self.out / f"{figure}-{time.time_ns()}.log")
+    def figures(self, figure, *args):
+        self.start(["-m", "paper.figures", figure, *args], self.out / f"{figure}-{time.time_ns()}.log")
 
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all. Raises RuntimeError if it failed, or was stopped."""
@@ -129,7 +130,7 @@ def evaluation_sets(bench):
     if not bench.quick:
         return "tiny:heldout,tiny:long"
     for split in ("heldout", "long"):
-        write_examples(bench.out / f"{split}.jsonl", tiny_examples(split)[:4])
+        write_examples(bench.out / f"{split}.jsonl", load_examples(f"tiny:{split}")[:4])
     return f"{bench.out}/heldout.jsonl,{bench.out}/long.jsonl"
 
 
@@ -147,29 +148,29 @@ def terms_of(example):
 
 def weak_demonstrations():
     """The training problems with demonstrations that slip in 15 % of their lines, not 3 %: most end wrong."""
-    rng, examples = random.Random(5), tiny_examples("train")
+    rng, examples = random.Random(5), load_examples("tiny:train")
     for e in examples:
-        e.demo = tiny_response(terms_of(e), rng, "careful", slip=0.15)
+        e.demo = write_response(terms_of(e), rng, "careful", slip=0.15)
     return examples
 
 
 def expert_demonstrations(style):
     """2,048 new problems of 3 to 8 terms, answered in one style without a slip."""
-    rng, known = random.Random(6), {e.problem for split in TINY_SPLITS for e in tiny_examples(split)}
+    rng, known = random.Random(6), {e.problem for split in SPLITS for e in load_examples(f"tiny:{split}")}
     examples = {}
     while len(examples) < 2048:
-        terms = tiny_terms(rng, rng.choice((3, 4, 5, 6, 7, 8)))
-        if (problem := tiny_problem(terms)) not in known:
-            demo = tiny_response(terms, rng, style)
+        terms = draw_terms(rng, rng.choice((3, 4, 5, 6, 7, 8)))
+        if (problem := write_problem(terms)) not in known:
+            demo = write_response(terms, rng, style)
             examples[problem] = Example(f"{style}/{len(examples)}", problem, str(sum(terms)), demo)
     return list(examples.values())
 
 
 def held_out_demonstrations():
     """The held-out problems, demonstrated as those of training: texts for Fig. 2(b) that no run has seen."""
-    rng, examples = random.Random(7), tiny_examples("heldout")
+    rng, examples = random.Random(7), load_examples("tiny:heldout")
     for e in examples:
-        e.demo = tiny_response(terms_of(e), rng, "careful", slip=0.03)
+        e.demo = write_response(terms_of(e), rng, "careful", slip=0.03)
     return examples
 
 
@@ -257,7 +258,7 @@ def one(bench, name, seed, evaluation, wanted):
 
 
 def measure(bench, seed, pool):
-    """analysis.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints on the way."""
+    """paper/figures.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints on the way."""
     results, folder = bench.results, lambda name: bench.folder(name, seed)
     scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
@@ -267,7 +268,7 @@ def measure(bench, seed, pool):
     own = {label: bench.out / f"responses-{label}-{seed}.jsonl" for label in models}
 
     def respond(label):
-        bench.analysis("respond", "--model", models[label], "--out", own[label], "--seed", seed, *data)
+        bench.figures("respond", "--model", models[label], "--out", own[label], "--seed", seed, *data)
 
     list(pool.map(respond, own))
     jobs = [("fig2b", "--base", "tiny", "--tuned", *tuned, "--out", results / f"fig2b-demo-{seed}", *data),
@@ -276,10 +277,10 @@ def measure(bench, seed, pool):
     if seed == 0:
         jobs += [("fig2a", "--base", "tiny", "--tuned", pair, "--out", results / f"fig2a-{label}", *data)
                  for pair, label in zip(tuned, SHOWN)]
-    list(pool.map(lambda job: bench.analysis(*job), jobs))
+    list(pool.map(lambda job: bench.figures(*job), jobs))
     references = [f"{label}={own[label]}" for label in ("base", *EXPERTS)]
     trajectories = [*tuned, "SFT->RL=" + "+".join(str(folder(name)) for name in TRAJECTORY)]
-    bench.analysis("fig3", "--references", *references, "--runs", *trajectories,
+    bench.figures("fig3", "--references", *references, "--runs", *trajectories,
                    "--out", results / f"fig3-{seed}", *scale[2:])       # last: it says that all are there
 
 

@@ -15,8 +15,6 @@ import faulthandler
 import json
 import os
 import random
-import re
-import resource
 import sys
 import threading
 import time
@@ -31,6 +29,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+
+from support.device import choose_device
 
 START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
@@ -67,53 +67,6 @@ def init_distributed(device="auto", timeout_minutes=START_MINUTES):
     mesh = init_device_mesh(device.type, **mesh_shape(world, local))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return dist.get_rank(), world, device, mesh
-
-
-# The oldest NVIDIA driver that runs a torch built for this major version of CUDA (NVIDIA's table of minor-
-# version compatibility).
-OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
-
-
-def choose_device(wanted="auto", local_rank=0):
-    """The device of the rank that is `local_rank` on its node. wanted: "cpu"; "cuda"; or "auto", which is the
-    kind that this torch is built for.
-
-    A build for GPUs that finds no usable card is an error and never a run on the CPU: there, 7B would train
-    for years without a word. Raises ValueError with what was needed, what was found, and what to do.
-    """
-    build = torch.version.cuda or torch.version.hip
-    if wanted == "cpu" or wanted == "auto" and build is None:
-        return torch.device("cpu")
-    if build is None:
-        raise ValueError(f"--device cuda: torch {torch.__version__} is built for CPUs alone; install "
-                         "requirements.txt")
-    if not torch.cuda.is_available():
-        kind = "CUDA" if torch.version.cuda else "ROCm"
-        raise ValueError(f"torch {torch.__version__} is built for {kind} {build} and finds no usable GPU. "
-                         f"{_why_no_card(build)}. To run on the CPU on purpose, pass --device cpu (with the "
-                         "vLLM of requirements-cpu.txt)")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"local rank {local_rank} has no GPU of its own: this node shows "
-                         f"{torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES is "
-                         f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start "
-                         f"--nproc_per_node={torch.cuda.device_count()}")
-    return torch.device("cuda", local_rank)
-
-
-def _why_no_card(build):
-    """What keeps a CUDA build from its card: the driver, its age, or an environment that hides the card."""
-    oldest = OLDEST_DRIVER.get(build.split(".")[0])
-    needs = f"It needs an NVIDIA driver of r{oldest} or newer" if oldest else "It needs a driver of its own"
-    try:
-        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
-        found = f"found is {found}"
-    except (OSError, TypeError):                     # no such file, or no number in it
-        found = "none is loaded here (in a container: was it started with its GPUs?)"
-    hidden = ""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        hidden = (f"; CUDA_VISIBLE_DEVICES is '{os.environ['CUDA_VISIBLE_DEVICES']}', which may hide the "
-                  "cards: unset it")
-    return f"{needs}; {found}{hidden}"
 
 
 def mesh_shape(world, per_node):
@@ -166,15 +119,6 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def memory_gb(device):
-    """GB of the GPU in use, by whomever (torch's own count would include vLLM's sleeping pages); on CPU the
-    most that this process has had resident."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return (total - free) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import rollout
 import srft
 import update
 from config import TINY, parse_args
-from data import tiny_examples, tiny_tokenizer, tokenize
+from data import load_examples, tokenize
+from tiny.task import make_tokenizer
 from reward import Grader, Verdict
 from support.processes import init_distributed
 
@@ -74,9 +75,9 @@ def gradients(out, budget, count, *overrides):
 def engine(out):
     """log p of engine and trainer: in step, after a change of the trainer alone, and after the next sync."""
     rank, world, device, mesh = init_distributed("cpu")
-    config, tokenizer = M.load_config(TINY), tiny_tokenizer()
+    config, tokenizer = M.load_config(TINY), make_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
-    prompts = tokenize(tiny_examples("heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
+    prompts = tokenize(load_examples("tiny:heldout")[:8], tokenizer, "none", 64, 64)[rank::world]
     vllm = rollout.RolloutEngine(config, tokenizer, torch.float32, 128, 32)
     found = {}
 
@@ -135,7 +136,7 @@ def engine(out):
 def incomplete(out, case):
     """Whether a real engine refuses what is not the whole model, and what it then does; of `case`, one engine."""
     rank, world, device, mesh = init_distributed("cpu")
-    config, tokenizer = M.load_config(TINY), tiny_tokenizer()
+    config, tokenizer = M.load_config(TINY), make_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     vllm = rollout.RolloutEngine(config, tokenizer, torch.float32, 128, 32)
     k_proj, norm = "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"
@@ -164,7 +165,7 @@ def start(out, cache):
     """Start an engine with its folder in `cache`: where that lies, and the key of vLLM's compiled kernels."""
     os.environ["XDG_CACHE_HOME"] = cache
     init_distributed("cpu")
-    vllm = rollout.RolloutEngine(M.load_config(TINY), tiny_tokenizer(), torch.float32, 128, 32)
+    vllm = rollout.RolloutEngine(M.load_config(TINY), make_tokenizer(), torch.float32, 128, 32)
     of_vllm = vllm.llm.llm_engine.vllm_config
     torch.save({"folder": of_vllm.model_config.model, "hash": of_vllm.compute_hash()}, out)
     vllm.close()

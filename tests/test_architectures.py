@@ -18,7 +18,7 @@ from conftest import SMALL, metrics, run
 from test_model import CPU, VOCAB, load, mesh, save_model, some_sequences, unpacked  # noqa: F401  (mesh: a fixture)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import data
+from tiny import task
 import model as M
 import srft
 import update
@@ -75,7 +75,7 @@ def test_a_sound_model_passes_the_checks_of_the_start_and_one_update_changes_eve
 @pytest.mark.parametrize("kind", ["Llama 3", "OLMo-2", "Qwen3"])
 def test_a_whole_run_of_another_architecture_agrees_with_its_engine_and_leaves_a_model(tmp_path, kind):
     save_model(tmp_path / "base", **SOUND[kind] | dict(vocab_size=21, hidden_size=128, num_attention_heads=4, head_dim=32))
-    data.tiny_tokenizer().save_pretrained(tmp_path / "base")
+    task.make_tokenizer().save_pretrained(tmp_path / "base")
     run([*SMALL, "--model", tmp_path / "base", "--steps", "2", "--max_response_tokens", "80", "--out", tmp_path / "run"])
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2] and all(row["engine/logp_diff_max"] < 1e-3 for row in rows[1:])
@@ -216,7 +216,7 @@ def test_the_tokens_that_end_a_response_are_those_of_generation_config_where_it_
 def test_an_export_keeps_every_end_of_a_response_and_the_model_s_sampling_but_not_its_limits_of_length(tmp_path, mesh, stored):  # noqa: F811
     save_model(tmp_path / "base", "Llama")
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(stored))
-    M.export_hf(tmp_path / "hf", load(tmp_path / "base", mesh), data.tiny_tokenizer(), torch.float32)
+    M.export_hf(tmp_path / "hf", load(tmp_path / "base", mesh), task.make_tokenizer(), torch.float32)
     kept = {name: x for name, x in stored.items() if not name.startswith("max_")}
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == kept
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [0, 6]
@@ -227,7 +227,7 @@ def test_an_export_keeps_every_end_of_a_response_and_the_model_s_sampling_but_no
 def test_an_export_in_several_files_is_whole_for_transformers_and_for_eval(tmp_path, mesh, monkeypatch):  # noqa: F811
     policy = load(save_model(tmp_path / "base", "Olmo2"), mesh)
     monkeypatch.setattr(M, "save_torch_state_dict", partial(M.save_torch_state_dict, max_shard_size="20KB"))
-    M.export_hf(tmp_path / "hf", policy, data.tiny_tokenizer(), torch.bfloat16)
+    M.export_hf(tmp_path / "hf", policy, task.make_tokenizer(), torch.bfloat16)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
     sent, read = dict(M.full_parameters(policy, torch.bfloat16)), AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     for stored in (dict(read.named_parameters()), dict(stored_tensors(tmp_path / "hf"))):
@@ -238,7 +238,7 @@ def test_an_export_in_several_files_is_whole_for_transformers_and_for_eval(tmp_p
 def test_a_second_end_of_a_response_stops_rollouts_in_training_and_survives_into_the_exported_model(tmp_path):
     """The tiny model with a line break as its second EOS: what it would write on is never decoded."""
     shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    newline = data.TINY_TOKENS.index("\n")
+    newline = task.TOKENS.index("\n")
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, newline]}))
     run([*SMALL, "--model", tmp_path / "base", "--steps", "1", "--log_samples", "99", "--out", tmp_path / "run"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
@@ -255,7 +255,7 @@ def test_a_second_end_of_a_response_stops_rollouts_in_training_and_survives_into
 def test_an_export_names_its_rope_in_the_words_of_transformers_4_and_of_5_with_the_same_numbers(tmp_path, mesh, rope, scaling):  # noqa: F811
     save_model(tmp_path / "base", "Llama", rope_parameters=rope)
     policy = load(tmp_path / "base", mesh, rope_theta=40_000.0, window=16_384)
-    M.export_hf(tmp_path / "hf", policy, data.tiny_tokenizer(), torch.float32)
+    M.export_hf(tmp_path / "hf", policy, task.make_tokenizer(), torch.float32)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 40_000 and config.get("rope_scaling") == scaling
     read = AutoConfig.from_pretrained(tmp_path / "hf")
@@ -267,7 +267,7 @@ def test_an_export_names_its_rope_in_the_words_of_transformers_4_and_of_5_with_t
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_an_exported_tokenizer_is_named_as_transformers_4_knows_it_and_reads_as_before(tmp_path, mesh, kind):  # noqa: F811
     save_model(tmp_path / "base", kind)
-    tokenizer = data.tiny_tokenizer()
+    tokenizer = task.make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
     M.export_hf(tmp_path / "hf", load(tmp_path / "base", mesh), tokenizer, torch.float32)
     config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())

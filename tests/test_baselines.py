@@ -1,4 +1,4 @@
-"""baselines.py against an oracle in plain Python floats, one token at a time, gradients by hand; and model.token_kl.
+"""baselines.py against an oracle in plain Python floats, one token at a time, gradients by hand; and token_kl.
 
     pytest tests/test_baselines.py
 """
@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_loss import assert_equal, counts, mixed_batch, shipped, tensors
 
-import model as M
-from baselines import OBJECTIVES
+from support.logprobs import token_kl
+from paper.baselines import OBJECTIVES
 from config import METHODS, Config, check_config, parse_args, sequences_per_prompt
 from srft import OBJECTIVES as ALL
 from srft import learning_rate
@@ -148,7 +148,7 @@ def kl_inputs(n=13, v=37, d=5, ref_d=7, seed=0):
 def test_the_kl_and_its_gradients_equal_the_definition_whatever_the_chunk(chunk, temperature):
     hidden, weight, ref_hidden, ref_weight, grad = kl_inputs()
     mine = [x.clone().requires_grad_() for x in (hidden, weight)]
-    kl = M.token_kl(*mine, ref_hidden, ref_weight, temperature, chunk)
+    kl = token_kl(*mine, ref_hidden, ref_weight, temperature, chunk)
     (kl * grad).sum().backward()
 
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
@@ -164,7 +164,7 @@ def test_the_kl_and_its_gradients_equal_the_definition_whatever_the_chunk(chunk,
 def test_the_kl_to_itself_is_0_with_gradient_0():
     hidden, weight, *_ = kl_inputs()
     hidden.requires_grad_()
-    kl = M.token_kl(hidden, weight, hidden.detach(), weight)
+    kl = token_kl(hidden, weight, hidden.detach(), weight)
     kl.sum().backward()
     assert kl.abs().max() < 1e-6 and hidden.grad.abs().max() < 1e-5
 
@@ -172,7 +172,7 @@ def test_the_kl_to_itself_is_0_with_gradient_0():
 def test_the_kl_of_no_token_is_empty():
     hidden, weight, ref_hidden, ref_weight, _ = kl_inputs(n=0)
     weight.requires_grad_()
-    kl = M.token_kl(hidden, weight, ref_hidden, ref_weight)
+    kl = token_kl(hidden, weight, ref_hidden, ref_weight)
     kl.sum().backward()
     assert kl.shape == (0,) and weight.grad.eq(0).all()
 

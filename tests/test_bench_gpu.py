@@ -17,6 +17,7 @@ from conftest import ENV, ROOT
 import gpu
 import gpu_parts
 import model as M
+from support.logprobs import token_kl, token_logprobs
 from bench import plan
 from config import Config
 
@@ -197,7 +198,7 @@ def test_a_product_that_is_rounded_or_forgets_what_it_adds_to_is_found(broken, r
 
 
 def test_an_entropy_without_gradient_and_a_kl_of_another_temperature_are_found(report):
-    logprobs, kl = M.token_logprobs, M.token_kl
+    logprobs, kl = token_logprobs, token_kl
     with (mock.patch.object(M, "token_logprobs", lambda *args, entropy_grad=False: logprobs(*args)),
           mock.patch.object(M, "token_kl", lambda *args: kl(*args[:-2], 1.0, args[-1]))):
         gpu_parts.heads(report, CPU)

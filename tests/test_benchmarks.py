@@ -17,8 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import benchmarks
-from benchmarks import (BENCHMARKS, LETTERS, Problem, load_benchmark, parse_problem, repair_scientific,
+from paper import benchmarks
+from paper.benchmarks import (BENCHMARKS, LETTERS, Problem, load_benchmark, parse_problem, repair_scientific,
                         shuffle, with_options)
 from data import Example
 from reward import Grader

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as M
+from support.device import to_device
+from support.logprobs import _addmm_fp32
 import srft
 import update
 from bench import plan
@@ -69,10 +71,10 @@ def test_what_goes_to_a_gpu_goes_from_pinned_memory_and_nobody_waits_for_it(monk
     steps = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: steps.append("pin") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: steps.append((args, kwargs)) or self)
-    M.to_device([1, 2], torch.device("cuda", 3))
+    to_device([1, 2], torch.device("cuda", 3))
     assert steps == ["pin", ((torch.device("cuda", 3),), {"non_blocking": True})]
     steps.clear()
-    M.to_device([1, 2], torch.device("cpu"))
+    to_device([1, 2], torch.device("cpu"))
     assert [step[0] for step in steps] == [(torch.device("cpu"),)]                       # pageable memory: there is no other
 
 
@@ -116,5 +118,5 @@ def test_the_heads_products_are_operators_that_torch_has_with_an_fp32_result_wri
 def test_a_product_of_bf16_is_written_into_the_fp32_block_itself(beta, alpha, operator):
     with FakeTensorMode(), mock.patch.object(FakeTensor, "is_cuda", True), Operators() as seen:
         out = torch.zeros(5, 7)
-        M._addmm_fp32(out, torch.zeros(5, 3, dtype=torch.bfloat16), torch.zeros(3, 7, dtype=torch.bfloat16), beta=beta, alpha=alpha)
+        _addmm_fp32(out, torch.zeros(5, 3, dtype=torch.bfloat16), torch.zeros(3, 7, dtype=torch.bfloat16), beta=beta, alpha=alpha)
     assert operator in seen.calls and "aten::_to_copy" not in seen.calls

@@ -13,7 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import data
-from data import Example, Order, load_examples, render, tiny_examples, tiny_terms, tokenize
+from tiny import task
+from data import Example, Order, load_examples, render, tokenize
+from tiny.task import draw_terms
 
 GOOD = {"problem": "1+1=?", "answer": "2", "solution": "<think>\n</think>\n\\boxed{2}"}
 quiet = dict(log=lambda *_: None)
@@ -21,7 +23,7 @@ quiet = dict(log=lambda *_: None)
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.tiny_tokenizer()
+    return task.make_tokenizer()
 
 
 def openr1(problem="1+1=?", answer="2", demo="<think>\n</think>\n2", index=0):
@@ -198,7 +200,7 @@ def test_the_paper_s_template_has_the_words_of_fig_a3():
 
 
 def test_the_tokenizer_s_template_is_its_chat_template_and_its_absence_is_explained():
-    chatty, plain = data.tiny_tokenizer(), data.tiny_tokenizer()
+    chatty, plain = task.make_tokenizer(), task.make_tokenizer()
     chatty.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}"
     assert render("tokenizer", "1+{1}", chatty) == "[user]1+{1}[go]"
     with pytest.raises(ValueError, match="no chat template"):
@@ -233,7 +235,7 @@ def test_a_tokenizer_that_closes_every_text_with_eos_leaves_the_prompt_open(toke
 
 
 def test_a_tokenizer_without_eos_is_refused():
-    tokenizer = data.tiny_tokenizer()
+    tokenizer = task.make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="eos_token"):
         tokenize([Example("a", "1", "1")], tokenizer, "none", 40, 40)
@@ -289,22 +291,22 @@ def boxed(text):
 
 
 def test_the_tiny_task_is_the_same_each_time_its_splits_disjoint_and_its_answers_right():
-    splits = {name: tiny_examples(name) for name in data.TINY_SPLITS}
-    assert all(tiny_examples(name) == examples == load_examples(f"tiny:{name}") for name, examples in splits.items())
+    splits = {name: load_examples(f"tiny:{name}") for name in task.SPLITS}
+    assert all(load_examples(f"tiny:{name}") == examples == load_examples(f"tiny:{name}") for name, examples in splits.items())
     problems = [e.problem for examples in splits.values() for e in examples]
     assert len(problems) == len(set(problems)) and len({e.id for es in splits.values() for e in es}) == len(problems)
     for name, examples in splits.items():
-        assert len(examples) == data.TINY_SPLITS[name][0]
+        assert len(examples) == task.SPLITS[name][0]
         for e in examples:
             assert re.fullmatch(r"[\d+-]+=\?\n", e.problem) and e.answer == str(eval(e.problem[:-3]))
-            assert len(re.findall(r"\d+", e.problem)) in data.TINY_SPLITS[name][1]
+            assert len(re.findall(r"\d+", e.problem)) in task.SPLITS[name][1]
             assert (e.demo is not None) == (name == "train")
     with pytest.raises(ValueError, match="tiny:test.*train, heldout, long"):
         load_examples("tiny:test")
 
 
 def test_five_to_thirty_percent_of_the_tiny_demonstrations_are_wrong():
-    wrong = [boxed(e.demo) != e.answer for e in tiny_examples("train")]
+    wrong = [boxed(e.demo) != e.answer for e in load_examples("tiny:train")]
     assert 0.05 < sum(wrong) / len(wrong) < 0.30
 
 
@@ -312,8 +314,8 @@ def test_five_to_thirty_percent_of_the_tiny_demonstrations_are_wrong():
 def test_reasoning_without_slips_ends_in_the_right_answer_and_each_line_is_true(style):
     rng = random.Random(0)
     for _ in range(100):
-        terms = tiny_terms(rng, 5)
-        text = data.tiny_response(terms, rng, style)
+        terms = draw_terms(rng, 5)
+        text = data.write_response(terms, rng, style)
         assert boxed(text) == str(sum(terms)) and all(0 <= sum(terms[:n]) <= 199 for n in range(1, 6))
         assert all(eval(line.replace("=", "==")) for line in text.splitlines() if "=" in line)
 
@@ -321,9 +323,9 @@ def test_reasoning_without_slips_ends_in_the_right_answer_and_each_line_is_true(
 def test_the_tiny_tokenizer_returns_every_text_also_after_a_save_and_load(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.eos_token_id == tokenizer.eos_token_id == 0 and len(loaded) == len(data.TINY_TOKENS)
-    texts = [t for name in data.TINY_SPLITS for e in tiny_examples(name) for t in (e.problem, e.demo or "")]
-    texts += [data.tiny_response([50, 60], random.Random(0), "guess"), "<think>\n</think>\n"]
+    assert loaded.eos_token_id == tokenizer.eos_token_id == 0 and len(loaded) == len(task.TOKENS)
+    texts = [t for name in task.SPLITS for e in load_examples(f"tiny:{name}") for t in (e.problem, e.demo or "")]
+    texts += [data.write_response([50, 60], random.Random(0), "guess"), "<think>\n</think>\n"]
     for text in texts:
         ids = loaded(text)["input_ids"]
         assert ids == tokenizer(text)["input_ids"] and loaded.unk_token_id not in ids

@@ -29,10 +29,10 @@ import torch.distributed as dist
 from conftest import ENV, ROOT, free_port, metrics, run, start
 
 import eval as E
-import scores
-from benchmarks import BENCHMARKS, Problem
+from paper import tables as scores
+from paper.benchmarks import BENCHMARKS, Problem
 from config import TINY
-from data import Example, Prompt, tiny_examples
+from data import Example, Prompt, load_examples
 from reward import Grader, Verdict
 from rollout import Rollout
 
@@ -705,7 +705,7 @@ def sums(tmp_path_factory):
     """A file of one's own: the problems of tiny:heldout."""
     path = tmp_path_factory.mktemp("sums") / "sums.jsonl"
     path.write_text("".join(json.dumps({"id": e.id, "problem": e.problem, "answer": e.answer}) + "\n"
-                            for e in tiny_examples("heldout")))
+                            for e in load_examples("tiny:heldout")))
     return path
 
 
@@ -733,7 +733,7 @@ def greedy(trained, sums):
 @pytest.mark.slow
 def test_an_evaluation_leaves_results_a_summary_and_its_settings_in_the_runs_folder(trained, measured):
     assert {p.name for p in measured.iterdir()} == {"results.jsonl", "settings.json", "summary.json", "summary.md"}
-    rows, examples = rows_of(measured), {e.id: e for e in tiny_examples("heldout")}
+    rows, examples = rows_of(measured), {e.id: e for e in load_examples("tiny:heldout")}
     assert {key for key in responses(measured)} == {("heldout", id, k) for id in examples for k in range(2)}
     for row in rows:
         assert set(row) == ROW and list(row["verdicts"]) == BOTH and 0 < row["tokens"] <= 160

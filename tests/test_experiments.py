@@ -20,7 +20,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config import TINY
-from data import tiny_examples
+from data import load_examples
 
 
 @pytest.mark.parametrize("mean, half, least, says", [
@@ -59,7 +59,7 @@ def test_the_second_family_is_another_architecture_of_the_same_size_and_tokens()
 
 
 def test_weak_demonstrations_answer_the_same_problems_and_are_mostly_wrong():
-    weak, good = P.weak_demonstrations(), tiny_examples("train")
+    weak, good = P.weak_demonstrations(), load_examples("tiny:train")
     right = lambda examples: np.mean([re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in examples])
     assert [(e.problem, e.answer) for e in weak] == [(e.problem, e.answer) for e in good]
     assert 0.78 < right(good) < 0.88 and 0.2 < right(weak) < 0.5
@@ -67,14 +67,14 @@ def test_weak_demonstrations_answer_the_same_problems_and_are_mostly_wrong():
 
 @pytest.mark.parametrize("style", ["careful", "plain"])
 def test_experts_see_no_problem_of_the_task_and_make_no_mistake(style):
-    expert, known = P.expert_demonstrations(style), {e.problem for split in P.TINY_SPLITS for e in tiny_examples(split)}
+    expert, known = P.expert_demonstrations(style), {e.problem for split in P.SPLITS for e in load_examples(f"tiny:{split}")}
     assert len(expert) == len({e.problem for e in expert}) == 2048 and not known & {e.problem for e in expert}
     assert all(re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in expert)
 
 
 def test_held_out_demonstrations_are_of_the_held_out_problems_and_as_good_as_those_of_training():
     demonstrated = P.held_out_demonstrations()
-    assert [e.problem for e in demonstrated] == [e.problem for e in tiny_examples("heldout")]
+    assert [e.problem for e in demonstrated] == [e.problem for e in load_examples("tiny:heldout")]
     assert 0.75 < np.mean([re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in demonstrated]) < 0.9
 
 
@@ -290,7 +290,7 @@ def test_the_comparison_on_a_pretrained_model_runs_from_one_command_and_goes_on_
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "model")
-    for name, examples in (("train", tiny_examples("train")[:32]), ("test", tiny_examples("heldout")[:9])):
+    for name, examples in (("train", load_examples("tiny:train")[:32]), ("test", load_examples("tiny:heldout")[:9])):
         P.write_examples(tmp_path / f"{name}.jsonl", examples)
     command = [sys.executable, "experiments/smollm2_gsm8k.py", "--cpu", "--model", tmp_path / "model", "--train", tmp_path / "train.jsonl",
                "--test", tmp_path / "test.jsonl", "--limit", "4", "--steps", "2", "--only", "sft+rl", "--only", "sft->rl", "--out", tmp_path / "out"]

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-import baselines
+from paper import baselines
 import model as M
+from support.logprobs import token_logprobs
 import srft
 import update
 from config import Config
@@ -335,7 +336,7 @@ class Bigram(torch.nn.Module):
 
     def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None):
         hidden = torch.nn.functional.one_hot(batch.ids[0, batch.where], 7).float()
-        logp, entropy = M.token_logprobs(hidden, self.table, batch.targets, temperature, entropy_grad=entropy_grad)
+        logp, entropy = token_logprobs(hidden, self.table, batch.targets, temperature, entropy_grad=entropy_grad)
         return *(update.pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy)), None
 
 

@@ -18,8 +18,11 @@ import transformers
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-import data
+from tiny import task
 import model as M
+from support.checkpoint import inspect_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from support.device import peak_flops
+from support.logprobs import _ChunkedLogProbs
 from model import Sequence, collate, karmarkar_karp, pack, token_logprobs
 from support.processes import init_distributed, seed_everything
 
@@ -119,7 +122,7 @@ def test_memory_is_two_blocks_of_a_chunk_by_the_vocabulary_whatever_the_number_o
 @pytest.mark.parametrize("vocab", [2_000, 32_000, 151_936, 600_000])
 def test_the_default_chunk_keeps_the_two_blocks_under_1_gib_and_is_at_most_1024_tokens(monkeypatch, vocab):
     seen = []
-    monkeypatch.setattr(M._ChunkedLogProbs, "apply", lambda *args: seen.append(args[4]))
+    monkeypatch.setattr(_ChunkedLogProbs, "apply", lambda *args: seen.append(args[4]))
     token_logprobs(None, torch.empty(vocab, 1), None)
     assert seen[0] == 1024 or 2**29 < 2 * 4 * (seen[0] + 128) * vocab and 2 * 4 * seen[0] * vocab <= 2**30
     assert 128 <= seen[0] <= 1024 and seen[0] % 128 == 0               # whole tiles of the GPU's matrix products
@@ -131,7 +134,7 @@ def test_the_default_chunk_keeps_the_two_blocks_under_1_gib_and_is_at_most_1024_
     ("NVIDIA GH200 480GB", "GH200", 989), ("NVIDIA A100-SXM4-80GB", "A100", 312), ("NVIDIA A100 80GB PCIe", "A100", 312),
     ("NVIDIA L40S", "L40S", 362), ("NVIDIA GeForce RTX 4090", "RTX 4090", 165), ("NVIDIA A10", None, None), ("Tesla T4", None, None)])
 def test_the_peak_is_that_of_the_very_card(name, card, teraflops):
-    assert M.peak_flops(name) == (card, teraflops and teraflops * 1e12)
+    assert peak_flops(name) == (card, teraflops and teraflops * 1e12)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -416,7 +419,7 @@ def test_full_parameters_after_a_forward_are_the_fp32_master_weights_each_once(t
 
 @pytest.mark.parametrize("spec", MODELS, ids=model_name)
 def test_a_trained_policy_is_exported_as_transformers_reads_it(tmp_path, mesh, spec):
-    tokenizer = data.tiny_tokenizer()
+    tokenizer = task.make_tokenizer()
     policy = load(save_model(tmp_path / "base", **spec), mesh)
     before = {n: t.clone() for n, t in M.full_parameters(policy, torch.float32)}
     one_step(policy, torch.optim.AdamW(policy.parameters(), lr=0.01))
@@ -445,7 +448,7 @@ def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_conf
     unchanged = M.load_config(tmp_path / "base")
     assert unchanged.max_position_embeddings == 512 and unchanged.rope_parameters["rope_theta"] == 10_000
     policy = load(tmp_path / "base", mesh, rope_theta=40_000.0, window=16_384)
-    M.export_hf(tmp_path / "hf", policy, data.tiny_tokenizer(), torch.float32)
+    M.export_hf(tmp_path / "hf", policy, task.make_tokenizer(), torch.float32)
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     assert config.rope_parameters["rope_theta"] == 40_000 and config.max_position_embeddings == 16_384
     lm, base = (AutoModelForCausalLM.from_pretrained(tmp_path / f) for f in ("hf", "base"))
@@ -538,7 +541,7 @@ def checkpoints(tmp_path, mesh):
     """(folder with step-2 and step-4, policy, optimizer)."""
     policy, optimizer = trained(tmp_path / "model", mesh)
     for step in (2, 4):
-        M.save_checkpoint(tmp_path / "c", policy, optimizer, {"step": step}, keep=2)
+        save_checkpoint(tmp_path / "c", policy, optimizer, {"step": step}, keep=2)
     return tmp_path / "c", policy, optimizer
 
 
@@ -546,7 +549,7 @@ def checkpoints(tmp_path, mesh):
 def test_a_checkpoint_restores_weights_moments_generators_and_state_bit_by_bit(tmp_path, mesh, spec):
     policy, optimizer = trained(tmp_path / "model", mesh, steps=2, **spec)
     saved, state = everything(policy, optimizer), {"step": 7, "position": 3, "data": ["x", 1, 0]}
-    M.save_checkpoint(tmp_path / "c", policy, optimizer, state, keep=1)
+    save_checkpoint(tmp_path / "c", policy, optimizer, state, keep=1)
     assert same(everything(policy, optimizer), saved)                    # saving changes nothing
     draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
     drawn = draw()
@@ -554,7 +557,7 @@ def test_a_checkpoint_restores_weights_moments_generators_and_state_bit_by_bit(t
     continued = everything(policy, optimizer)
     other, other_optimizer = trained(tmp_path / "model", mesh, steps=0, **spec)
     seed_everything(5)
-    assert M.load_checkpoint(*M.newest_checkpoint(tmp_path / "c"), other, other_optimizer) == state
+    assert load_checkpoint(*newest_checkpoint(tmp_path / "c"), other, other_optimizer) == state
     assert draw() == drawn and same(everything(other, other_optimizer), saved)
     one_step(other, other_optimizer, 9)
     assert same(everything(other, other_optimizer), continued) and not same(continued, saved)
@@ -567,13 +570,13 @@ def test_a_cut_or_missing_file_is_refused_by_name_and_the_checkpoint_before_it_i
     folder, said = checkpoints[0], []
     damage(folder / "step-4" / name)
     with pytest.raises(ValueError, match=f"{folder / 'step-4' / name}: truncated checkpoint"):
-        M.inspect_checkpoint(folder / "step-4")
-    path, manifest = M.newest_checkpoint(folder, said.append)
+        inspect_checkpoint(folder / "step-4")
+    path, manifest = newest_checkpoint(folder, said.append)
     assert path == folder / "step-2" and manifest["state"] == {"step": 2}
     assert len(said) == 1 and str(folder / "step-4" / name) in said[0]
     damage(folder / "step-2" / name)
     with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
-        M.newest_checkpoint(folder, said.append)
+        newest_checkpoint(folder, said.append)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
@@ -581,7 +584,7 @@ def test_a_file_whose_content_is_damaged_is_an_error_that_names_the_checkpoint(c
     folder, *training = checkpoints
     (folder / "step-4" / name).write_bytes(b"\xff" * (folder / "step-4" / name).stat().st_size)
     with pytest.raises(ValueError, match=f"{folder / 'step-4'}: cannot be read"):
-        M.load_checkpoint(*M.newest_checkpoint(folder), *training)
+        load_checkpoint(*newest_checkpoint(folder), *training)
 
 
 @pytest.mark.parametrize("manifest", [None, "", "{", "[]", "{}", '{"files": []}'])
@@ -591,8 +594,8 @@ def test_a_folder_without_a_manifest_of_ours_is_no_checkpoint(checkpoints, manif
     if manifest is not None:
         (folder / "step-4" / "manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match=f"{folder / 'step-4'}: not a complete checkpoint of this program .manifest.json"):
-        M.inspect_checkpoint(folder / "step-4")
-    assert M.newest_checkpoint(folder, lambda _: None)[0] == folder / "step-2"
+        inspect_checkpoint(folder / "step-4")
+    assert newest_checkpoint(folder, lambda _: None)[0] == folder / "step-2"
 
 
 @pytest.mark.parametrize("spec, named", [(dict(vocab_size=VOCAB + 1), "embed_tokens"), (dict(intermediate_size=64), "gate_proj"),
@@ -602,7 +605,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_policy_left_alone(tmp_
     policy, optimizer = trained(tmp_path / "other", mesh, **spec)
     before = everything(policy, optimizer)
     with pytest.raises(ValueError, match=f"step-4: a checkpoint of another model: .*{named}"):
-        M.load_checkpoint(*M.newest_checkpoint(checkpoints[0]), policy, optimizer)
+        load_checkpoint(*newest_checkpoint(checkpoints[0]), policy, optimizer)
     assert same(everything(policy, optimizer), before)
 
 
@@ -611,34 +614,34 @@ def names(folder):
 
 
 def test_no_checkpoint_at_all_is_no_error_and_leftovers_of_a_killed_save_are_ignored(tmp_path, checkpoints):
-    assert M.newest_checkpoint(tmp_path / "nothing here") is None
+    assert newest_checkpoint(tmp_path / "nothing here") is None
     folder, *training = checkpoints
     (folder / ".partial-step-6" / "junk").mkdir(parents=True)
     (folder / "step-4").rename(folder / ".partial-step-9")               # whole, but never renamed
-    assert M.newest_checkpoint(folder)[0] == folder / "step-2"
-    M.save_checkpoint(folder, *training, {"step": 6}, keep=2)            # clears what kills have left
-    path, manifest = M.newest_checkpoint(folder)
+    assert newest_checkpoint(folder)[0] == folder / "step-2"
+    save_checkpoint(folder, *training, {"step": 6}, keep=2)            # clears what kills have left
+    path, manifest = newest_checkpoint(folder)
     assert path == folder / "step-6" and "junk" not in manifest["files"] and names(folder) == ["step-2", "step-6"]
 
 
 def test_only_the_newest_checkpoints_are_kept_by_number_not_by_name(checkpoints):
     folder, *training = checkpoints
     for step in (6, 10):
-        M.save_checkpoint(folder, *training, {"step": step}, keep=2)
+        save_checkpoint(folder, *training, {"step": step}, keep=2)
     assert names(folder) == ["step-10", "step-6"]
-    M.save_checkpoint(folder, *training, {"step": 10}, keep=1)           # the same step again replaces it
+    save_checkpoint(folder, *training, {"step": 10}, keep=1)           # the same step again replaces it
     assert names(folder) == ["step-10"]
 
 
 def test_a_copy_that_the_user_has_renamed_is_not_deleted(checkpoints):
     folder, *training = checkpoints
     (folder / "step-2").rename(folder / "step-2-mine")
-    M.save_checkpoint(folder, *training, {"step": 6}, keep=2)
+    save_checkpoint(folder, *training, {"step": 6}, keep=2)
     assert names(folder) == ["step-2-mine", "step-4", "step-6"]
 
 
 def test_the_checkpoint_just_written_is_kept_though_a_broken_one_has_a_higher_number(checkpoints):
     folder, *training = checkpoints
     (folder / "step-4" / ".metadata").unlink()                           # resumed from step-2, saved at step 3
-    M.save_checkpoint(folder, *training, {"step": 3}, keep=1)
-    assert M.newest_checkpoint(folder, lambda _: None)[0] == folder / "step-3"
+    save_checkpoint(folder, *training, {"step": 3}, keep=1)
+    assert newest_checkpoint(folder, lambda _: None)[0] == folder / "step-3"

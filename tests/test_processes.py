@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ENV, ROOT, SMALL, start
 
-from support import processes
+from support import device, processes
 
 MINUTES = 0.04                    # 2.4 s in one phase
 
@@ -84,28 +84,28 @@ def test_a_build_for_gpus_without_a_usable_one_is_refused_with_what_it_needs_and
     assert not dist.is_initialized()                                      # before any group, and before any model
     no_card(monkeypatch, driver=None)
     with pytest.raises(ValueError, match="none is loaded here .in a container"):
-        processes.choose_device("cuda")
+        device.choose_device("cuda")
     no_card(monkeypatch, build="12.8", hidden="")
     with pytest.raises(ValueError, match="r525 .*CUDA_VISIBLE_DEVICES is '', which may hide the cards: unset it"):
-        processes.choose_device()
+        device.choose_device()
 
 
 def test_on_purpose_a_build_for_gpus_runs_on_the_cpu_and_a_build_for_cpus_refuses_a_gpu(monkeypatch):
     no_card(monkeypatch)
-    assert processes.choose_device("cpu").type == "cpu"
+    assert device.choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert processes.choose_device().type == "cpu"
+    assert device.choose_device().type == "cpu"
     with pytest.raises(ValueError, match="--device cuda: .* built for CPUs alone"):
-        processes.choose_device("cuda")
+        device.choose_device("cuda")
 
 
 def test_each_rank_takes_the_card_of_its_place_on_the_node_and_one_rank_too_many_is_refused(monkeypatch):
     no_card(monkeypatch, hidden="4,5")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert processes.choose_device("auto", 1) == torch.device("cuda", 1)
+    assert device.choose_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match=r"local rank 2 has no GPU .* shows 2 \(CUDA_VISIBLE_DEVICES is 4,5\); start --nproc_per_node=2"):
-        processes.choose_device("cuda", 2)
+        device.choose_device("cuda", 2)
 
 
 @pytest.mark.slow

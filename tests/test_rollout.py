@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import rollout
 from config import TINY
-from data import tiny_tokenizer
+from tiny.task import make_tokenizer
 from model import load_config
 from rollout import RolloutEngine, StaleWeightsError, check_environment, config_folder, stored_tensors, weight_names
 
@@ -198,7 +198,7 @@ THETAS = [1e4 + k for k in range(10)]
 
 def make_folders(cache, barrier, queue):
     """In a process of its own: a folder for each theta, and what is in it when it is handed out."""
-    config, tokenizer, made = load_config(TINY), tiny_tokenizer(), []
+    config, tokenizer, made = load_config(TINY), make_tokenizer(), []
     for theta in THETAS:
         config.rope_parameters["rope_theta"] = theta
         barrier.wait()
@@ -221,13 +221,13 @@ def test_whoever_writes_an_engines_folder_at_the_same_time_all_end_with_one_whol
     for theta, (folder, content) in zip(THETAS, made):
         assert content == {file.name: file.read_bytes() for file in folder.iterdir()}
         assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == theta
-        assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == make_tokenizer().get_vocab()
 
 
 def test_a_cache_that_cannot_be_written_costs_one_line_not_the_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = config_folder(load_config(TINY), tiny_tokenizer())
+    folder = config_folder(load_config(TINY), make_tokenizer())
     assert (folder / "config.json").exists() and tmp_path not in folder.parents
     assert capsys.readouterr().err.count("\n") == 1
     shutil.rmtree(folder.parent)
@@ -235,9 +235,9 @@ def test_a_cache_that_cannot_be_written_costs_one_line_not_the_run(tmp_path, mon
 
 def test_an_engines_folder_that_lost_a_file_is_named_and_another_one_is_used(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = config_folder(load_config(TINY), tiny_tokenizer())
+    folder = config_folder(load_config(TINY), make_tokenizer())
     (folder / "tokenizer.json").unlink()                                                # whoever cleans caches
-    other = config_folder(load_config(TINY), tiny_tokenizer())
+    other = config_folder(load_config(TINY), make_tokenizer())
     assert other.parent != folder.parent and (other / "tokenizer.json").exists()
     assert f"{folder} is not what was written there; delete it: the engine compiles" in capsys.readouterr().err
 
@@ -338,7 +338,7 @@ def test_what_vllm_is_given_on_a_gpu_and_on_a_cpu(monkeypatch, tmp_path, cuda):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
     built_for(monkeypatch, "cuda" if cuda else "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    engine = RolloutEngine(load_config(TINY), tiny_tokenizer(), torch.bfloat16, 512, 64, gpu_memory_utilization=0.3)
+    engine = RolloutEngine(load_config(TINY), make_tokenizer(), torch.bfloat16, 512, 64, gpu_memory_utilization=0.3)
     (folder, given), asked = engine.llm.calls
     assert Path(folder).parent == tmp_path / "srft" and given["load_format"] == "dummy" and given["max_model_len"] == 512
     assert asked == ("apply_model", rollout.refuse_partial_loads)

@@ -14,11 +14,13 @@ import torch
 from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import analysis
+from paper import figures as analysis
 import eval
 import model as M
+from support.checkpoint import newest_checkpoint
 import srft
-from config import TESTED, TINY, Config, check_config, check_versions, parse_args
+from config import TINY, Config, check_config, parse_args
+from support.versions import TESTED, check_versions
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
 response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
@@ -100,7 +102,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
     process.send_signal(random.choice((signal.SIGTERM, signal.SIGINT)))
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "--resume" in output, output[-2000:]
-    path, manifest = M.newest_checkpoint(out / "checkpoints")
+    path, manifest = newest_checkpoint(out / "checkpoints")
     done = manifest["state"]["step"]
     assert 1 <= done < 6
 
@@ -139,7 +141,7 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
 @pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="may not rename its machine")
 def test_the_commands_of_makefile_and_readme_start_on_a_machine_whose_name_nobody_knows():
     flags = re.search(r"bin/torchrun (.*) srft.py --preset tiny", (ROOT / "Makefile").read_text())[1].split()
-    for page in ("README.md", "Makefile", "srft.py", "eval.py", "analysis.py"):
+    for page in ("README.md", "Makefile", "srft.py", "eval.py", "paper/figures.py"):
         lines = [line for line in (ROOT / page).read_text().splitlines() if "torchrun --" in line or "torchrun $" in line]
         assert lines and all(re.search("local_addr=127.0.0.1|--nnodes|--shutdown-timeout", line) for line in lines), page
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows.invalid && exec "$@"', "sh"]
@@ -159,7 +161,7 @@ def test_sigterm_to_torchrun_leaves_a_whole_checkpoint_of_both_ranks(tmp_path):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert "SIGTERM: finishing this step" in output and "continue with --resume" in output, output[-2000:]
-    path, manifest = M.newest_checkpoint(out / "checkpoints")
+    path, manifest = newest_checkpoint(out / "checkpoints")
     assert manifest["world"] == 2 and manifest["state"]["step"] == metrics(out)[-1]["step"] >= 2
 
 

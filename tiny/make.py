@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import tiny_problem, tiny_response, tiny_terms, tiny_tokenizer  # noqa: E402
+from tiny.task import draw_terms, make_tokenizer, write_problem, write_response  # noqa: E402
 
 STEPS, BATCH, LR = 2800, 64, 3e-3
 SLIP = {"guess": 0.0, "plain": 0.12, "careful": 0.06}             # chance that a line of reasoning goes wrong
@@ -26,7 +26,7 @@ MIXTURE = ((0.75, (0.10, 0.50, 0.40)), (1.0, (0.75, 0.17, 0.08)))  # until this 
 
 def main(folder=Path(__file__).resolve().parent, family="llama"):
     torch.manual_seed(0)
-    rng, tokenizer = random.Random(0), tiny_tokenizer()
+    rng, tokenizer = random.Random(0), make_tokenizer()
     # Not qwen2: transformers imposes that family's own tokenizer class on every folder with a qwen2 config.
     config = CONFIG_MAPPING[family](
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -39,8 +39,8 @@ def main(folder=Path(__file__).resolve().parent, family="llama"):
         mixture = next(m for until, m in MIXTURE if step < until * STEPS)
         n, texts = rng.choice((2, 3, 3, 4, 4, 5, 6, 7, 8)), []
         for style in rng.choices(tuple(SLIP), mixture, k=BATCH):
-            terms = tiny_terms(rng, n)
-            texts.append((tiny_problem(terms), tiny_response(terms, rng, style, SLIP[style])))
+            terms = draw_terms(rng, n)
+            texts.append((write_problem(terms), write_response(terms, rng, style, SLIP[style])))
         rows = [tokenizer(p + r)["input_ids"] + [tokenizer.eos_token_id] for p, r in texts]
         ids = torch.zeros(BATCH, max(map(len, rows)), dtype=torch.long)
         labels = torch.full_like(ids, -100)

@@ -1,21 +1,21 @@
 """The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it
 shows.
 
-    python analysis.py respond --model BASE --data FILE --out base.jsonl   # a response to each, for the rest
-    python analysis.py fig2a --base BASE --tuned out/srft --data FILE      # one response, by tokens (also A1)
-    python analysis.py fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
-    python analysis.py fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SRFT=out/srft
-    python analysis.py fig4  "SFT->RL=out/sft+out/sft-rl" "RL->SFT=out/grpo+out/rl-sft"
-    python analysis.py fig5  RL=out/grpo "SFT->RL=out/sft+out/sft-rl" SFT+RL=out/both
-    python analysis.py fig6  RL=out/grpo SRFT=out/srft
-    python analysis.py figA2 RL=out/grpo truncated=out/grpo-q80
-    python analysis.py terms SRFT=out/srft                                 # gradient norm of each loss term
+    python -m paper.figures respond --model BASE --data FILE --out base.jsonl   # a response to each, for the rest
+    python -m paper.figures fig2a --base BASE --tuned out/srft --data FILE      # one response, by tokens (also A1)
+    python -m paper.figures fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
+    python -m paper.figures fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SRFT=out/srft
+    python -m paper.figures fig4  "SFT->RL=out/sft+out/sft-rl" "RL->SFT=out/grpo+out/rl-sft"
+    python -m paper.figures fig5  RL=out/grpo "SFT->RL=out/sft+out/sft-rl" SFT+RL=out/both
+    python -m paper.figures fig6  RL=out/grpo SRFT=out/srft
+    python -m paper.figures figA2 RL=out/grpo truncated=out/grpo-q80
+    python -m paper.figures terms SRFT=out/srft                                 # gradient norm of each loss term
 
 A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a
 sequence of runs (each started from the one before), with more seeds after commas: their mean is drawn, and
 their range. Models of any size are read through FSDP2, which spreads them over eight cards by
 
-    torchrun --local_addr=127.0.0.1 --nproc_per_node=8 analysis.py ...
+    torchrun --local_addr=127.0.0.1 --nproc_per_node=8 -m paper.figures ...
 
 What the paper leaves open about Fig. 2, and its reviewers ask: whose response it is (--responses: the
 demonstrations of --data, or what `respond` sampled from the base or the tuned model), which log-probs (both
@@ -34,7 +34,8 @@ import torch.distributed.checkpoint as dcp
 from transformers import AutoTokenizer
 
 import model as M
-from config import check_versions, versions
+from support.checkpoint import inspect_checkpoint
+from support.versions import check_versions, versions
 from data import TEMPLATES, load_examples, tokenize
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.processes import fetch, init_distributed, mistakes_in_one_line
@@ -65,7 +66,7 @@ class Scorer:
 
     def load_checkpoint(self, path):
         """The weights of checkpoints/step-N, without its optimizer."""
-        M.inspect_checkpoint(path)
+        inspect_checkpoint(path)
         state = {"model": {name: p.detach() for name, p in self.policy.named_parameters()}}
         dcp.load(state, checkpoint_id=str(path))
 
@@ -115,7 +116,7 @@ def read_responses(file):
         return ([M.Sequence(row["prompt"], row["response"]) for row in rows],
                 [np.array(row["logp"], np.float32) for row in rows])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a file of `analysis.py respond` ({error!r})") from None
+        raise ValueError(f"{file}: not a file of `paper/figures.py respond` ({error!r})") from None
 
 
 def read_prompts(args, tokenizer, need_demo=False):
@@ -435,10 +436,10 @@ FIGURES = {"respond": respond, "fig2a": fig2a, "fig2b": fig2b, "fig3": fig3} | d
 
 
 def parse(argv=None):
-    """The command line; --help and `analysis.py FIGURE --help` explain it. Exits with 2 on a mistake."""
+    """The command line; --help and `paper/figures.py FIGURE --help` explain it. Exits with 2 on a mistake."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
-    parser.error = lambda message: parser.exit(2, f"analysis.py: {message} (--help explains each figure)\n")
+    parser.error = lambda message: parser.exit(2, f"paper/figures.py: {message} (--help explains each figure)\n")
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, function in FIGURES.items():
         p = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
@@ -490,7 +491,7 @@ def main(argv=None):
     """Make one figure: its function yields (suffix, content), and rank 0 writes each to --out."""
     args, mesh, device = parse(argv), None, None
     try:
-        with mistakes_in_one_line("analysis.py"):
+        with mistakes_in_one_line("paper/figures.py"):
             if FIGURES[args.figure] is not curves:
                 *_, device, mesh = init_distributed(args.device)
                 check_versions(versions(), print)

@@ -74,7 +74,7 @@ def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_
     """Eq. A1: Eq. 1 plus lambda KL(pi_theta || pi_base), lambda = cfg.kl_coef (0.2), on the demonstrations'
     tokens.
 
-    kl (B,T): the divergence of each position's full-vocabulary distributions, with gradient (model.token_kl).
+    kl (B,T): the divergence of each position's full-vocabulary distributions, with gradient (logprobs.token_kl).
     """
     mask, logp, kl = without_padding(mask, logp, kl)
     over_demos = lambda x: average(sequence_mean(x, mask, cfg), is_demo.bool(), n_demo)

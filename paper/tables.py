@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from benchmarks import BENCHMARKS
+from paper.benchmarks import BENCHMARKS
 
 
 def pass_at_k(correct, n, k):

@@ -1,4 +1,4 @@
-"""analysis.py: probabilities against transformers' own, pages that a browser opens, curves of sequences and seeds."""
+"""paper/figures.py: probabilities against transformers' own, pages that a browser opens, curves of sequences and seeds."""
 import json
 import re
 import shutil
@@ -10,9 +10,10 @@ import torch
 from conftest import run
 from transformers import AutoModelForCausalLM
 
-import analysis as A
+from paper import figures as A
 from config import TINY
-from data import tiny_examples, tiny_tokenizer
+from data import load_examples
+from tiny.task import make_tokenizer
 from support.runlog import read_rows
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
@@ -88,17 +89,17 @@ def by_transformers(folder, sequences):
 
 @pytest.mark.slow
 def test_fig2a_and_2b_show_the_probabilities_that_transformers_computes(whole_run, tmp_path):
-    tokenizer, example = tiny_tokenizer(), tiny_examples("train")
+    tokenizer, example = make_tokenizer(), load_examples("tiny:train")
     sequences = [(tokenizer(e.problem)["input_ids"], tokenizer(e.demo)["input_ids"] + [tokenizer.eos_token_id]) for e in example[:9]]
     before, after = by_transformers(TINY, sequences), by_transformers(whole_run / "hf", sequences)
-    run(["analysis.py", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train", "--out", tmp_path / "a", *SCALE])
+    run(["-m", "paper.figures", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train", "--out", tmp_path / "a", *SCALE])
     found = json.loads((tmp_path / "a.json").read_text())
     np.testing.assert_allclose(found["logp_base"], before[0], atol=1e-4)
     np.testing.assert_allclose(found["logp_tuned"], after[0], atol=1e-4)
     assert "".join(found["tokens"]) == example[0].demo + "<eos>"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "</html>" in (tmp_path / "a.html").read_text()
 
-    run(["analysis.py", "fig2b", "--base", TINY, "--tuned", f"SRFT={whole_run}", "itself=" + TINY, "--data", "tiny:train", "--limit", 9,
+    run(["-m", "paper.figures", "fig2b", "--base", TINY, "--tuned", f"SRFT={whole_run}", "itself=" + TINY, "--data", "tiny:train", "--limit", 9,
          "--out", tmp_path / "b", *SCALE], ranks=2)
     found = json.loads((tmp_path / "b.json").read_text())
     change = np.exp(np.concatenate(after)) - np.exp(np.concatenate(before))
@@ -110,7 +111,7 @@ def test_fig2a_and_2b_show_the_probabilities_that_transformers_computes(whole_ru
 @pytest.mark.slow
 def test_fig3_measures_distances_of_checkpoints_to_what_respond_recorded(whole_run, tmp_path):
     file = tmp_path / "base.jsonl"
-    run(["analysis.py", "respond", "--model", TINY, "--data", "tiny:heldout", "--limit", 6, "--out", file, *SCALE])
+    run(["-m", "paper.figures", "respond", "--model", TINY, "--data", "tiny:heldout", "--limit", 6, "--out", file, *SCALE])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 6 and len({row["id"] for row in rows}) == 6
     sequences = [(row["prompt"], row["response"]) for row in rows]
@@ -118,7 +119,7 @@ def test_fig3_measures_distances_of_checkpoints_to_what_respond_recorded(whole_r
     for row, logp in zip(rows, own):
         np.testing.assert_allclose(row["logp"], logp, atol=1e-3)
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    run(["analysis.py", "fig3", "--references", f"base={file}", f"two={tmp_path}/two.jsonl", f"again={file}", "--runs", f"SRFT={whole_run}",
+    run(["-m", "paper.figures", "fig3", "--references", f"base={file}", f"two={tmp_path}/two.jsonl", f"again={file}", "--runs", f"SRFT={whole_run}",
          "--out", tmp_path / "c", *SCALE[2:]])
     path = json.loads((tmp_path / "c.json").read_text())["runs"]["SRFT"]
     assert [point["step"] for point in path] == [0, 4, 6] and max(path[0]["distances"]) < 1e-3

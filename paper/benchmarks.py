@@ -20,7 +20,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Example, parse_row, read_rows, tiny_examples
+from data import Example, load_examples, parse_row, read_rows
 from grading.answers import last_box, repair_scientific
 
 LETTERS = "ABCDEFGHIJ"
@@ -79,7 +79,7 @@ def load_benchmark(source, seed, limit=None, log=print):
     name, equals, path = str(source).partition("=")
     if str(source).startswith("tiny:"):
         name = str(source).removeprefix("tiny:")
-        return name, [Problem(e.id, e.problem, e.answer) for e in tiny_examples(name)][:limit]
+        return name, [Problem(e.id, e.problem, e.answer) for e in load_examples(f"tiny:{name}")][:limit]
     if name not in BENCHMARKS:
         name, equals, path = Path(source).stem, True, str(source)
     expected = BENCHMARKS.get(name)

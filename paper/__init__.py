@@ -1,0 +1,1 @@
+"""What the paper compares, measures and draws. `srft.py` at its defaults needs none of it."""

@@ -1,0 +1,1 @@
+"""The demo: its model, its task, and how the model was made."""
