@@ -29,6 +29,9 @@ class Method:
     flags: dict = field(default_factory=dict)
 
 
+# Flags that ask for another reading of the objective than the paper's text: see paper/readings.py.
+READINGS = ("loss_norm", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
+            "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout")
 RATIO = ("clip_eps", "tis_cap", "std_in_advantage", "demo_in_group")
 METHODS = {
     "srft": Method(True, "group", (
@@ -204,6 +207,11 @@ def sequences_per_prompt(cfg):
     method = METHODS[cfg.method]
     replaced = method.demos == "group" and cfg.demo_in_group == "replaces"
     return method.rollouts * (cfg.n_rollouts - replaced), int(method.demos in ("group", "beside"))
+
+
+def asks_for_the_papers_loss(cfg):
+    """Is it srft.srft_loss, as it stands there?"""
+    return cfg.method == "srft" and all(getattr(cfg, name) == getattr(Config, name) for name in READINGS)
 
 
 def check_config(cfg, world, window):

@@ -218,6 +218,16 @@ class Policy(nn.Module):
                      for x in (logp, entropy, kl))
 
 
+    def flops(self, sequences):
+        """Model FLOPs of one forward and backward over `sequences`."""
+        return forward_backward_flops(self.lm.config, sum(p.numel() for p in self.parameters()), sequences)
+
+
+def compute_dtype(device):
+    """Of the engine and of exported models."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def accumulate(policy, last):
     """Before each micro-batch of an update: is it the `last`? Until then embedding and head stay gathered, as
     no weight changes in between, and gradients are summed within a node only: across nodes (HSDP) once."""

@@ -1,6 +1,6 @@
-"""The paradigms that the paper compares SRFT with, each one loss with srft.srft_loss's signature.
+"""The paradigms that the paper compares SRFT with: each one loss, on the same loop, engine and grader.
 
-    python srft.py --method grpo     # or sft, sft_kl, sft+rl, luffy, relift; loop, engine and grader stay
+    python srft.py --method grpo     # or sft, sft_kl, sft+rl, luffy, relift
 
     sft      Eq. 1: demonstrations alone, no rollouts
     sft_kl   Eq. A1: the same plus 0.2 KL(pi_theta || pi_base)
@@ -9,125 +9,107 @@
     luffy    a mixed group: Eq. 3 on rollouts, the shaped ratio p/(p + 0.1) on the demonstration
     relift   Eq. 3; prompts whose rollouts all failed are kept, and Eq. 1 follows on a step's worth of them
 
-Which sequences a method sees, and the flags that the paper sets for it, stand in config.METHODS. All losses
-take (B,T) log-probs, entropies and masks, right-padded, and (B,) rewards, advantages and demonstration flags
-(srft_loss says more), and return (scalar loss, dict of scalar tensors): contributions of a micro-batch to the
-whole step, which simply add up.
+Which sequences a method sees, and the flags that the paper sets for it, stand in config.METHODS. A loss takes
+readings.Inputs and the config. It returns (terms, weights): terms are a micro-batch's shares of the whole
+update's loss, scalars with gradient that simply add up; weights are empty, since only SRFT has them.
+srft.py loads this file only when a flag asks for it.
 """
 import torch
 
-# ----------------------------------------------------------------------------------------------------------
-# What all objectives share.
+from paper.readings import (Inputs, average, before_update, counts, importance_ratio, sequence_mean, shaped,
+                            srft_loss)
 
 
-def sequence_mean(x, mask, cfg):
-    """<x>_i = (1/|y_i|) sum_t x_{i,t} (Eq. 3), or the sum alone ("token"), or over a constant. (B,T) ->
-    (B,)."""
-    total = (x * mask).sum(1)
-    if cfg.loss_norm == "sequence":
-        return total / mask.sum(1).clamp(min=1)
-    return total / cfg.max_response_tokens if cfg.loss_norm == "constant" else total
+def clipped_surrogate(inputs, clip_eps):
+    """min{r A, clip(r, 1 - eps, 1 + eps) A} of Eq. 3 for each token, with r = pi/pi_old. -> (B,T)"""
+    ratio = importance_ratio(inputs)
+    advantage = inputs.advantage[:, None]
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    return gain if inputs.tis is None else gain * inputs.tis
 
 
-def average(x, which, n):
-    """(1/n) sum of x over the sequences `which`; n counts those of the whole step. (B,), (B,) bool ->
-    scalar."""
-    return torch.where(which, x, 0.0).sum() / max(n, 1)
-
-
-def without_padding(mask, *tensors):
-    """The mask as numbers and each tensor with zeros where it is 0: a nan on padding takes no part."""
-    return mask.to(tensors[0].dtype), *(None if x is None else x.masked_fill(mask == 0, 0.0) for x in tensors)
-
-
-def add_up(terms, only=None, **more):
-    """Terms (name -> scalar tensor) -> (their sum, or the one called `only`; all of them and `more` without
-    graph). They stay on the device: reading them here would make the host wait before backward."""
-    loss = sum(term for name, term in terms.items() if only in (None, name))
-    return loss, {name: value.detach() for name, value in (terms | more).items()}
-
-
-def clipped_surrogate(logp, logp_old, advantage, eps):
-    """min{r A, clip(r, 1 - eps, 1 + eps) A} of Eq. 3 for each token, r = pi/pi_old; logp_old None: pi_old =
-    pi."""
-    ratio = (logp - (logp.detach() if logp_old is None else logp_old)).exp()
-    return torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - eps, 1 + eps) * advantage[:, None])
-
-
-def shaped(p, gamma):
-    """LUFFY's f(p) = p/(p + gamma), which favours tokens of small probability; gamma 0: p (Eq. 10)."""
-    return p / (p + gamma) if gamma else p
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The losses. All take the same arguments, needed or not, so that the training loop can call any of them.
-
-def sft_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
-             tis=None, kl=None, entropy_floor=0.0, only=None):
+def sft_loss(inputs, cfg):
     """Eq. 1: (1/n_demo) sum over demonstrations <-log pi>_i."""
-    mask, logp = without_padding(mask, logp)
-    return add_up({"loss/sft": average(sequence_mean(-logp, mask, cfg), is_demo.bool(), n_demo)}, only)
+    x = inputs.without_padding()
+    n_demo, _ = counts(x, cfg)
+    return {"sft": average(sequence_mean(-x.logp, x, cfg), x.is_demo, n_demo)}, {}
 
 
-def sft_kl_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
-                tis=None, kl=None, entropy_floor=0.0, only=None):
+def sft_kl_loss(inputs, cfg):
     """Eq. A1: Eq. 1 plus lambda KL(pi_theta || pi_base), lambda = cfg.kl_coef (0.2), on the demonstrations'
-    tokens.
+    tokens. The divergence is that of the full distributions at each position (support.logprobs.token_kl)."""
+    x = inputs.without_padding()
+    n_demo, _ = counts(x, cfg)
+    sft = average(sequence_mean(-x.logp, x, cfg), x.is_demo, n_demo)
+    kl = average(sequence_mean(x.kl, x, cfg), x.is_demo, n_demo)
+    return {"sft": sft, "kl": cfg.kl_coef * kl}, {}
 
-    kl (B,T): the divergence of each position's full-vocabulary distributions, with gradient (logprobs.token_kl).
-    """
-    mask, logp, kl = without_padding(mask, logp, kl)
-    over_demos = lambda x: average(sequence_mean(x, mask, cfg), is_demo.bool(), n_demo)
-    return add_up({"loss/sft": over_demos(-logp), "loss/kl": cfg.kl_coef * over_demos(kl)}, only)
 
-
-def grpo_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
-              tis=None, kl=None, entropy_floor=0.0, only=None):
+def grpo_loss(inputs, cfg):
     """Eq. 3: -(1/n_rollout) sum over rollouts <min{r A, clip(r) A}>_i, A of Eq. 2 over the rollouts.
 
-    App. A.2: tokens whose entropy H_t is below `entropy_floor` (nats) keep their value and lose their
-    gradient.
+    App. A.2: tokens whose entropy H_t is below `entropy_floor` keep their value and lose their gradient.
     """
-    mask, logp, entropy, logp_old, tis = without_padding(mask, logp, entropy, logp_old, tis)
-    gain = clipped_surrogate(logp, logp_old, advantage, cfg.clip_eps)
-    gain = gain if tis is None else gain * tis
-    gain = torch.where(entropy.detach() >= entropy_floor, gain, gain.detach()) if entropy_floor else gain
-    return add_up({"loss/rl": -average(sequence_mean(gain, mask, cfg), ~is_demo.bool(), n_rollout)}, only)
+    x = inputs.without_padding()
+    _, n_rollout = counts(x, cfg)
+    gain = clipped_surrogate(x, cfg.clip_eps)
+    if x.entropy_floor:
+        gain = torch.where(x.entropy.detach() >= x.entropy_floor, gain, gain.detach())
+    return {"rl": -average(sequence_mean(gain, x, cfg), ~x.is_demo, n_rollout)}, {}
 
 
-def sft_plus_rl_loss(*args, only=None, **kwargs):
-    """L_SFT + L_RL of Sec. 3.2.2: Eq. 1 on demonstrations and Eq. 3 on rollouts, with the advantages of Eq.
-    2.
-
-    Also ReLIFT's: there, an update holds either rollouts or the demonstrations of prompts that all rollouts
-    failed.
-    """
-    (sft, one), (rl, two) = sft_loss(*args, only=only, **kwargs), grpo_loss(*args, only=only, **kwargs)
-    return sft + rl, one | two
+def sft_plus_rl_loss(inputs, cfg):
+    """L_SFT + L_RL of Sec. 3.2.2: Eq. 1 on demonstrations, Eq. 3 on rollouts with the advantages of Eq. 2."""
+    sft, _ = sft_loss(inputs, cfg)
+    rl, _ = grpo_loss(inputs, cfg)
+    return {"sft": sft["sft"], "rl": rl["rl"]}, {}
 
 
-def luffy_loss(logp, entropy, mask, reward, advantage, is_demo, cfg, n_demo, n_rollout, logp_old=None,
-               tis=None, kl=None, entropy_floor=0.0, only=None):
+def relift_loss(inputs, cfg):
+    """ReLIFT: an update holds either rollouts, which learn by Eq. 3, or the demonstrations of prompts that
+    all rollouts failed, which learn by Eq. 1 (https://arxiv.org/abs/2506.07527)."""
+    if inputs.n_demo:
+        return sft_loss(inputs, cfg)
+    return grpo_loss(inputs, cfg)
+
+
+def luffy_loss(inputs, cfg):
     """LUFFY's mixed-policy GRPO: one mean over rollouts and demonstrations, A of Eq. 7 over both.
 
     Rollouts enter by Eq. 3, demonstrations by -A <f(pi)>_i with f of `shaped`, gamma = cfg.demo_shaping
-    (0.1), unclipped.
+    (0.1), unclipped (https://arxiv.org/abs/2504.14945).
     """
-    mask, logp, logp_old, tis = without_padding(mask, logp, logp_old, tis)
-    demo, n = is_demo.bool(), n_demo + n_rollout
-    gain = clipped_surrogate(logp, logp_old, advantage, cfg.clip_eps)
-    gain = gain if tis is None else gain * tis
-    of_demo = advantage[:, None] * shaped(logp.exp(), cfg.demo_shaping)
-    return add_up({"loss/rl": -average(sequence_mean(gain, mask, cfg), ~demo, n),
-                   "loss/rl_demo": -average(sequence_mean(of_demo, mask, cfg), demo, n)}, only)
+    x = inputs.without_padding()
+    n = sum(counts(x, cfg))
+    of_rollout = clipped_surrogate(x, cfg.clip_eps)
+    of_demo = x.advantage[:, None] * shaped(x.logp.exp(), cfg.demo_shaping)
+    return {"rl": -average(sequence_mean(of_rollout, x, cfg), ~x.is_demo, n),
+            "rl_demo": -average(sequence_mean(of_demo, x, cfg), x.is_demo, n)}, {}
 
 
-# name -> (loss; each of its terms with the kind of sequence that it counts)
-OBJECTIVES = {
-    "sft": (sft_loss, {"loss/sft": "demos"}),
-    "sft_kl": (sft_kl_loss, {"loss/sft": "demos", "loss/kl": "demos"}),
-    "grpo": (grpo_loss, {"loss/rl": "rollouts"}),
-    "sft+rl": (sft_plus_rl_loss, {"loss/sft": "demos", "loss/rl": "rollouts"}),
-    "luffy": (luffy_loss, {"loss/rl": "rollouts", "loss/rl_demo": "demos"}),
-    "relift": (sft_plus_rl_loss, {"loss/sft": "demos", "loss/rl": "rollouts"}),
-}
+LOSSES = {"srft": srft_loss, "sft": sft_loss, "sft_kl": sft_kl_loss, "grpo": grpo_loss,
+          "sft+rl": sft_plus_rl_loss, "luffy": luffy_loss, "relift": relift_loss}
+
+
+class Objective:
+    """The loss that cfg asks for, called as srft.srft_loss is: with tensors, by name."""
+
+    def __init__(self, cfg):
+        self.cfg, self.loss = cfg, LOSSES[cfg.method]
+
+    def __call__(self, **inputs):
+        return self.loss(Inputs(**inputs), self.cfg)
+
+    def before_update(self, policy, micro_batches, sequences, device):
+        """The further inputs of each micro-batch: see readings.before_update. A collective."""
+        return before_update(policy, micro_batches, sequences, self.cfg, device)
+
+
+def failed_prompts(prompts, indices, sequences):
+    """ReLIFT: which of a step's prompts, by their index in the data, did no rollout solve?
+
+    prompts: all of the data. indices: of the step's prompts, in the order of Sequence.group.
+    """
+    solved = {s.group for s in sequences if s.reward > 0}
+    return [index for place, index in enumerate(indices) if place not in solved and prompts[index].demo]

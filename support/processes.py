@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ from support.device import choose_device
 
 START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
+
+
+class Ranks(NamedTuple):
+    """This rank, how many there are, this rank's device, and the mesh of all."""
+    rank: int
+    world: int
+    device: torch.device
+    mesh: object
 
 
 def init_distributed(device="auto", timeout_minutes=START_MINUTES):
@@ -66,7 +75,7 @@ def init_distributed(device="auto", timeout_minutes=START_MINUTES):
         _tell()
     mesh = init_device_mesh(device.type, **mesh_shape(world, local))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
-    return dist.get_rank(), world, device, mesh
+    return Ranks(dist.get_rank(), world, device, mesh)
 
 
 def mesh_shape(world, per_node):
