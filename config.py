@@ -3,7 +3,7 @@
     parse_args(["--preset", "tiny", "--steps", "100"])         # -> Config; `srft.py --help` lists the flags
 
 The defaults are the paper's 7B run (Sec. 5.1, App. B). Where the paper is silent or contradicts itself,
-the README's table of decisions says what was chosen and why.
+docs/decisions.md says what was chosen and why.
 """
 import argparse
 import dataclasses
@@ -19,154 +19,209 @@ def opt(default, group, help, choices=None):
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """What a paradigm trains on, which flags of the objective it heeds, and what the paper sets for it."""
-    rollouts: bool                 # samples G rollouts a prompt
-    demos: str                     # demonstrations are in the rollouts' "group" (Eq. 6), "beside" it (no part
-                                   # of the advantage), left out ("none"), learned where rollouts "failed"
+    rollouts: bool        # samples G rollouts a prompt
+    demos: str            # where demonstrations are: in the rollouts' "group" (Eq. 6); "beside" it, without an
+    #                       advantage; "none"; only for prompts whose rollouts all "failed"
     heeds: tuple = ()
     flags: dict = field(default_factory=dict)
 
 
-# Flags that ask for another reading of the objective than the paper's text: see paper/readings.py.
+# Flags that ask for another loss than srft.srft_loss: paper/readings.py has it.
 READINGS = ("loss_norm", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
             "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout")
-RATIO = ("clip_eps", "tis_cap", "std_in_advantage", "demo_in_group")
+EQ_3 = ("clip_eps", "tis_cap", "std_in_advantage")              # what the clipped surrogate of Eq. 3 asks for
+TRUNCATION = ("entropy_floor", "entropy_quantile")              # App. A.2
+SFT = {"lr": 5e-6, "lr_schedule": "linear", "steps": 1078}      # App. B; 3 epochs of 46,000 in batches of 128
 METHODS = {
-    "srft": Method(True, "group", (
+    "srft": Method(rollouts=True, demos="group", heeds=(
         "std_in_advantage", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
         "eq12_advantage", "entropy_coef", "kl_coef", "reference", "tis_cap", "demo_in_group")),
-    # App. B: batch 128, lr 5e-6, linear with 10 % warm-up, 3 epochs of 46,000
-    "sft": Method(False, "beside", (), dict(lr=5e-6, lr_schedule="linear", steps=1078)),
-    "sft_kl": Method(False, "beside", ("kl_coef", "reference"),
-                     dict(lr=5e-6, lr_schedule="linear", steps=1078, kl_coef=0.2)),
-    "grpo": Method(True, "none", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
-    "sft+rl": Method(True, "beside", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
-    "luffy": Method(True, "group", (*RATIO, "demo_shaping"),
-                    dict(demo_in_group="replaces", demo_shaping=0.1)),
-    "relift": Method(True, "failed", (*RATIO[:3], "entropy_floor", "entropy_quantile")),
+    "sft": Method(rollouts=False, demos="beside", flags=SFT),
+    "sft_kl": Method(rollouts=False, demos="beside", heeds=("kl_coef", "reference"), flags={**SFT, "kl_coef": 0.2}),
+    "grpo": Method(rollouts=True, demos="none", heeds=(*EQ_3, *TRUNCATION)),
+    "sft+rl": Method(rollouts=True, demos="beside", heeds=(*EQ_3, *TRUNCATION)),
+    "luffy": Method(rollouts=True, demos="group", heeds=(*EQ_3, "demo_in_group", "demo_shaping"),
+                    flags={"demo_in_group": "replaces", "demo_shaping": 0.1}),
+    "relift": Method(rollouts=True, demos="failed", heeds=(*EQ_3, *TRUNCATION)),
 }
+# Flags that some methods heed and others do not.
+FLAGS_OF_METHODS = set().union(*(method.heeds for method in METHODS.values()))
 
 
 @dataclass
 class Config:
     """One run. `G`, `H`, `A`, `w_SFT`, `w_RL` are the paper's symbols."""
-    # run
-    model: str = opt("Qwen/Qwen2.5-Math-7B", "run", "base model: a Hugging Face folder or hub "
-                     "name (Sec. 5.1)")
-    data: str = opt("Elliott/Openr1-Math-46k-8192", "run", "D, with D_demo: problems, answers, "
-                    "demonstrations; a parquet or JSONL file, a folder of them, or a hub name (Sec. 5.1)")
-    out: str = opt("out/srft", "run", "the run's own folder")
-    method: str = opt("srft", "run", "paradigm: SRFT (Eq. 13); SFT (Eq. 1), with KL (A1); GRPO (Eq. 3); "
-                      "SFT+RL in one stage (Sec. 3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults "
-                      "of other flags",
-                      tuple(METHODS))
-    device: str = opt("auto", "run", "auto: the GPU if torch is built for one, and an error if it cannot be "
-                      "used; else the CPU", ("auto", "cuda", "cpu"))
-    seed: int = opt(0, "run", "seed of data order and sampling")
-    steps: int = opt(500, "run", "training steps, each with fresh rollouts (App. B: 500)")
-    resume: bool = opt(False, "run", "continue from the newest whole checkpoint in --out; "
-                       "starts anew if there is none")
-    save_every: int = opt(50, "run", "steps between checkpoints (one is always written at the end)")
-    keep: int = opt(2, "run", "checkpoints kept")
-    hang_minutes: float = opt(30.0, "run", "a rank that spends more than this in one phase (rollout, train, "
-                              "checkpoint, ...) or waits that long for another ends the run, and the rank "
-                              "behind is named; until the first step is done, 120")
-    profile: int = opt(0, "run", "write a torch profiler trace of this step to profile/ in --out, with every "
-                       "token's decoding: open it in Perfetto or chrome://tracing; 0: none")
-    dry_run: bool = opt(False, "run", "print parameters, memory and tokens a step of this "
-                        "configuration, then stop")
-    dry_run_ranks: int = opt(8, "run", "GPUs that --dry_run plans for, 8 a node; a run itself takes those "
-                             "that torchrun starts")
-    # data
-    template: str = opt("paper", "data", "prompt template: Fig. A3, Fig. A4, none, LUFFY's, "
-                        "or the tokenizer's own", tuple(TEMPLATES))
-    max_prompt_tokens: int = opt(1024, "data", "longer prompts are dropped and counted")
-    max_response_tokens: int = opt(8192, "data", "rollouts are cut here; "
-                                   "longer demonstrations are dropped (Sec. 5.1)")
-    rope_theta: float = opt(40_000.0, "data", "RoPE theta (App. B: 10,000 -> 40,000); "
-                            "0 keeps the model's own")
-    window: int = opt(16_384, "data", "context window in tokens (App. B: 16,384); 0 keeps the model's own")
-    skip_bad_rows: bool = opt(False, "data", "skip and count unreadable rows instead of stopping "
-                              "at the first")
-    # rollouts
-    prompts_per_step: int = opt(128, "rollouts", "prompts x sampled each step, over all ranks")
-    n_rollouts: int = opt(8, "rollouts", "G: rollouts per prompt (App. B: 8)")
-    temperature: float = opt(1.0, "rollouts", "of sampling, and of log pi and H; top_p and top_k stay off")
-    demo_in_group: str = opt("joins", "rollouts", "the demonstration joins the G rollouts (Eq. 6: 8+1), "
-                             "or replaces one (7+1, public code)", ("joins", "replaces"))
-    updates_per_rollout: int = opt(1, "rollouts", "optimizer updates a step, each on its share of the "
-                                   "prompts; Eq. 11 assumes 1, public code makes 2")
-    tis_cap: float = opt(2.0, "rollouts", "cap of the importance weight pi/pi_engine on rollout tokens, "
-                         "which corrects for the engine's numerics; 0: no weight")
-    # objective
-    std_in_advantage: bool = opt(True, "objective", "A is divided by the group's standard "
-                                 "deviation (Eq. 2, 7)")
-    loss_norm: str = opt("sequence", "objective", "a response's sum over tokens is divided by |y_i| "
-                         "(Eq. 3), by all tokens of its kind, or by max_response_tokens",
-                         ("sequence", "token", "constant"))
-    w_sft: str = opt("entropy", "objective", "w_SFT of Eq. 8: 0.5 exp(-H); 1.0 (Table 3, w/o w_SFT); "
-                     "or 0.5", ("entropy", "one", "constant"))
-    w_rl: str = opt("entropy", "objective", "w_RL of Eq. 12: 0.1 exp(H); 1.0 (Table 3, w/o w_RL); or 0.1",
-                    ("entropy", "one", "constant"))
-    w_sft_sign: int = opt(-1, "objective", "sign of H in w_SFT: -1 is Eq. 8; "
-                          "+1 is reported of the released code", (-1, 1))
-    entropy_level: str = opt("sequence", "objective", "H in the weights: each sequence's mean, each "
-                             "token's own, or the step's mean (costs a second forward)",
-                             ("sequence", "token", "batch"))
-    demo_shaping: float = opt(0.0, "objective", "gamma of pi/(pi+gamma) in place of pi in "
-                              "Eq. 9-10; LUFFY: 0.1")
-    eq12_form: str = opt("log", "objective", "Eq. 12 on log pi, or on the ratio pi/pi_old",
-                         ("log", "ratio"))
-    eq12_advantage: bool = opt(False, "objective", "Eq. 12 scaled by the group's A instead of +1 and -1")
-    entropy_coef: float = opt(0.0, "objective", "entropy bonus on rollouts (public code: 0.001)")
-    kl_coef: float = opt(0.0, "objective", "weight of KL(pi || base model) over the whole vocabulary: lambda "
-                         "of A1 (0.2), on demonstrations; with srft a penalty on rollouts. A second model")
-    reference: str = opt("", "objective", "the base model of that KL; empty: --model")
-    clip_eps: float = opt(0.2, "objective", "epsilon of Eq. 3; only updates after a step's first can "
-                          "be clipped")
-    entropy_floor: float = opt(0.0, "objective", "tokens of rollouts with H_t below it, in nats, give no "
-                               "gradient (App. A.2)")
-    entropy_quantile: float = opt(0.0, "objective", "the same, the floor being this quantile of the "
-                                  "update's H_t: 0.8 keeps a fifth of the tokens (costs a second forward)")
-    term_gradients: int = opt(0, "objective", "every so many steps, measure the gradient norm of each loss "
-                              "term alone (costs a forward and backward a term); 0: never")
-    # optimization
-    lr: float = opt(1e-6, "optimization", "AdamW learning rate (App. B: 1e-6; SFT: 5e-6)")
-    lr_schedule: str = opt("constant", "optimization", "constant, or linear: up during --warmup, then down "
-                           "to 0 (App. B: SFT)", ("constant", "linear"))
-    warmup: float = opt(0.1, "optimization", "share of the steps in which a linear schedule rises")
-    weight_decay: float = opt(0.01, "optimization", "AdamW weight decay")
-    grad_clip: float = opt(1.0, "optimization", "gradient norm clip")
-    micro_batch_tokens: int = opt(16_384, "optimization", "packed tokens per forward and rank, "
-                                  "a hard limit")
-    activation_checkpointing: bool = opt(True, "optimization", "recompute each block in backward")
-    offload: bool = opt(False, "optimization", "fp32 weights, gradients and AdamW's moments in host memory "
-                        "instead of the GPU's: slower, for few cards")
-    # engine and grader
-    engine_memory: float = opt(0.6, "engine", "share of each GPU for vLLM's weights and KV cache while "
-                               "it is awake")
-    engine_sequences: int = opt(256, "engine", "sequences a rank decodes at once")
-    engine_eager: bool = opt(False, "engine", "no CUDA graphs in the engine (on CPU always so)")
-    grader_workers: int = opt(0, "engine", "grading processes a rank; 0: the cores divided by the "
-                              "node's ranks, less one for the engine")
-    grade_text: str = opt("after_think", "engine", "what is graded: the text after the last </think>, all of "
-                          "it, or nothing without a </think> (LUFFY)", TEXTS)
-    strict_box: bool = opt(True, "engine", "Math-Verify grades the last closed \\boxed{} only; off: whatever "
-                           "it takes for an answer in the text")
-    score_unfinished: bool = opt(False, "engine", "a response cut at its limit is graded like any other; "
-                                 "off: it earns 0")
-    grader_deadline: float = opt(10.0, "engine", "seconds until a grading process is killed, "
-                                 "and its reward is 0")
-    # evaluation
-    eval_data: str = opt("", "evaluation", "held-out sets (as --data), separated by commas; "
-                         "empty: no evaluation")
-    eval_every: int = opt(50, "evaluation", "steps between evaluations; also at the start and the end")
-    eval_samples: int = opt(1, "evaluation", "responses a problem (avg@n)")
-    eval_temperature: float = opt(0.6, "evaluation", "sampling temperature (App. B: 0.6)")
-    eval_top_p: float = opt(1.0, "evaluation", "nucleus sampling")
-    log_samples: int = opt(4, "evaluation", "rollouts a step written to samples.jsonl")
+    # The run: what to train, from what, for how long, and what to write.
+    model: str = opt("Qwen/Qwen2.5-Math-7B", "run",
+        "base model: a Hugging Face folder or hub name (Sec. 5.1)")
+    data: str = opt("Elliott/Openr1-Math-46k-8192", "run",
+        "D, with D_demo: problems, answers, demonstrations; a parquet or JSONL file, a folder of "
+        "them, or a hub name (Sec. 5.1)")
+    out: str = opt("out/srft", "run",
+        "the run's own folder")
+    method: str = opt("srft", "run",
+        "paradigm: SRFT (Eq. 13); SFT (Eq. 1), with KL (A1); GRPO (Eq. 3); SFT+RL in one stage (Sec. "
+        "3.2.2); LUFFY; ReLIFT. Each brings the paper's own defaults of other flags",
+        choices=tuple(METHODS))
+    device: str = opt("auto", "run",
+        "auto: the GPU if torch is built for one, and an error if it cannot be used; else the CPU",
+        choices=("auto", "cuda", "cpu"))
+    seed: int = opt(0, "run",
+        "seed of data order and sampling")
+    steps: int = opt(500, "run",
+        "training steps, each with fresh rollouts (App. B: 500)")
+    resume: bool = opt(False, "run",
+        "continue from the newest whole checkpoint in --out; starts anew if there is none")
+    save_every: int = opt(50, "run",
+        "steps between checkpoints (one is always written at the end)")
+    keep: int = opt(2, "run",
+        "checkpoints kept")
+    hang_minutes: float = opt(30.0, "run",
+        "a rank that spends more than this in one phase (rollout, train, checkpoint, ...) or waits "
+        "that long for another ends the run, and the rank behind is named; until the first step is "
+        "done, 120")
+    profile: int = opt(0, "run",
+        "write a torch profiler trace of this step to profile/ in --out, with every token's decoding: "
+        "open it in Perfetto or chrome://tracing; 0: none")
+    dry_run: bool = opt(False, "run",
+        "print parameters, memory and tokens a step of this configuration, then stop")
+    dry_run_ranks: int = opt(8, "run",
+        "GPUs that --dry_run plans for, 8 a node; a run itself takes those that torchrun starts")
+
+    # Prompts and demonstrations (Sec. 5.1, App. B).
+    template: str = opt("paper", "data",
+        "prompt template: Fig. A3, Fig. A4, none, LUFFY's, or the tokenizer's own",
+        choices=tuple(TEMPLATES))
+    max_prompt_tokens: int = opt(1024, "data",
+        "longer prompts are dropped and counted")
+    max_response_tokens: int = opt(8192, "data",
+        "rollouts are cut here; longer demonstrations are dropped (Sec. 5.1)")
+    rope_theta: float = opt(40_000.0, "data",
+        "RoPE theta (App. B: 10,000 -> 40,000); 0 keeps the model's own")
+    window: int = opt(16_384, "data",
+        "context window in tokens (App. B: 16,384); 0 keeps the model's own")
+    skip_bad_rows: bool = opt(False, "data",
+        "skip and count unreadable rows instead of stopping at the first")
+
+    # What a step samples: 128 prompts x 8 rollouts, and how they become sequences of the loss.
+    prompts_per_step: int = opt(128, "rollouts",
+        "prompts x sampled each step, over all ranks")
+    n_rollouts: int = opt(8, "rollouts",
+        "G: rollouts per prompt (App. B: 8)")
+    temperature: float = opt(1.0, "rollouts",
+        "of sampling, and of log pi and H; top_p and top_k stay off")
+    demo_in_group: str = opt("joins", "rollouts",
+        "the demonstration joins the G rollouts (Eq. 6: 8+1), or replaces one (7+1, public code)",
+        choices=("joins", "replaces"))
+    updates_per_rollout: int = opt(1, "rollouts",
+        "optimizer updates a step, each on its share of the prompts; Eq. 11 assumes 1, public code "
+        "makes 2")
+    tis_cap: float = opt(2.0, "rollouts",
+        "cap of the importance weight pi/pi_engine on rollout tokens, which corrects for the engine's "
+        "numerics; 0: no weight")
+
+    # Readings of Eq. 2-13: the defaults are the paper's text, docs/decisions.md says why.
+    std_in_advantage: bool = opt(True, "objective",
+        "A is divided by the group's standard deviation (Eq. 2, 7)")
+    loss_norm: str = opt("sequence", "objective",
+        "a response's sum over tokens is divided by |y_i| (Eq. 3), by all tokens of its kind, or by "
+        "max_response_tokens",
+        choices=("sequence", "token", "constant"))
+    w_sft: str = opt("entropy", "objective",
+        "w_SFT of Eq. 8: 0.5 exp(-H); 1.0 (Table 3, w/o w_SFT); or 0.5",
+        choices=("entropy", "one", "constant"))
+    w_rl: str = opt("entropy", "objective",
+        "w_RL of Eq. 12: 0.1 exp(H); 1.0 (Table 3, w/o w_RL); or 0.1",
+        choices=("entropy", "one", "constant"))
+    w_sft_sign: int = opt(-1, "objective",
+        "sign of H in w_SFT: -1 is Eq. 8; +1 is reported of the released code",
+        choices=(-1, 1))
+    entropy_level: str = opt("sequence", "objective",
+        "H in the weights: each sequence's mean, each token's own, or the step's mean (costs a second "
+        "forward)",
+        choices=("sequence", "token", "batch"))
+    demo_shaping: float = opt(0.0, "objective",
+        "gamma of pi/(pi+gamma) in place of pi in Eq. 9-10; LUFFY: 0.1")
+    eq12_form: str = opt("log", "objective",
+        "Eq. 12 on log pi, or on the ratio pi/pi_old",
+        choices=("log", "ratio"))
+    eq12_advantage: bool = opt(False, "objective",
+        "Eq. 12 scaled by the group's A instead of +1 and -1")
+    entropy_coef: float = opt(0.0, "objective",
+        "entropy bonus on rollouts (public code: 0.001)")
+    kl_coef: float = opt(0.0, "objective",
+        "weight of KL(pi || base model) over the whole vocabulary: lambda of A1 (0.2), on "
+        "demonstrations; with srft a penalty on rollouts. A second model")
+    reference: str = opt("", "objective",
+        "the base model of that KL; empty: --model")
+    clip_eps: float = opt(0.2, "objective",
+        "epsilon of Eq. 3; only updates after a step's first can be clipped")
+    entropy_floor: float = opt(0.0, "objective",
+        "tokens of rollouts with H_t below it, in nats, give no gradient (App. A.2)")
+    entropy_quantile: float = opt(0.0, "objective",
+        "the same, the floor being this quantile of the update's H_t: 0.8 keeps a fifth of the tokens "
+        "(costs a second forward)")
+    term_gradients: int = opt(0, "objective",
+        "every so many steps, measure the gradient norm of each loss term alone (costs a forward and "
+        "backward a term); 0: never")
+
+    # AdamW and what fits on a card.
+    lr: float = opt(1e-6, "optimization",
+        "AdamW learning rate (App. B: 1e-6; SFT: 5e-6)")
+    lr_schedule: str = opt("constant", "optimization",
+        "constant, or linear: up during --warmup, then down to 0 (App. B: SFT)",
+        choices=("constant", "linear"))
+    warmup: float = opt(0.1, "optimization",
+        "share of the steps in which a linear schedule rises")
+    weight_decay: float = opt(0.01, "optimization",
+        "AdamW weight decay")
+    grad_clip: float = opt(1.0, "optimization",
+        "gradient norm clip")
+    micro_batch_tokens: int = opt(16_384, "optimization",
+        "packed tokens per forward and rank, a hard limit")
+    activation_checkpointing: bool = opt(True, "optimization",
+        "recompute each block in backward")
+    offload: bool = opt(False, "optimization",
+        "fp32 weights, gradients and AdamW's moments in host memory instead of the GPU's: slower, for "
+        "few cards")
+
+    # The vLLM engine and the grader.
+    engine_memory: float = opt(0.6, "engine",
+        "share of each GPU for vLLM's weights and KV cache while it is awake")
+    engine_sequences: int = opt(256, "engine",
+        "sequences a rank decodes at once")
+    engine_eager: bool = opt(False, "engine",
+        "no CUDA graphs in the engine (on CPU always so)")
+    grader_workers: int = opt(0, "engine",
+        "grading processes a rank; 0: the cores divided by the node's ranks, less one for the engine")
+    grade_text: str = opt("after_think", "engine",
+        "what is graded: the text after the last </think>, all of it, or nothing without a </think> "
+        "(LUFFY)",
+        choices=TEXTS)
+    strict_box: bool = opt(True, "engine",
+        "Math-Verify grades the last closed \\boxed{} only; off: whatever it takes for an answer in "
+        "the text")
+    score_unfinished: bool = opt(False, "engine",
+        "a response cut at its limit is graded like any other; off: it earns 0")
+    grader_deadline: float = opt(10.0, "engine",
+        "seconds until a grading process is killed, and its reward is 0")
+
+    # Held-out accuracy on the way (App. B: temperature 0.6).
+    eval_data: str = opt("", "evaluation",
+        "held-out sets (as --data), separated by commas; empty: no evaluation")
+    eval_every: int = opt(50, "evaluation",
+        "steps between evaluations; also at the start and the end")
+    eval_samples: int = opt(1, "evaluation",
+        "responses a problem (avg@n)")
+    eval_temperature: float = opt(0.6, "evaluation",
+        "sampling temperature (App. B: 0.6)")
+    eval_top_p: float = opt(1.0, "evaluation",
+        "nucleus sampling")
+    log_samples: int = opt(4, "evaluation",
+        "rollouts a step written to samples.jsonl")
 
 
 TINY = str(Path(__file__).resolve().parent / "tiny")
@@ -193,20 +248,28 @@ def parse_args(argv=None, description=__doc__):
         name, choices = f.metadata["group"], f.metadata["choices"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-               dict(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper()))
-        groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, **how,
-                                  help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))
+        how = {"type": f.type, "choices": choices, "metavar": None if choices else f.type.__name__.upper()}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}             # --resume and --no-resume
+        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        # Without a default here, `given` holds only what was on the command line.
+        groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
-    return Config(**METHODS[given.get("method", "srft")].flags | PRESETS[given.pop("preset")] | given)
+    preset = PRESETS[given.pop("preset")]
+    method = METHODS[given.get("method", "srft")]
+    return Config(**{**method.flags, **preset, **given})
 
 
 def sequences_per_prompt(cfg):
     """(rollouts, demonstrations) of a step: (8, 1) by Eq. 6, (7, 1) if the demonstration replaces a rollout,
     (0, 1) for SFT, (8, 0) for GRPO."""
     method = METHODS[cfg.method]
-    replaced = method.demos == "group" and cfg.demo_in_group == "replaces"
-    return method.rollouts * (cfg.n_rollouts - replaced), int(method.demos in ("group", "beside"))
+    demos = 1 if method.demos in ("group", "beside") else 0
+    if not method.rollouts:
+        return 0, demos
+    if method.demos == "group" and cfg.demo_in_group == "replaces":
+        return cfg.n_rollouts - 1, demos
+    return cfg.n_rollouts, demos
 
 
 def asks_for_the_papers_loss(cfg):
@@ -219,48 +282,76 @@ def check_config(cfg, world, window):
 
     world: number of ranks; window: the longest sequence, in tokens, that the model takes.
     """
+    check_lengths(cfg, window)
+    check_step(cfg, world)
+    check_numbers(cfg)
+    check_objective(cfg)
+
+
+def check_lengths(cfg, window):
+    """Of a sequence: it must fit the model and a micro-batch."""
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    for wrong, message in (
-        (min(cfg.max_prompt_tokens, cfg.max_response_tokens) < 1,
-         "--max_prompt_tokens and --max_response_tokens must be at least 1"),
-        (longest > window,
-         f"--max_prompt_tokens + --max_response_tokens is {longest}, over the window of {window} tokens: "
-         "lower them, or raise --window (and --rope_theta)"),
-        (longest > cfg.micro_batch_tokens,
-         f"a sequence may have {longest} tokens (--max_prompt_tokens + --max_response_tokens), over "
-         f"--micro_batch_tokens {cfg.micro_batch_tokens}: raise that to at least {longest}"),
-        (cfg.prompts_per_step < world,
-         f"--prompts_per_step {cfg.prompts_per_step} leaves some of {world} ranks without work: raise it, "
-         "or start fewer ranks"),
-        (cfg.n_rollouts < (2 if cfg.demo_in_group == "replaces" else 1),
-         "--n_rollouts must leave at least one rollout a prompt beside the demonstration"),
-        (not 1 <= cfg.updates_per_rollout <= cfg.prompts_per_step,
-         "--updates_per_rollout must lie between 1 and --prompts_per_step"),
-        (cfg.entropy_coef and cfg.entropy_level == "batch",
-         "--entropy_coef needs --entropy_level sequence or token: the step's mean has no gradient"),
-        (cfg.grader_workers < 0 or cfg.grader_deadline <= 0,
-         "--grader_workers must be at least 0, --grader_deadline above 0"),
-        (not 0 <= cfg.profile <= cfg.steps, "--profile must be one of the --steps, or 0 for none"),
-        (cfg.hang_minutes <= 0, "--hang_minutes must be above 0"),
-        (not cfg.temperature > 0, "--temperature must be positive: rollouts are samples (Eq. 11)"),
-        (not min(cfg.lr, cfg.grad_clip) > 0, "--lr and --grad_clip must be positive (--grad_clip inf: none)"),
-        (not min(cfg.kl_coef, cfg.demo_shaping, cfg.seed) >= 0,
-         "--kl_coef, --demo_shaping and --seed must not be negative"),
-        (cfg.tis_cap and not cfg.tis_cap >= 1, "--tis_cap must be 0 (no weights) or at least 1"),
-        (cfg.reference and not cfg.kl_coef, "--reference needs --kl_coef: without, there is no KL to it"),
-        (cfg.lr_schedule == "constant" and cfg.warmup != Config.warmup,
-         "--warmup needs --lr_schedule linear"),
-        (cfg.entropy_floor and cfg.entropy_quantile, "--entropy_floor or --entropy_quantile, not both"),
-        (not 0 <= cfg.entropy_quantile < 1 or not 0 <= cfg.warmup < 1 or not 0 < cfg.clip_eps < 1,
-         "--entropy_quantile and --warmup must lie in [0, 1), --clip_eps in (0, 1)"),
-        (cfg.method == "sft_kl" and not cfg.kl_coef,
-         "--method sft_kl needs --kl_coef; without KL it is --method sft"),
-        (min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1,
-         "--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1"),
-    ):
-        if wrong:
-            raise ValueError(message)
-    ours, defaults = METHODS[cfg.method], Config()
-    for name in sorted({name for method in METHODS.values() for name in method.heeds} - set(ours.heeds)):
-        if getattr(cfg, name) not in (getattr(defaults, name), ours.flags.get(name)):
+    if min(cfg.max_prompt_tokens, cfg.max_response_tokens) < 1:
+        raise ValueError("--max_prompt_tokens and --max_response_tokens must be at least 1")
+    if longest > window:
+        raise ValueError(
+            f"--max_prompt_tokens + --max_response_tokens is {longest}, over the window of {window} tokens: "
+            "lower them, or raise --window (and --rope_theta)")
+    if longest > cfg.micro_batch_tokens:
+        raise ValueError(
+            f"a sequence may have {longest} tokens (--max_prompt_tokens + --max_response_tokens), over "
+            f"--micro_batch_tokens {cfg.micro_batch_tokens}: raise that to at least {longest}")
+
+
+def check_step(cfg, world):
+    """Of a step: every rank and every update must have something to do."""
+    if cfg.prompts_per_step < world:
+        raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} leaves some of {world} ranks without "
+                         "work: raise it, or start fewer ranks")
+    if cfg.n_rollouts < (2 if cfg.demo_in_group == "replaces" else 1):
+        raise ValueError("--n_rollouts must leave at least one rollout a prompt beside the demonstration")
+    if not 1 <= cfg.updates_per_rollout <= cfg.prompts_per_step:
+        raise ValueError("--updates_per_rollout must lie between 1 and --prompts_per_step")
+    if min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1:
+        raise ValueError("--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1")
+    if not 0 <= cfg.profile <= cfg.steps:
+        raise ValueError("--profile must be one of the --steps, or 0 for none")
+
+
+def check_numbers(cfg):
+    """Of single numbers. `not x > 0` also refuses nan, which `x <= 0` lets pass."""
+    if cfg.grader_workers < 0 or cfg.grader_deadline <= 0:
+        raise ValueError("--grader_workers must be at least 0, --grader_deadline above 0")
+    if cfg.hang_minutes <= 0:
+        raise ValueError("--hang_minutes must be above 0")
+    if not cfg.temperature > 0:
+        raise ValueError("--temperature must be positive: rollouts are samples (Eq. 11)")
+    if not min(cfg.lr, cfg.grad_clip) > 0:
+        raise ValueError("--lr and --grad_clip must be positive (--grad_clip inf: none)")
+    if not min(cfg.kl_coef, cfg.demo_shaping, cfg.seed) >= 0:
+        raise ValueError("--kl_coef, --demo_shaping and --seed must not be negative")
+    if cfg.tis_cap and not cfg.tis_cap >= 1:
+        raise ValueError("--tis_cap must be 0 (no weights) or at least 1")
+    if not 0 <= cfg.entropy_quantile < 1 or not 0 <= cfg.warmup < 1 or not 0 < cfg.clip_eps < 1:
+        raise ValueError("--entropy_quantile and --warmup must lie in [0, 1), --clip_eps in (0, 1)")
+
+
+def check_objective(cfg):
+    """Of flags that need each other, exclude each other, or have no part in the method."""
+    if cfg.entropy_coef and cfg.entropy_level == "batch":
+        raise ValueError("--entropy_coef needs --entropy_level sequence or token: the step's mean has no "
+                         "gradient")
+    if cfg.reference and not cfg.kl_coef:
+        raise ValueError("--reference needs --kl_coef: without, there is no KL to it")
+    if cfg.lr_schedule == "constant" and cfg.warmup != Config.warmup:
+        raise ValueError("--warmup needs --lr_schedule linear")
+    if cfg.entropy_floor and cfg.entropy_quantile:
+        raise ValueError("--entropy_floor or --entropy_quantile, not both")
+    if cfg.method == "sft_kl" and not cfg.kl_coef:
+        raise ValueError("--method sft_kl needs --kl_coef; without KL it is --method sft")
+    method = METHODS[cfg.method]
+    for name in sorted(FLAGS_OF_METHODS):
+        meant = name in method.heeds
+        untouched = getattr(cfg, name) in (getattr(Config, name), method.flags.get(name))
+        if not meant and not untouched:
             raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")

@@ -96,6 +96,7 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     Returns (terms, weights): the four scalars above with graph, whose sum is the loss, and "w_sft", "w_rl",
     (B,) without graph. Needs torch alone.
     """
+    is_demo = is_demo.bool()
     mask = mask.to(logp.dtype)
     length = mask.sum(1).clamp(min=1)                          # (B,) |y_i|
     # A nan on padding would survive a product with 0, so padding is overwritten.
@@ -153,7 +154,7 @@ class Tally:
 
     def plus(self, other):
         """Both together, as a new one."""
-        total = Tally(worst=max(self.worst, other.worst))
+        total = Tally(worst=float(np.maximum(self.worst, other.worst)))         # nan, if one of them is
         for name in ("losses", "sums", "drift", "tokens"):
             counter = getattr(total, name)
             counter.update(getattr(self, name))                    # Counter.update adds, key by key
@@ -299,7 +300,7 @@ def update_policy(policy, optimizer, tally, grad_clip):
     return metrics | {
         "entropy/demo": mean("h_demo", sums["demos"]), "entropy/rollout": mean("h_rollout", sums["rollouts"]),
         "engine/logp_diff_mean": total.drift.total() / tokens if tokens else None,
-        "engine/logp_diff_rank": max(of_engines, default=None),
+        "engine/logp_diff_rank": float(np.max(of_engines)) if tokens else None,
         "engine/logp_diff_max": total.worst if tokens else None,
         "tis/capped": mean("capped", tokens), "grad_norm": norm}
 

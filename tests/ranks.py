@@ -4,16 +4,15 @@ import pickle
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from updates import whole_update
 
 import model as M
 import rollout
 import srft
-import update
 from config import TINY, parse_args
 from data import load_examples, tokenize
 from tiny.task import make_tokenizer
@@ -54,18 +53,13 @@ def gradients(out, budget, count, *overrides):
         with torch.no_grad():
             for p in reference.parameters():
                 p.mul_(1.1)
-    run = SimpleNamespace(policy=policy, reference=reference, device=device, optimizer=Keep(),
-                          objective=srft.OBJECTIVES[cfg.method])
     sequences = made_up_sequences()[:int(count)]
     cfg.grad_clip = 1e9
     packs = M.pack(sequences, int(budget), world)[rank::world]
-    before = update.forward_before_update(run, cfg, packs)
     last, accumulate = [], M.accumulate
     M.accumulate = lambda policy, **kwargs: (last.append(kwargs["last"]), accumulate(policy, **kwargs))
-    counts = update.counts(sequences, cfg.loss_norm)
-    stats = update.term_gradient_norms(run, cfg, packs, before, *counts)
-    last.clear()
-    stats |= update.update_policy(run, cfg, packs, before, *counts)
+    stats = whole_update(policy, Keep(), packs, sequences, cfg, device, reference, measure_terms=True)
+    last = last[-len(packs):]
     if rank == 0:
         torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last}, out)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""baselines.py against an oracle in plain Python floats, one token at a time, gradients by hand; and token_kl.
+"""paper/baselines.py against an oracle in plain Python floats, one token at a time, gradients by hand; and token_kl.
 
     pytest tests/test_baselines.py
 """
@@ -9,11 +9,14 @@ import pytest
 import torch
 from test_loss import assert_equal, counts, mixed_batch, shipped, tensors
 
-from support.logprobs import token_kl
-from paper.baselines import OBJECTIVES
 from config import METHODS, Config, check_config, parse_args, sequences_per_prompt
-from srft import OBJECTIVES as ALL
+from paper.baselines import LOSSES, Objective, grpo_loss, luffy_loss, relift_loss
+from paper.readings import Inputs
 from srft import learning_rate
+from support.logprobs import token_kl
+
+TERMS = {"sft": ["loss/sft"], "sft_kl": ["loss/sft", "loss/kl"], "grpo": ["loss/rl"], "sft+rl": ["loss/sft", "loss/rl"],
+         "luffy": ["loss/rl", "loss/rl_demo"]}
 
 
 def surrogate(lp, lp_old, advantage, eps):
@@ -28,13 +31,13 @@ def surrogate(lp, lp_old, advantage, eps):
 
 def oracle(method, batch, cfg, n_demo, n_rollout, old=False, tis=False, floor=0.0):
     """(loss, stats, d/dlogp, d/dH, d/dKL) of one method; the gradients as one list a sequence."""
-    stats, gradients, n_all = {name: 0.0 for name in OBJECTIVES[method][1]}, ([], [], []), n_demo + n_rollout
+    stats, gradients, n_all = dict.fromkeys(TERMS[method], 0.0), ([], [], []), n_demo + n_rollout
     for s in batch:
         rows = [[], [], []]
         for t, lp in enumerate(s.logp):
             share = 1 / {"sequence": len(s.logp), "token": 1, "constant": cfg.max_response_tokens}[cfg.loss_norm]
             dlp = dkl = 0.0
-            if s.is_demo and method in ("sft", "sft_kl", "sft+rl", "relift"):                    # Eq. 1
+            if s.is_demo and method in ("sft", "sft_kl", "sft+rl"):                    # Eq. 1
                 stats["loss/sft"] += share / n_demo * -lp
                 dlp = -share / n_demo
             if s.is_demo and method == "sft_kl":                                                 # Eq. A1
@@ -59,23 +62,23 @@ def oracle(method, batch, cfg, n_demo, n_rollout, old=False, tis=False, floor=0.
 @pytest.mark.parametrize("old", [False, True], ids=["pi_old=pi", "logp_old"])
 @pytest.mark.parametrize("tis", [False, True], ids=["no-tis", "tis"])
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", TERMS)
 def test_every_loss_and_its_gradient_equal_the_equations(method, norm, tis, old):
     cfg = Config(**{"max_response_tokens": 11, "loss_norm": norm, "method": method} | METHODS[method].flags)
     for seed in range(3):
         batch = mixed_batch(seed)
         n = counts(batch, cfg, more=5)                                                           # a part of a larger step
-        found = shipped(tensors(batch, padding=math.nan), cfg, *n, old=old, tis=tis, loss=OBJECTIVES[method][0])
+        found = shipped(tensors(batch, padding=math.nan), cfg, *n, old=old, tis=tis, loss=LOSSES[method])
         assert_equal(found, oracle(method, batch, cfg, *n, old=old, tis=tis))
 
 
-@pytest.mark.parametrize("method", ["grpo", "sft+rl", "relift"])
+@pytest.mark.parametrize("method", ["grpo", "sft+rl"])
 def test_tokens_below_the_entropy_floor_keep_their_value_and_lose_their_gradient(method):
     cfg, batch = Config(), mixed_batch(1)
     n = counts(batch, cfg)
-    found = shipped(tensors(batch), cfg, *n, old=True, loss=OBJECTIVES[method][0], entropy_floor=1.2)
+    found = shipped(tensors(batch), cfg, *n, old=True, loss=LOSSES[method], entropy_floor=1.2)
     assert_equal(found, oracle(method, batch, cfg, *n, old=True, floor=1.2))
-    whole = shipped(tensors(batch), cfg, *n, old=True, loss=OBJECTIVES[method][0])
+    whole = shipped(tensors(batch), cfg, *n, old=True, loss=LOSSES[method])
     assert found[0] == whole[0] and not torch.equal(found[2], whole[2])
 
 
@@ -88,50 +91,49 @@ def test_both_sides_of_the_clip_are_met_by_the_random_batches():
     assert min(clipped.values()) > 3
 
 
-@pytest.mark.parametrize("method", ALL)
-def test_the_terms_alone_add_up_to_the_loss_and_each_has_a_kind_of_sequence(method):
-    batch, (loss, counted) = mixed_batch(2), ALL[method]
-    cfg = Config(**METHODS[method].flags)
+@pytest.mark.parametrize("is_demo", [True, False])
+def test_an_update_of_relift_is_sft_on_demonstrations_or_grpo_on_rollouts(is_demo):
+    cfg, batch = Config(method="relift"), [s for s in mixed_batch(2) if s.is_demo == is_demo]
     n = counts(batch, cfg)
-    whole = shipped(tensors(batch), cfg, *n, loss=loss)
-    terms = [name for name in counted if name.startswith("loss/")]
-    parts = [shipped(tensors(batch), cfg, *n, loss=loss, only=name) for name in terms]
-    assert set(whole[1]) == set(counted) and set(counted.values()) <= {"demos", "rollouts", "correct"}
-    assert [part[0] for part in parts] == pytest.approx([whole[1][name] for name in terms], abs=1e-12)
-    torch.testing.assert_close(sum(part[2] for part in parts), whole[2], atol=1e-12, rtol=0)
+    alone = LOSSES["sft" if is_demo else "grpo"]
+    assert str(shipped(tensors(batch), cfg, *n, loss=relift_loss)) == str(shipped(tensors(batch), cfg, *n, loss=alone))
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", TERMS)
 @pytest.mark.parametrize("is_demo", [True, False])
 def test_a_micro_batch_of_one_kind_only_is_no_nan(method, is_demo):
     batch = [s for s in mixed_batch(3) if s.is_demo == is_demo]
     cfg = Config(**METHODS[method].flags)
     n = counts(batch, cfg)
-    found = shipped(tensors(batch), cfg, *n, loss=OBJECTIVES[method][0])
+    found = shipped(tensors(batch), cfg, *n, loss=LOSSES[method])
     assert math.isfinite(found[0]) and all(d.isfinite().all() for d in found[2:])
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_misspelled_argument_of_a_loss_is_an_error(method):
     with pytest.raises(TypeError, match="tiss"):
-        ALL[method][0](*[torch.ones(1, 2)] * 3, *[torch.ones(1)] * 3, Config(), 1, 1, tiss=torch.ones(1, 2))
+        Objective(Config(method=method))(logp=torch.ones(1, 2), tiss=torch.ones(1, 2))
+
+
+def one_sequence(logp, is_demo, **more):
+    """Inputs of one response with reward and advantage 1."""
+    one = torch.ones(1)
+    return Inputs(logp, logp.detach(), torch.ones_like(logp), one, one, torch.tensor([is_demo]), int(is_demo), int(not is_demo), **more)
 
 
 def test_luffy_without_shaping_still_learns_from_demonstrations():
     """gamma 0 means the plain ratio p of Eq. 10, not p/p."""
     logp = torch.tensor([[0.2, 0.9]]).log().requires_grad_()
-    loss, _ = OBJECTIVES["luffy"][0](logp, logp, torch.ones(1, 2), torch.ones(1), torch.ones(1), torch.tensor([True]),
-                                     Config(method="luffy"), n_demo=1, n_rollout=0)
-    loss.backward()
+    terms, _ = luffy_loss(one_sequence(logp, is_demo=True), Config(method="luffy"))
+    sum(terms.values()).backward()
     torch.testing.assert_close(logp.grad, -torch.tensor([[0.2, 0.9]]) / 2)
 
 
 def test_the_clipped_surrogate_worked_out_by_hand():
     """One rollout of two tokens, A = 1: ratios 1.5, cut to 1.2, and 0.5, which the minimum leaves alone."""
-    logp, old = torch.tensor([[1.5, 0.5]]).log(), torch.zeros(1, 2)
-    loss, stats = OBJECTIVES["grpo"][0](logp, logp, torch.ones(1, 2), torch.ones(1), torch.ones(1), torch.tensor([False]),
-                                        Config(), n_demo=0, n_rollout=1, logp_old=old)
-    assert loss.item() == pytest.approx(-(1.2 + 0.5) / 2) and stats == {"loss/rl": pytest.approx(-0.85)}
+    logp = torch.tensor([[1.5, 0.5]]).log()
+    terms, _ = grpo_loss(one_sequence(logp, is_demo=False, logp_old=torch.zeros(1, 2)), Config())
+    assert {name: term.item() for name, term in terms.items()} == {"rl": pytest.approx(-(1.2 + 0.5) / 2)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_the_kl_of_no_token_is_empty():
 # The command line.
 
 def test_methods_of_the_command_line_and_objectives_are_the_same():
-    assert set(METHODS) == set(ALL) and Config().method == "srft"
+    assert set(METHODS) == set(LOSSES) and Config().method == "srft"
 
 
 def test_a_method_brings_the_papers_flags_which_presets_and_flags_override():

@@ -1,4 +1,5 @@
-"""srft.py's objective against an oracle in plain Python floats, one token at a time, from Eq. 7-13 of the paper.
+"""The objective, srft.srft_loss and the switchable one of paper/readings.py, against an oracle in plain Python
+floats, one token at a time, from Eq. 7-13 of the paper.
 
     pytest tests/test_loss.py
 
@@ -7,25 +8,18 @@ The oracle also differentiates by hand: d loss / d log pi and d loss / d H of ea
 import inspect
 import math
 import random
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from paper import baselines
-import model as M
-from support.logprobs import token_logprobs
 import srft
-import update
 from config import Config
+from paper import readings
 from srft import group_advantage, srft_loss
 
 TERMS = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg")
-INPUTS = ("logp", "entropy", "mask", "reward", "advantage", "is_demo", "logp_old", "tis", "kl")
+INPUTS = ("logp", "entropy", "mask", "reward", "advantage", "is_demo")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -44,7 +38,7 @@ def mean_or_0(values):
 
 def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
     """(loss, stats, d/dlogp, d/dH, d/dKL) of Eq. 13; the gradients as one list a sequence."""
-    stats, loss = {name: 0.0 for name in TERMS}, 0.0
+    stats = dict.fromkeys((*TERMS, *["loss/entropy"] * bool(cfg.entropy_coef), *["loss/kl"] * bool(cfg.kl_coef)), 0.0)
     d_logp, d_entropy, d_kl, weights = [], [], [], {"w_sft": [], "w_rl": []}
     batch_h = {kind: mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind]) for kind in (True, False)}
     for s in batch:
@@ -72,12 +66,15 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
                 r = s.advantage if cfg.eq12_advantage else 1.0 if s.reward > 0 else -1.0
                 c = share * w * r * (s.tis[t] if tis else 1.0)
                 stats["loss/rl_pos" if s.reward > 0 else "loss/rl_neg"] += -c * score                # Eq. 12
-                loss += share * (cfg.kl_coef * s.kl[t] - cfg.entropy_coef * s.entropy[t])
+                if cfg.kl_coef:
+                    stats["loss/kl"] += share * cfg.kl_coef * s.kl[t]
+                if cfg.entropy_coef:
+                    stats["loss/entropy"] += -share * cfg.entropy_coef * s.entropy[t]
                 dlp, dh, dkl = -c * slope, -share * cfg.entropy_coef, share * cfg.kl_coef
             d_logp[-1].append(dlp), d_entropy[-1].append(dh), d_kl[-1].append(dkl)
         if s.is_demo or s.reward > 0:
             weights[name].append(mean_or_0(token_weights))
-    loss += sum(stats.values())                                                                      # Eq. 13
+    loss = sum(stats.values())                                                                       # Eq. 13
     return loss, stats | {name: mean_or_0(ws) for name, ws in weights.items()}, d_logp, d_entropy, d_kl
 
 
@@ -100,24 +97,44 @@ def mixed_batch(seed, size=9):
 
 
 def tensors(batch, padding=0.0):
-    """The keyword arguments of srft_loss; `padding` stands where a response has ended."""
+    """The tensors of readings.Inputs, by name; `padding` stands where a response has ended."""
     width = max(len(s.logp) for s in batch)
-    table = lambda name: torch.tensor([getattr(s, name) + [padding] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
-    each = lambda name: torch.tensor([getattr(s, name) for s in batch], dtype=torch.float64)
+
+    def table(name):
+        return torch.tensor([getattr(s, name) + [padding] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
+
+    def each(name):
+        return torch.tensor([getattr(s, name) for s in batch], dtype=torch.float64)
+
     mask = torch.tensor([[1.0] * len(s.logp) + [0.0] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
+    step_entropy = [mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == of.is_demo]) for of in batch]
     return {name: table(name) for name in ("logp", "entropy", "logp_old", "tis", "kl")} | {
-        "mask": mask, "reward": each("reward"), "advantage": each("advantage"), "is_demo": each("is_demo").bool()}
+        "mask": mask, "reward": each("reward"), "advantage": each("advantage"), "is_demo": each("is_demo").bool(),
+        "step_entropy": torch.tensor(step_entropy, dtype=torch.float64)}
 
 
-def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=srft_loss, **more):
-    """(loss, stats, d/dlogp, d/dH, d/dKL) by srft_loss, or another, and autograd."""
+def papers_loss(inputs, cfg):
+    """srft.srft_loss, called like the losses of paper/."""
+    x = inputs
+    return srft_loss(x.logp, x.entropy, x.mask, x.reward, x.advantage, x.is_demo, x.n_demo, x.n_rollout, x.tis)
+
+
+def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=readings.srft_loss, **more):
+    """(loss, stats, d/dlogp, d/dH, d/dKL) by readings.srft_loss, or another, and autograd."""
     a = dict(arguments)
-    differentiable = [a.update({name: a[name].clone().requires_grad_()}) or a[name] for name in ("logp", "entropy", "kl")]
-    value, stats = loss(*(a[n] for n in INPUTS[:6]), cfg, n_demo, n_rollout, logp_old=a["logp_old"] if old else None,
-                        tis=a["tis"] if tis else None, kl=a["kl"] if cfg.kl_coef else None, **more)
+    for name in ("logp", "entropy", "kl"):
+        a[name] = a[name].clone().requires_grad_()
+    inputs = readings.Inputs(
+        *(a[name] for name in INPUTS), n_demo, n_rollout, tis=a["tis"] if tis else None, kl=a["kl"] if cfg.kl_coef else None,
+        logp_old=a["logp_old"] if old else None, step_entropy=a["step_entropy"], demo_tokens=n_demo, rollout_tokens=n_rollout, **more)
+    terms, weights = loss(inputs, cfg)
+    value = sum(terms.values())
     value.backward()
-    stats = {name: number.item() for name, number in stats.items()}
-    return value.item(), stats, *(torch.zeros_like(x) if x.grad is None else x.grad for x in differentiable)
+    stats = {f"loss/{name}": term.item() for name, term in terms.items()}
+    kinds = {"w_sft": a["is_demo"].bool(), "w_rl": ~a["is_demo"].bool() & (a["reward"] > 0)}
+    stats |= {name: mean_or_0(weight[kinds[name]].tolist()) for name, weight in weights.items()}
+    gradients = [torch.zeros_like(a[name]) if a[name].grad is None else a[name].grad for name in ("logp", "entropy", "kl")]
+    return value.item(), stats, *gradients
 
 
 def counts(batch, cfg, more=0):
@@ -197,6 +214,37 @@ def test_every_term_and_its_gradient_equal_the_equations(switch, tis, old):
     for seed in range(3):
         batch = mixed_batch(seed)
         assert_equal_to_oracle(batch, cfg, counts(batch, cfg, more=5), old=old, tis=tis)   # a part of a larger step
+        if not switch:
+            n = counts(batch, cfg, more=5)
+            assert_equal(shipped(tensors(batch), cfg, *n, tis=tis, loss=papers_loss), oracle(batch, cfg, *n, tis=tis))
+
+
+@pytest.mark.parametrize("tis", [False, True], ids=["no-tis", "tis"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_at_the_defaults_the_switchable_objective_is_the_papers_own_bit_for_bit(seed, dtype, tis):
+    batch = mixed_batch(seed, size=20)
+    a = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors(batch, padding=math.nan).items()}
+    ours, theirs = [shipped(a, Config(), 4, 9, tis=tis, loss=loss) for loss in (papers_loss, readings.srft_loss)]
+    assert ours[:2] == theirs[:2] and not math.isnan(ours[0])
+    assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(ours[2:], theirs[2:]))
+
+
+def test_the_papers_loss_needs_torch_alone():
+    copy = {"torch": torch}
+    exec(inspect.getsource(srft_loss), copy)
+    a = tensors(mixed_batch(0))
+    terms, weights = copy["srft_loss"](*(a[name] for name in INPUTS), n_demo=2, n_rollout=7, tis=a["tis"])
+    expected, expected_weights = srft_loss(*(a[name] for name in INPUTS), n_demo=2, n_rollout=7, tis=a["tis"])
+    assert list(terms) == ["sft_demo", "rl_demo", "rl_pos", "rl_neg"] and terms == expected
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in ("w_sft", "w_rl"))
+    assert list(inspect.signature(srft_loss).parameters) == [*INPUTS, "n_demo", "n_rollout", "tis"]
+
+
+def test_only_flags_that_ask_for_another_loss_leave_the_papers_own():
+    assert srft.load_objective(Config()) is srft_loss
+    for switch in SWITCHES[1:] + [dict(updates_per_rollout=2), dict(method="grpo")]:
+        assert srft.load_objective(Config(**switch)) is not srft_loss, switch
 
 
 @pytest.mark.parametrize("kinds", [
@@ -219,12 +267,11 @@ def test_a_batch_that_lacks_a_kind_of_sequence_still_equals_the_equations(kinds,
 def test_the_default_loss_of_two_tokens_worked_out_by_hand():
     """pi = 1/2 at both tokens, H = log 2: w_SFT = 0.5 / 2 = 0.25 and w_RL = 0.1 x 2 = 0.2."""
     log2, half = math.log(2), torch.full((3, 2), -math.log(2), dtype=torch.float64)
-    loss, stats = srft_loss(half, -half, torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.7, 0.7, -1.4]),
-                            torch.tensor([True, False, False]), Config(), n_demo=1, n_rollout=2)
-    expected = {"loss/sft_demo": 0.25 * log2, "loss/rl_demo": -0.7 / 2, "loss/rl_pos": 0.2 * log2 / 2,
-                "loss/rl_neg": -log2 / 2, "w_sft": 0.25, "w_rl": 0.2}
-    assert stats == pytest.approx(expected, abs=1e-7)
-    assert loss.item() == pytest.approx(sum(expected[n] for n in TERMS), abs=1e-7)
+    terms, weights = srft_loss(half, -half, torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.7, 0.7, -1.4]),
+                               torch.tensor([True, False, False]), n_demo=1, n_rollout=2)
+    expected = {"sft_demo": 0.25 * log2, "rl_demo": -0.7 / 2, "rl_pos": 0.2 * log2 / 2, "rl_neg": -log2 / 2}
+    assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-7)
+    assert weights["w_sft"].tolist() == pytest.approx([0.25] * 3) and weights["w_rl"].tolist() == pytest.approx([0.2] * 3)
 
 
 def test_the_ratio_and_the_log_form_of_eq_12_have_the_same_gradient_before_the_first_update():
@@ -266,14 +313,12 @@ def test_micro_batches_of_any_split_add_up_to_the_whole_batch(level, norm, seed)
     assert terms == pytest.approx({name: stats[name] for name in TERMS}, abs=1e-10)
 
 
-def test_with_entropy_level_batch_micro_batches_add_up_once_the_step_s_mean_entropy_is_passed_in():
+def test_with_entropy_level_batch_micro_batches_add_up_by_the_mean_entropy_of_the_whole_step():
     cfg, batch = Config(entropy_level="batch"), mixed_batch(5, size=12)
-    n = counts(batch, cfg)
-    loss = shipped(tensors(batch), cfg, *n)[0]
-    mean = {kind: mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind]) for kind in (True, False)}
-    for s in batch:
-        s.entropy = [mean[s.is_demo]] * len(s.entropy)
-    assert sum(shipped(tensors(batch[i::5]), cfg, *n)[0] for i in range(5)) == pytest.approx(loss, abs=1e-10)
+    n, whole = counts(batch, cfg), tensors(batch)
+    loss = shipped(whole, cfg, *n)[0]
+    parts = [shipped(tensors(batch[i::5]) | {"step_entropy": whole["step_entropy"][i::5]}, cfg, *n)[0] for i in range(5)]
+    assert sum(parts) == pytest.approx(loss, abs=1e-10)
 
 
 GARBAGE = [(name, form, garbage) for name in ("logp", "entropy", "kl", "logp_old", "tis") for form in ("log", "ratio")
@@ -310,136 +355,15 @@ def test_importance_weights_apply_to_rollouts_and_never_to_demonstrations(form):
 def test_the_arguments_are_not_written_into(switch):
     a, cfg = tensors(mixed_batch(9)), Config(**switch)
     before = {name: (t.clone(), t._version) for name, t in a.items()}
-    srft_loss(*(a[n] for n in INPUTS[:6]), cfg, 4, 5, a["logp_old"], a["tis"], a["kl"])
+    for loss in (papers_loss, readings.srft_loss):
+        shipped(a, cfg, 4, 5, old=True, tis=True, loss=loss)
     group_advantage(a["reward"], torch.arange(9) // 3)
     assert all(torch.equal(t, before[n][0]) and t._version == before[n][1] for n, t in a.items())
 
 
-@pytest.mark.parametrize("mask_type", [torch.bool, torch.int64, torch.float32])
-def test_masks_flags_and_rewards_of_any_type_mean_the_same(mask_type):
+@pytest.mark.parametrize("loss", [papers_loss, readings.srft_loss])
+@pytest.mark.parametrize("flag_type", [torch.bool, torch.int64, torch.float32])
+def test_masks_flags_and_rewards_of_any_type_mean_the_same(flag_type, loss):
     a = tensors(mixed_batch(10))
-    other = a | {"mask": a["mask"].to(mask_type), "is_demo": a["is_demo"].float(), "reward": a["reward"].float()}
-    assert shipped(other, Config(), 4, 5)[:2] == shipped(a, Config(), 4, 5)[:2]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The update that uses it, on a policy of one matrix and no process group.
-
-class Bigram(torch.nn.Module):
-    """A policy whose logits depend on the last token only, and which has nothing to gather or to reduce."""
-    set_reshard_after_backward = set_requires_all_reduce = lambda *args, **kwargs: None
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = torch.nn.Parameter(torch.randn(7, 7, generator=generator))
-
-    def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None):
-        hidden = torch.nn.functional.one_hot(batch.ids[0, batch.where], 7).float()
-        logp, entropy = token_logprobs(hidden, self.table, batch.targets, temperature, entropy_grad=entropy_grad)
-        return *(update.pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy)), None
-
-
-def one_update(monkeypatch, sequences, split=1, policy=None, **switches):
-    """What update_policy reports of one step on these sequences, by one rank of two."""
-    monkeypatch.setattr(update.dist, "all_reduce", lambda *_: None)
-    monkeypatch.setattr(update.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)      # here nothing is sharded
-    cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), policy or Bigram()
-    run = SimpleNamespace(policy=policy, device=torch.device("cpu"), reference=None, objective=srft.OBJECTIVES[cfg.method],
-                          optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
-    batches = [sequences[i::split] for i in range(split)]
-    before = update.forward_before_update(run, cfg, batches)
-    return update.update_policy(run, cfg, batches, before, *update.counts(sequences, cfg.loss_norm))
-
-
-def grad_norm(*args, **kwargs):
-    return one_update(*args, **kwargs)["grad_norm"]
-
-
-def step_of_sequences():
-    rng = random.Random(0)
-    tokens = lambda n: [rng.randrange(7) for _ in range(n)]
-    return [M.Sequence(tokens(3), tokens(n), is_demo=n == 5, reward=float(n % 2), advantage=rng.gauss(0, 1),
-                       engine_logp=None if n == 5 else [0.0] * n) for n in (2, 3, 4, 5, 6, 7)]
-
-
-@pytest.mark.parametrize("norm, expected", [("sequence", (1, 5)), ("constant", (1, 5)), ("token", (5, 22))])
-def test_the_step_s_counts_are_in_sequences_or_for_the_token_norm_in_response_tokens(norm, expected):
-    assert update.counts(step_of_sequences(), norm) == expected
-
-
-@pytest.mark.parametrize("level", ["sequence", "token", "batch"])
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_one_update_does_not_depend_on_how_the_step_is_split_into_micro_batches(monkeypatch, level, norm):
-    whole, parts = (grad_norm(monkeypatch, step_of_sequences(), split, entropy_level=level, loss_norm=norm)
-                    for split in (1, 4))
-    assert parts == pytest.approx(whole, rel=1e-5)
-
-
-class Sick(Bigram):
-    """A policy whose log-prob is nan at one token: the first of the sequence that has `length` of them."""
-
-    def __init__(self, length):
-        super().__init__()
-        self.length = length
-
-    def forward(self, batch, *args):
-        logp, *others = super().forward(batch, *args)
-        bad = torch.tensor([[n == self.length] for n in batch.lengths]) & (torch.arange(logp.shape[1]) == 0)
-        return logp * torch.where(bad, math.nan, 1.0), *others
-
-
-@pytest.mark.parametrize("length", [3, 5])                           # a rollout; the demonstration
-def test_log_probs_of_the_trainer_that_are_not_finite_end_in_a_skipped_update_and_are_not_the_engines_fault(monkeypatch, length):
-    found = one_update(monkeypatch, step_of_sequences(), policy=Sick(length))
-    sound = one_update(monkeypatch, step_of_sequences())
-    assert math.isnan(found["grad_norm"]) and found["engine/logp_diff_rank"] == pytest.approx(sound["engine/logp_diff_mean"], rel=0.3)
-
-
-def test_an_engine_whose_log_probs_are_nan_is_seen_and_the_worst_rank_is_not_lost_in_the_mean(monkeypatch):
-    sequences = step_of_sequences()
-    for s in sequences[3:]:                                          # the second rank's: one demonstration, two rollouts of 6 and 7
-        s.engine = 1
-    even = one_update(monkeypatch, sequences)
-    for s in sequences[4:]:
-        s.engine_logp = [-30.0] * len(s.response)
-    found = one_update(monkeypatch, sequences)
-    assert 20 < found["engine/logp_diff_rank"] < 30 and found["engine/logp_diff_mean"] < 0.7 * found["engine/logp_diff_rank"]
-    assert even["engine/logp_diff_mean"] <= even["engine/logp_diff_rank"] < 5
-    sequences[5].engine_logp = [math.nan] * 7
-    assert math.isnan(one_update(monkeypatch, sequences)["engine/logp_diff_rank"])
-
-
-@pytest.mark.parametrize("level", ["sequence", "token"])
-def test_an_entropy_bonus_changes_the_update(monkeypatch, level):
-    with_bonus, without = (grad_norm(monkeypatch, step_of_sequences(), entropy_level=level, entropy_coef=c) for c in (9.0, 0.0))
-    assert with_bonus != pytest.approx(without, rel=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Copying one piece, as the README says: what it names, the standard library, torch and numpy are enough.
-
-PIECES = {
-    "group_advantage": [], "pack": ["Sequence", "karmarkar_karp"], "collate": ["Sequence", "Batch", "to_device"],
-    "srft_loss": ["entropy_weight", "mean_over", "sequence_mean", "average", "without_padding", "add_up", "shaped"],
-    "token_logprobs": ["_ChunkedLogProbs", "_addmm_fp32", "default_chunk"]}
-
-
-@pytest.mark.parametrize("piece", PIECES)
-def test_a_piece_works_alone_with_what_the_readme_names(piece, monkeypatch):
-    sentence = (Path(srft.__file__).parent / "README.md").read_text().split("To copy one piece:")[1].split("\n\n")[0]
-    copy = {"__name__": "a_copy"} | {name: __import__(name) for name in ("torch", "math", "heapq")} | {
-        "np": np, "dataclass": dataclass, "F": torch.nn.functional}
-    monkeypatch.setitem(sys.modules, "a_copy", SimpleNamespace(__dict__=copy))      # dataclass looks for the class's module
-    for name in (*PIECES[piece], piece):
-        assert f"`{name}`" in sentence
-        owner = next(module for module in (srft, M, baselines) if hasattr(module, name))
-        exec(inspect.getsource(getattr(owner, name)), copy)
-    fields = {f.name: f.default for f in Config.__dataclass_fields__.values() if f.metadata["group"] == "objective"}
-    two = lambda: torch.full((1, 2), -0.5)
-    sequences = lambda: [copy["Sequence"]([1, 2], [3, 4, 5])]
-    assert {"group_advantage": lambda f: f(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])),
-            "pack": lambda f: f(sequences(), 9), "collate": lambda f: f(sequences(), "cpu"),
-            "srft_loss": lambda f: f(two(), two(), two(), torch.ones(1), torch.ones(1), torch.ones(1), SimpleNamespace(**fields), 1, 0),
-            "token_logprobs": lambda f: f(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 1, 2]))}[piece](copy[piece]) is not None
+    other = a | {"mask": a["mask"].to(flag_type), "is_demo": a["is_demo"].to(flag_type), "reward": a["reward"].float()}
+    assert shipped(other, Config(), 4, 5, loss=loss)[:2] == shipped(a, Config(), 4, 5, loss=loss)[:2]

@@ -233,8 +233,8 @@ def test_relift_demonstrates_what_all_rollouts_failed_and_its_buffer_survives_a_
     flags = [*SMALL, "--method", "relift", "--n_rollouts", "1"]            # of one rollout a prompt, most groups fail
     run([*flags, "--steps", "4", "--out", tmp_path / "whole"])
     rows = metrics(tmp_path / "whole")[1:]
-    assert rows[0]["loss/sft"] is None or rows[0]["reward/all_wrong"] == 1
-    assert any(row["loss/sft"] is not None for row in rows) and all(row["reward/demo_mean"] is None for row in rows)
+    assert "loss/sft" not in rows[0] or rows[0]["reward/all_wrong"] == 1
+    assert any("loss/sft" in row for row in rows) and all(row["reward/demo_mean"] is None for row in rows)
     run([*flags, "--steps", "2", "--out", tmp_path / "parts"])
     run([*flags, "--steps", "4", "--out", tmp_path / "parts", "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
