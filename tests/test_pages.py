@@ -3,6 +3,7 @@
     pytest tests/test_pages.py
 """
 import ast
+import builtins
 import json
 import re
 import textwrap
@@ -42,7 +43,7 @@ def without_blocks(text):
 
 def spans(text):
     """What stands in single backticks, outside of fenced blocks."""
-    return re.findall(r"`([^`\n]+)`", without_blocks(text))
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(text))]
 
 
 def code(page):
@@ -197,6 +198,30 @@ def test_the_rows_that_a_page_shows_are_read_with_all_their_columns(page, tmp_pa
             [example] = load_examples(file)
             assert (example.demo is not None) == ("solution" in row or "target" in row)
             assert "id" not in row or example.id == row["id"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Copying one piece.
+
+COPIED = {"group_advantage": "srft.py", "srft_loss": "srft.py", "pack": "model.py", "collate": "model.py",
+          "Sequence": "model.py", "karmarkar_karp": "model.py", "first_fit": "model.py", "Batch": "model.py",
+          "to_device": "support/device.py"}
+LIBRARIES = {"torch", "np", "math", "heapq", "dataclass"}         # as the copied code calls them
+
+
+def test_a_piece_needs_nothing_but_what_the_front_page_names():
+    sentence = README.read_text().split("To copy one piece:")[1].split("\n\n")[0]
+    assert set(COPIED) <= set(spans(sentence))
+    for name, file in COPIED.items():
+        nodes = list(ast.walk(defined(ROOT / file)[name]))
+        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        assert not used - own - set(dir(builtins)) - LIBRARIES - set(COPIED), name
+    for node in ast.parse((ROOT / "support/logprobs.py").read_text()).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            assert ast.unparse(node) == "import torch"
 
 
 # ---------------------------------------------------------------------------------------------------------
