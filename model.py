@@ -226,8 +226,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
     query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash kernel
     that ships with torch, told where sequences start, so that no layer waits for the device; on CPU see
-    attention_by_runs. Raises ValueError, by name, for whatever else a model asks of its attention: softcap,
-    s_aux (sinks), a sliding_window, a mask of its own.
+    attention_by_runs. position_ids have turned query and key already, and dropout is 0 (empty_model). Raises
+    ValueError, by name, for whatever else a model asks of its attention: softcap, s_aux (sinks), a
+    sliding_window, a mask of its own.
     """
     asked["attention_mask"] = attention_mask
     asked = [name for name, wanted in asked.items() if wanted is not None]
@@ -236,7 +237,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         raise ValueError(f"{type(module).__name__} asks its attention for {why}; packed attention is plain "
                          "causal attention and would give other numbers: use a model of the Qwen2, Qwen3, "
                          "Llama, Mistral or OLMo-2 kind")
-    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    query = query[0].transpose(0, 1)                                                           # (N, heads, d)
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)                           # (N, kv_heads, d)
     if not query.is_cuda:
         return attention_by_runs(query, key, value, cu_seq_lens_q.diff().tolist(), scaling)[None], None
     from torch.nn.attention.varlen import varlen_attn
@@ -274,6 +276,7 @@ def attention_by_runs(query, key, value, lengths, scaling):
     return torch.cat(outs)
 
 
+# For an attention by a name of our own, transformers makes no mask: it would be (N, N).
 AttentionInterface.register("packed", packed_attention)
 
 
@@ -283,8 +286,9 @@ AttentionInterface.register("packed", packed_attention)
 # DTensor), and so of its gradient and of AdamW's two moments: of 7.6 B weights, 4 + 4 + 8 bytes each are
 # 122 GB, and 15 GB a rank on 8. A unit's forward first all-gathers its parameters, which then stand in the
 # module as plain tensors, and frees them at its end; its backward gathers them again, and at its end
-# reduce-scatters the gradients: each rank gets the sum for its own shard. Hooks of the module's forward do
-# this, and all of it is collective: every rank must run the same units equally often.
+# reduce-scatters the gradients: each rank gets the sum for its own shard. The root, which is whatever unit
+# runs first, frees nothing after its forward, as its backward comes next. Hooks of the module's forward do
+# all this, and all of it is collective: every rank must run the same units equally often.
 
 class Policy(nn.Module):
     """pi_theta: a thin root around the language model.
@@ -445,8 +449,8 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
     """
     lm = empty_model(config)
     if checkpointing:
-        # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB. Nothing
-        # in a block is random, so no generator's state need be saved and set at every block.
+        # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB. The
+        # price is a second forward. Nothing in a block is random, so no generator's state need be saved.
         lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     policy = Policy(lm.train())               # transformers recomputes in training mode only
     if bf16 is None:
@@ -454,7 +458,8 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
     shard(policy, mesh, device, bf16, offload)
     # From "meta" to real memory, and only of this rank's shards: no rank ever holds the whole model.
     policy.to_empty(device="cpu" if offload else device)
-    for module in policy.modules():         # to_empty also emptied RoPE's frequencies, which no file holds
+    for module in policy.modules():
+        # to_empty also emptied RoPE's frequencies, which no file holds: a new module computes them.
         if hasattr(module, "inv_freq"):
             for name, buffer in type(module)(config).named_buffers():
                 module.register_buffer(name, buffer.to(device), persistent=False)
