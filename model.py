@@ -1,16 +1,21 @@
-"""The policy: a Hugging Face causal LM, sharded by FSDP2, that turns packed sequences into
-log-probs and entropies.
+"""The policy pi_theta: a Hugging Face causal LM, sharded by FSDP2, that turns packed sequences into log-probs
+and entropies.
 
-    policy = load_policy(path, config, mesh, device)              # shards read straight from safetensors
-    for batch in pack(sequences, token_budget):               # no padding anywhere: sequences lie end to end
-        logp, entropy, _ = policy(collate(batch, device))     # (B,T) nats each; entropy has no gradient
-    save_checkpoint(...); load_checkpoint(...); export_hf(...)
+    config = load_config(folder, rope_theta=40_000, window=16_384)                 # App. B
+    policy = load_policy(folder, config, mesh, device)       # each rank reads its shards of the safetensors
+    for sequences in pack(all_sequences, token_budget=16_384):
+        logp, entropy, _ = policy(collate(sequences, device))       # (B,T) nats; entropy has no gradient
+    engine.sync_weights(full_parameters(policy, torch.bfloat16), version)
+    export_hf(folder, policy, tokenizer, torch.bfloat16)
 
 Covers App. B of the paper (RoPE theta, window) and everything that Eq. 1-13 take for granted: log
 pi_theta(y_t | x, y_<t) and the full-vocabulary entropy H_t of the same distribution, from one forward pass.
+The head, from hidden states to these, is support/logprobs.py; checkpoints are support/checkpoint.py.
 
-Letters: B sequences, T response tokens, N packed tokens, R response tokens in a pack, V
-vocabulary, D hidden size.
+To copy: all down to `collate` needs numpy, torch and support.device.to_device, and knows no model.
+
+Letters: B sequences, T response tokens, N packed tokens, R response tokens in a pack, V vocabulary, D hidden
+size.
 """
 import gc
 import heapq
@@ -19,7 +24,6 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -37,17 +41,19 @@ from support.device import to_device
 from support.logprobs import token_kl, token_logprobs
 
 # ----------------------------------------------------------------------------------------------------------
-# Packing: sequences lie end to end in one row of N tokens; attention is block-diagonal and causal.
+# Packing. A step's 128 prompts x (8 rollouts + 1 demonstration) are 1,152 sequences of up to 1,024 + 8,192
+# tokens, many far shorter. No padding: they lie end to end in one row of N tokens, up to 16,384, which is a
+# micro-batch, and attention looks no further back than the start of its own sequence.
 
 @dataclass
 class Sequence:
     """One training sequence: a prompt with a rollout or a demonstration (tokens as int lists or arrays)."""
-    prompt: list
-    response: list                 # EOS included when the response ended by itself
+    prompt: list                   # x
+    response: list                 # y; EOS included when the response ended by itself
     is_demo: bool = False
     group: int = 0                 # which prompt of the step; Eq. 6 forms the augmented group from it
-    reward: float = 0.0            # R(x, y) of Eq. A2
-    advantage: float = 0.0         # Eq. 7
+    reward: float = 0.0            # R(x, y) of Eq. A2: 1.0 or 0.0
+    advantage: float = 0.0         # A of Eq. 7
     engine_logp: list | None = None   # log pi_engine(y_t) of each response token; None for a demonstration
     engine: int = 0                # the rank whose engine sampled it
     finished: bool = True          # False: the rollout was cut at the length limit
@@ -57,64 +63,116 @@ class Sequence:
 
 
 def karmarkar_karp(costs, k):
-    """Indices of `costs` in k lists whose sums differ little: the largest differencing method, k-way.
+    """Indices of `costs` in k lists whose sums differ little: the largest differencing method, k-way
+    (https://en.wikipedia.org/wiki/Largest_differencing_method).
 
-    Every item starts as a partition of its own (k sums, all but one 0). The two partitions with the widest
-    spread are merged, largest sum with smallest, until one is left. Empty parts are not stored.
+    A partition is k parts, each a sum with its indices. At first every item is a partition by itself, all
+    other parts empty. Of all partitions, the two with the widest spread, largest sum less smallest, are
+    merged, large sums with small ones, until one is left:
+
+        8, 7, 6, 5, 4, k = 2    8 and 7 have the widest spreads    ->  (8 | 7)
+        (8 | 7), 6, 5, 4        6 and 5                            ->  (6 | 5)
+        (8 | 7), (6 | 5), 4     4 and (8 | 7): 4 joins the 7       ->  (11 | 8)
+        (11 | 8), (6 | 5)       11 with 5, 8 with 6                ->  (16 | 14)
+
+    >>> karmarkar_karp([8, 7, 6, 5, 4], 2)                 # each to the lightest list would end at 17 and 13
+    [[4, 1, 3], [0, 2]]
     """
-    heap = [(-cost, i, [(cost, [i])]) for i, cost in enumerate(costs)]         # (-spread, tie-break, parts)
+    def total(part):
+        return part[0]
+
+    # (-spread, number, parts): the widest spread comes first, and number breaks ties. Parts are stored with
+    # the largest sum first, and not while they are empty.
+    heap = [(-cost, i, [(cost, [i])]) for i, cost in enumerate(costs)]
     heapq.heapify(heap)
-    for tie in range(len(heap), 2 * len(heap) - 1):
-        a, b = heapq.heappop(heap)[2], heapq.heappop(heap)[2]                  # parts, the largest first
-        met = max(0, len(a) + len(b) - k)                                      # so many of each must share
-        a, small_a = a[:len(a) - met], a[len(a) - met:]
-        b, small_b = b[:len(b) - met], b[len(b) - met:]
-        parts = a + b + [(x + y, p + q) for (x, p), (y, q) in zip(small_a, reversed(small_b))]
-        parts.sort(key=lambda part: -part[0])
-        heapq.heappush(heap, (-parts[0][0] + (parts[-1][0] if len(parts) == k else 0), tie, parts))
-    parts = [indices for _, indices in heap[0][2]] if heap else []
-    return parts + [[] for _ in range(k - len(parts))]
+    for number in range(len(costs), 2 * len(costs) - 1):
+        _, _, left = heapq.heappop(heap)
+        _, _, right = heapq.heappop(heap)
+        # Together they have room for k parts. What is too many shares one: of the small parts of both sides,
+        # the largest of the left with the smallest of the right.
+        shared = max(0, len(left) + len(right) - k)
+        left, left_small = left[:len(left) - shared], left[len(left) - shared:]
+        right, right_small = right[:len(right) - shared], right[len(right) - shared:]
+        parts = left + right
+        for (cost, indices), (other_cost, other_indices) in zip(left_small, reversed(right_small)):
+            parts.append((cost + other_cost, indices + other_indices))
+        parts.sort(key=total, reverse=True)
+        smallest = parts[-1][0] if len(parts) == k else 0
+        heapq.heappush(heap, (smallest - parts[0][0], number, parts))
+
+    parts = heap[0][2] if heap else []
+    empty = [[] for _ in range(k - len(parts))]
+    return [indices for _, indices in parts] + empty
+
+
+def first_fit(tokens, token_budget):
+    """Indices of `tokens` in lists that keep the budget: the longest first, each to the first list with room.
+
+    >>> first_fit([3, 7, 4, 6], 10)
+    [[1, 0], [3, 2]]
+    """
+    def length(i):
+        return tokens[i]
+
+    lists, used = [], []
+    for i in sorted(range(len(tokens)), key=length, reverse=True):
+        number = 0
+        while number < len(lists) and used[number] + tokens[i] > token_budget:
+            number += 1
+        if number == len(lists):
+            lists.append([])
+            used.append(0)
+        lists[number].append(i)
+        used[number] += tokens[i]
+    return lists
 
 
 def pack(sequences, token_budget, multiple_of=1, cost=len):
     """Distribute sequences over micro-batches of at most `token_budget` tokens.
 
-    Returns a list of lists; every sequence appears once. The number of micro-batches is what first-fit on
-    decreasing lengths needs, rounded up to a multiple of `multiple_of` (the ranks), so that rank r trains on
-    micro-batches r, r + ranks, ...; some may be empty. Those of one round run side by side, and all ranks
-    wait for the costliest: of the distributions that keep the budget (Karmarkar-Karp on costs, on tokens,
-    first-fit) the one with the shortest rounds is taken. cost: of a sequence; the training loop passes FLOPs,
-    in which attention is quadratic. Raises ValueError when one sequence alone is over the budget.
+    Returns a list of lists; every sequence appears once. Their number is what first-fit needs, rounded up to
+    a multiple of `multiple_of` (the ranks), so that rank r trains on micro-batches r, r + ranks, ...; some
+    may be empty. Those of one round run side by side, and all ranks wait for the costliest: of the
+    distributions that keep the budget (Karmarkar-Karp on costs, on tokens, first-fit) the one with the
+    shortest rounds is taken. cost: of a sequence; the training loop passes FLOPs, in which attention is
+    quadratic. Raises ValueError when one sequence alone is over the budget.
     """
-    tokens, costs = [len(s) for s in sequences], [cost(s) for s in sequences]
+    tokens = [len(sequence) for sequence in sequences]
+    costs = [cost(sequence) for sequence in sequences]
     if tokens and max(tokens) > token_budget:
         raise ValueError(f"a sequence of {max(tokens)} tokens exceeds --micro_batch_tokens {token_budget}")
-    first_fit, loads = [], []
-    for i in sorted(range(len(sequences)), key=lambda i: -tokens[i]):
-        b = next((b for b, used in enumerate(loads) if used + tokens[i] <= token_budget), len(loads))
-        if b == len(loads):
-            first_fit.append([])
-            loads.append(0)
-        first_fit[b].append(i)
-        loads[b] += tokens[i]
-    count = max(1, math.ceil(len(first_fit) / multiple_of)) * multiple_of
-    first_fit += [[] for _ in range(count - len(first_fit))]
 
-    total = lambda numbers, part: sum(numbers[i] for i in part)
-    rounds = lambda parts: sum(total(costs, part) for part in parts[::multiple_of])
-    candidates = [sorted(parts, key=lambda part: -total(costs, part))
-                  for parts in (karmarkar_karp(costs, count), karmarkar_karp(tokens, count), first_fit)
-                  if all(total(tokens, part) <= token_budget for part in parts)]
-    return [[sequences[i] for i in sorted(part)] for part in min(candidates, key=rounds)]
+    def cost_of(part):
+        return sum(costs[i] for i in part)
+
+    fitted = first_fit(tokens, token_budget)
+    # Every rank runs as many as the others, at least one: a forward and a backward are collectives.
+    count = max(1, math.ceil(len(fitted) / multiple_of)) * multiple_of
+    while len(fitted) < count:
+        fitted.append([])
+
+    best, shortest = None, math.inf
+    for parts in (karmarkar_karp(costs, count), karmarkar_karp(tokens, count), fitted):
+        if max(sum(tokens[i] for i in part) for part in parts) > token_budget:
+            continue                              # evened out over the budget; first-fit always keeps it
+        # Costliest first, so that like runs beside like: a round lasts as long as its first micro-batch.
+        parts.sort(key=cost_of, reverse=True)
+        duration = sum(cost_of(part) for part in parts[::multiple_of])
+        if duration < shortest:
+            best, shortest = parts, duration
+
+    packs = []
+    for part in best:
+        packs.append([sequences[i] for i in sorted(part)])
+    return packs
 
 
 @dataclass
 class Batch:
-    """A packed micro-batch on a device. `where[r]` is the position whose hidden state
-    predicts `targets[r]`."""
+    """A packed micro-batch on a device: the hidden state at `where[r]` predicts `targets[r]`."""
     ids: torch.Tensor              # (1, N)
-    positions: torch.Tensor        # (1, N), restarting at 0 with every sequence
-    cu_seqlens: torch.Tensor       # (sequences + 1,) int32, where each sequence starts
+    positions: torch.Tensor        # (1, N), restarting at 0 with every sequence, as the engine counts them
+    cu_seqlens: torch.Tensor       # (sequences + 1,) int32, where each sequence starts, and N
     max_seqlen: int
     where: torch.Tensor            # (R,)
     targets: torch.Tensor          # (R,)
@@ -122,71 +180,128 @@ class Batch:
 
 
 def collate(sequences, device):
-    """Sequences -> Batch. An empty list gives a batch of one token that predicts nothing, by which a rank
-    without work still joins every collective of its group."""
-    tokens = ([np.concatenate([s.prompt, s.response]).astype(np.int64) for s in sequences]
-              or [np.zeros(1, np.int64)])
-    starts = np.cumsum([0] + [len(t) for t in tokens])
-    where = [start + len(s.prompt) - 1 + np.arange(len(s.response)) for s, start in zip(sequences, starts)]
-    positions = [np.arange(len(t)) for t in tokens]
-    targets = [s.response for s in sequences]
-    nothing = np.zeros(0, np.int64)
-    return Batch(
-        ids=to_device(np.concatenate(tokens), device)[None],
-        positions=to_device(np.concatenate(positions), device)[None],
-        cu_seqlens=to_device(starts, device, torch.int32), max_seqlen=max(map(len, tokens)),
-        where=to_device(np.concatenate([nothing, *where]), device),
-        targets=to_device(np.concatenate([nothing, *targets]), device, torch.int64),
-        lengths=[len(s.response) for s in sequences])
+    """Sequences -> Batch.
 
+    prompt [5, 6] with response [7, 8, 9], and prompt [1] with response [2]:
+
+        ids         [[5, 6, 7, 8, 9, 1, 2]]
+        positions   [[0, 1, 2, 3, 4, 0, 1]]
+        cu_seqlens  [0, 5, 7]                 max_seqlen 5
+        where       [1, 2, 3, 5]              6 predicts 7, 7 predicts 8, 8 predicts 9; 1 predicts 2
+        targets     [7, 8, 9, 2]              lengths [3, 1]
+
+    Prompts predict nothing: Eq. 1-13 are about responses. An empty list gives a batch of one token that
+    predicts nothing, by which a rank without work still joins every collective of its group.
+    """
+    nothing = np.zeros(0, np.int64)                              # np.concatenate wants at least one array
+    ids, positions, where, targets, lengths = [], [], [nothing], [nothing], []
+    starts = [0]
+    for sequence in sequences:
+        start = starts[-1]
+        ids += [sequence.prompt, sequence.response]
+        positions.append(np.arange(len(sequence)))
+        # The hidden state at a token predicts the next one: the response's first token is predicted by the
+        # prompt's last, and the response's last token predicts nothing.
+        where.append(start + len(sequence.prompt) - 1 + np.arange(len(sequence.response)))
+        targets.append(sequence.response)
+        lengths.append(len(sequence.response))
+        starts.append(start + len(sequence))
+    if not sequences:
+        ids, positions, starts = [[0]], [[0]], [0, 1]
+    return Batch(
+        ids=to_device(np.concatenate(ids).astype(np.int64), device)[None],
+        positions=to_device(np.concatenate(positions), device)[None],
+        cu_seqlens=to_device(np.array(starts), device, torch.int32), max_seqlen=int(np.diff(starts).max()),
+        where=to_device(np.concatenate(where), device),
+        targets=to_device(np.concatenate(targets), device, torch.int64),
+        lengths=lengths)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention of packed sequences is block-diagonal, no sequence sees another, and causal, no token a later one.
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
                      cu_seq_lens_q=None, max_length_q=None, position_ids=None, use_cache=None, **asked):
     """Block-diagonal causal attention over packed sequences, in the calling convention of transformers.
 
-    query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash
-    kernel that ships with torch, told where sequences start, so that no layer waits for the device; on
-    CPU one call for each run of sequences of one length. Raises ValueError, by name, for whatever else a
-    model asks of its attention: softcap, s_aux (sinks), a sliding_window, a mask of its own.
+    query (1, heads, N, d), key and value (1, kv_heads, N, d) -> (1, N, heads, d). On CUDA the flash kernel
+    that ships with torch, told where sequences start, so that no layer waits for the device; on CPU see
+    attention_by_runs. position_ids have turned query and key already, and dropout is 0 (empty_model). Raises
+    ValueError, by name, for whatever else a model asks of its attention: softcap, s_aux (sinks), a
+    sliding_window, a mask of its own.
     """
-    asked = [name for name, x in (asked | {"attention_mask": attention_mask}).items() if x is not None]
+    asked["attention_mask"] = attention_mask
+    asked = [name for name, wanted in asked.items() if wanted is not None]
     if asked or cu_seq_lens_q is None:
         why = ", ".join(asked) or "nothing: it does not pass on where sequences start (cu_seq_lens_q)"
         raise ValueError(f"{type(module).__name__} asks its attention for {why}; packed attention is plain "
                          "causal attention and would give other numbers: use a model of the Qwen2, Qwen3, "
                          "Llama, Mistral or OLMo-2 kind")
-    qkv = [x[0].transpose(0, 1) for x in (query, key, value)]                               # (N, heads, d)
-    gqa = query.shape[1] != key.shape[1]
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-        # torch 2.11 takes grouped heads as they are; later versions ask for a word.
-        grouped = {"enable_gqa": gqa} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        out = varlen_attn(*qkv, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0), **grouped)                      # (-1, 0): causal, all the way
-        return out[None], None
-    runs = [(len(list(run)), length) for length, run in groupby(cu_seq_lens_q.diff().tolist())]
+    query = query[0].transpose(0, 1)                                                           # (N, heads, d)
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)                           # (N, kv_heads, d)
+    if not query.is_cuda:
+        return attention_by_runs(query, key, value, cu_seq_lens_q.diff().tolist(), scaling)[None], None
+    from torch.nn.attention.varlen import varlen_attn
+    options = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        # Fewer heads of keys than of queries: torch 2.11 takes them as they are, later versions want a word.
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    out = varlen_attn(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+                      scale=scaling, window_size=(-1, 0), **options)          # (-1, 0): causal, all the way
+    return out[None], None
+
+
+def attention_by_runs(query, key, value, lengths, scaling):
+    """Attention on a CPU: one call for each run of neighbours of one length, which are a batch as they lie.
+
+    query (N, heads, d), key and value (N, kv_heads, d) -> (N, heads, d). lengths [5, 5, 3] make two calls,
+    on (2, heads, 5, d) and (1, heads, 3, d).
+    """
+    runs = []                                                                          # [sequences, length]
+    for length in lengths:
+        if runs and runs[-1][1] == length:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, length])
+    tokens = [count * length for count, length in runs]
+    outs = []
     # split, not slices: the gradient of each slice would be a tensor of all N tokens.
-    parts = zip(*(x.split([count * length for count, length in runs]) for x in qkv))
-    outs = [F.scaled_dot_product_attention(*(x.unflatten(0, run).transpose(1, 2) for x in part),
-                                           is_causal=True, scale=scaling, enable_gqa=gqa)
-            for run, part in zip(runs, parts)]                                     # (count, heads, length, d)
-    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in outs])[None], None
+    for run, q, k, v in zip(runs, query.split(tokens), key.split(tokens), value.split(tokens)):
+        q = q.unflatten(0, run).transpose(1, 2)                                # (sequences, heads, length, d)
+        k = k.unflatten(0, run).transpose(1, 2)
+        v = v.unflatten(0, run).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
+                                             enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
 
 
+# For an attention by a name of our own, transformers makes no mask: it would be (N, N).
 AttentionInterface.register("packed", packed_attention)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The policy.
+# The policy. FSDP2 in short: fully_shard(module) makes one unit of all parameters below a module, but for
+# those that are in a unit already. Of each parameter a rank keeps one shard, cut along dimension 0 (it is a
+# DTensor), and so of its gradient and of AdamW's two moments: of 7.6 B weights, 4 + 4 + 8 bytes each are
+# 122 GB, and 15 GB a rank on 8. A unit's forward first all-gathers its parameters, which then stand in the
+# module as plain tensors, and frees them at its end; its backward gathers them again, and at its end
+# reduce-scatters the gradients: each rank gets the sum for its own shard. The root, which is whatever unit
+# runs first, frees nothing after its forward, as its backward comes next. Hooks of the module's forward do
+# all this, and all of it is collective: every rank must run the same units equally often.
 
 class Policy(nn.Module):
-    """pi_theta. A thin root around the language model, because FSDP2 gathers the root's
-    parameters (embedding, final norm, head) only inside the root's own forward: hidden states and
-    head must meet here."""
+    """pi_theta: a thin root around the language model.
+
+    FSDP2 gathers the root's parameters (embedding, final norm, head) only inside the root's own forward, so
+    hidden states and head must meet here. Were `lm` the root, its forward would make all (N,V) logits, and a
+    call of lm.base_model past it would find the embedding in shards.
+    """
 
     def __init__(self, lm):
         super().__init__()
         self.lm = lm
+        self.parameter_count = sum(p.numel() for p in lm.parameters())      # a tied head counts once
         self.generation = {}          # the model's own defaults of sampling, which its export keeps
 
     def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None, features=False,
@@ -207,15 +322,27 @@ class Policy(nn.Module):
             self.lm.base_model, input_ids=batch.ids, position_ids=batch.positions, attention_mask=None,
             use_cache=False, cu_seq_lens_q=batch.cu_seqlens,
             max_length_q=batch.max_seqlen).last_hidden_state[0]                                  # (N, D)
-        hidden, head = hidden[batch.where], self.lm.get_output_embeddings().weight               # (V, D)
+        hidden = hidden[batch.where]                                 # (R, D): nothing predicts a prompt
+        head = self.lm.get_output_embeddings().weight                # (V, D)
         if features:
             return hidden, head
         logp, entropy = token_logprobs(hidden, head, batch.targets, temperature, entropy_grad=entropy_grad)
-        kl = token_kl(hidden, head, *reference, temperature) if reference else None
-        if not batch.lengths:           # nothing to predict: keep the graph, so that backward still runs
+        if not batch.lengths:
+            # Nothing to predict: (1, 0) with its graph, so that backward still runs all collectives. Cloned,
+            # as FSDP2 warns of a forward that returns views.
             return logp[None].clone(), entropy[None].clone(), None
-        return tuple(None if x is None else pad_sequence(x.split(batch.lengths), batch_first=True)
-                     for x in (logp, entropy, kl))
+
+        def rows(flat):                                                                # (R,) -> (B, T)
+            return pad_sequence(flat.split(batch.lengths), batch_first=True)
+
+        if reference is None:
+            return rows(logp), rows(entropy), None
+        ref_hidden, ref_head = reference
+        return rows(logp), rows(entropy), rows(token_kl(hidden, head, ref_hidden, ref_head, temperature))
+
+    def flops(self, sequences):
+        """Model FLOPs of one forward and backward over a list of Sequences: see forward_backward_flops."""
+        return forward_backward_flops(self.lm.config, self.parameter_count, sequences)
 
 
     def flops(self, sequences):
@@ -229,11 +356,19 @@ def compute_dtype(device):
 
 
 def accumulate(policy, last):
-    """Before each micro-batch of an update: is it the `last`? Until then embedding and head stay gathered, as
-    no weight changes in between, and gradients are summed within a node only: across nodes (HSDP) once."""
+    """Before each micro-batch of an update: is it the `last`?
+
+    Each backward reduce-scatters its gradients and adds them to the fp32 shards. (To add up first and reduce
+    once, by set_requires_gradient_sync, takes whole gradients on every rank: 30 GB at 7.6 B.) Until the last,
+    embedding and head stay gathered, as no weight changes in between (recurse=False: blocks are freed as
+    always), and with several nodes (HSDP) gradients are summed within a node only, across nodes once.
+    """
     policy.set_reshard_after_backward(last, recurse=False)
     policy.set_requires_all_reduce(last)
 
+
+# ----------------------------------------------------------------------------------------------------------
+# Loading. Which models train at all, and what would train on wrong numbers.
 
 # A head that is more than hidden @ weight.T, by its field in config.json; None or 1 leaves it plain.
 HEADS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "final_logit_softcapping")
@@ -275,8 +410,10 @@ def load_config(path, rope_theta=0.0, window=0):
     """The model's config with App. B's overrides; 0 keeps the model's own value. Its eos_token_id is that of
     generation_config.json, where there is one: a list, if several tokens end a response.
 
-    Raises ValueError where the override is not App. B's (RoPE theta 10,000 -> 40,000, which makes room for a
-    longer window) and would quietly break the model, and for a model that would train on wrong numbers.
+    RoPE turns pairs of a head's numbers by position x theta^(-2i/d). Qwen2.5-Math-7B has seen 4,096 positions
+    at theta 10,000; at 40,000 its slow pairs turn up to four times slower, so that they meet angles they know
+    at 16,384. Raises ValueError where the override is not that and would quietly break the model, and for a
+    model that would train on wrong numbers.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -285,7 +422,8 @@ def load_config(path, rope_theta=0.0, window=0):
     own = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     if own is None:
         raise ValueError(f"{path}: has no single RoPE theta; use a Qwen2, Llama or one of their kin")
-    if reason := misread(config):
+    reason = misread(config)
+    if reason:
         raise ValueError(f"{path}: {reason}; use a dense full-attention model of the Qwen2, Qwen3, Llama, "
                          f"Mistral or OLMo-2 kind (this one is {config.model_type})")
     if window:
@@ -301,15 +439,46 @@ def load_config(path, rope_theta=0.0, window=0):
     eos = stored_generation(path).get("eos_token_id")
     if eos is not None:                                # config.json often names one of several, or none
         config.eos_token_id = eos
-    config.use_cache = False
+    config.use_cache = False                           # of keys and values, for generation: the engine's work
     return config
 
 
+def compute_dtype(device):
+    """The dtype that weights have in the engine and in exported models, and that the policy computes in: bf16
+    on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=False):
-    """The sharded policy with uninitialized weights: fp32 master weights and gradient reduction
-    everywhere; compute in bf16 on GPU, fp32 on CPU, unless `bf16` says otherwise. One FSDP2 unit a
-    decoder block, the rest in the root. offload: shards, their gradients and so the optimizer's state lie in
-    host memory; each block's shard crosses to the GPU when it is gathered."""
+    """The sharded policy with uninitialized weights: fp32 master weights and gradient reduction everywhere;
+    compute in compute_dtype(device), unless `bf16` says otherwise. mesh: 1-D, or for HSDP (replicate, shard).
+
+    checkpointing: keep each decoder block's input alone, and recompute the block in backward. offload:
+    shards, their gradients and so the optimizer's state lie in host memory; each block's shard crosses to the
+    GPU when it is gathered. Raises ValueError for a model whose numbers are not all in its weights.
+    """
+    lm = empty_model(config)
+    if checkpointing:
+        # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB. The
+        # price is a second forward. Nothing in a block is random, so no generator's state need be saved.
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    policy = Policy(lm.train())               # transformers recomputes in training mode only
+    if bf16 is None:
+        bf16 = compute_dtype(device) == torch.bfloat16
+    shard(policy, mesh, device, bf16, offload)
+    # From "meta" to real memory, and only of this rank's shards: no rank ever holds the whole model.
+    policy.to_empty(device="cpu" if offload else device)
+    for module in policy.modules():
+        # to_empty also emptied RoPE's frequencies, which no file holds: a new module computes them.
+        if hasattr(module, "inv_freq"):
+            for name, buffer in type(module)(config).named_buffers():
+                module.register_buffer(name, buffer.to(device), persistent=False)
+    return policy
+
+
+def empty_model(config):
+    """transformers' model of `config` on the device "meta", where tensors have shapes and no memory; with
+    packed attention and without dropout."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="packed")
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:
@@ -323,42 +492,40 @@ def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=Fa
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if checkpointing:
-        # Each decoder block keeps only its input and is recomputed in backward. Nothing in it is random, so
-        # no generator's state need be saved and set at every block.
-        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    policy = Policy(lm.train())
-    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    bf16 = device.type == "cuda" if bf16 is None else bf16
-    host = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    kwargs = dict(mesh=mesh, mp_policy=mixed if bf16 else MixedPrecisionPolicy(),
-                  offload_policy=host if offload else OffloadPolicy())
-    for block in lm.base_model.layers:
-        fully_shard(block, **kwargs)
-    fully_shard(policy, **kwargs)
+    return lm
+
+
+def shard(policy, mesh, device, bf16, offload):
+    """Make FSDP2 units of the policy, in place: one of each decoder block, one of the rest."""
+    precision = MixedPrecisionPolicy()                            # compute in the weights' own dtype, fp32
+    if bf16:
+        # Gathered and computed with in bf16; shards stay fp32. AdamW moves a weight by about lr = 1e-6, and
+        # bf16 near 0.02 has steps of 1e-4: such a weight would never move. Gradients are summed in fp32.
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    where = OffloadPolicy()                                       # shards lie on the device
+    if offload:
+        where = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    # Bottom-up, since a unit takes what is left below it. So one block is whole at a time (at 7B 0.47 GB in
+    # bf16, the next one under way), and the root holds embedding, final norm and head (2.2 GB).
+    for block in policy.lm.base_model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=where)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=where)
     for module in policy.modules():
         # Losses divide by counts over all ranks and micro-batches themselves, so gradients are summed,
         # not averaged: 1 rank x 8, 2 x 4 and any split in between then agree.
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)     # a plain sum, which gloo knows too
-    policy.to_empty(device="cpu" if offload else device)
-    lm.tie_weights()
-    for module in policy.modules():         # to_empty also emptied RoPE's frequencies, which no file holds
-        if hasattr(module, "inv_freq"):
-            for name, buffer in type(module)(config).named_buffers():
-                module.register_buffer(name, buffer.to(device), persistent=False)
-    return policy
 
 
 def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
-    """build_policy, with the weights read from the safetensors in `path`: each rank reads
-    only its own shards."""
+    """build_policy, with the weights read from the safetensors in `path`: each rank reads only its own
+    shards. Raises FileNotFoundError if there are none, ValueError if they do not fit the config."""
     if not list(Path(path).glob("*.safetensors")):
         raise FileNotFoundError(f"{path}: no *.safetensors here; --model takes a Hugging Face model folder")
     policy = build_policy(config, mesh, device, checkpointing, offload=offload)
     policy.generation = stored_generation(path)
-    # A tied head appears once.
+    # dcp.load fills these DTensors in place, casting what is stored to fp32. A tied head appears once.
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
@@ -368,16 +535,22 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
     return policy
 
 
-def full_parameters(policy, dtype):
-    """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a
-    tied tensor comes once.
+# ----------------------------------------------------------------------------------------------------------
+# What a policy hands out: its weights, its agreement with transformers, its cost, its export.
 
-    A collective: every rank must consume the whole stream. Shards are cast before they are moved and
-    gathered, so that bf16 moves half the bytes of the fp32 master weights, each of them once.
+def full_parameters(policy, dtype):
+    """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a tied tensor comes once.
+
+    A collective: full_tensor() gathers a parameter when it is asked for, so every rank must consume the whole
+    stream, in step. Shards are cast before they are moved and gathered, so that bf16 moves half the bytes of
+    the fp32 master weights, each of them once.
     """
+    # After a forward without backward the root is still gathered, and named_parameters() would be the copies
+    # that it computed with, bf16 on a GPU.
     policy.reshard()
     for name, p in policy.named_parameters():
-        yield name.removeprefix("lm."), p.detach().to(dtype).to(p.device_mesh.device_type).full_tensor()
+        local = p.detach().to(dtype).to(p.device_mesh.device_type)        # offloaded shards lie on the host
+        yield name.removeprefix("lm."), local.full_tensor()
 
 
 @torch.no_grad()
@@ -392,33 +565,40 @@ def check_packing(policy, device, vocab_size):
     transformers' attention is "sdpa"; "eager" rounds its scores to bf16 and may be off by 0.4 for that alone.
     Raises RuntimeError. A collective.
     """
-    rng = np.random.default_rng(0)
-    tokens = lambda n: rng.integers(0, vocab_size, n)
-    sequences = [Sequence(tokens(3 + i), tokens(64 + 4 * i)) for i in range(3)]
+    rng = np.random.default_rng(0)                                # the same tokens on every rank
+    sequences = []
+    for i in range(3):
+        prompt = rng.integers(0, vocab_size, 3 + i)
+        sequences.append(Sequence(prompt, rng.integers(0, vocab_size, 64 + 4 * i)))
     batch = collate(sequences, device)
     hidden, _ = policy(batch, features=True)                                                    # (204, D)
     limit = 0.2 if hidden.dtype == torch.bfloat16 else 1e-3
     packed = policy(batch)[0]                                                                   # (3, 72)
 
-    def alone(attention, own):
+    def alone(attention, own_logits):
         """Log-probs of each response, its sequence by itself: list of (T,)."""
         policy.lm.set_attn_implementation(attention)
-        found = [policy(collate([s], device), own_logits=own)[0].flatten() for s in sequences]
+        found = []
+        for sequence in sequences:
+            logp = policy(collate([sequence], device), own_logits=own_logits)[0]
+            found.append(logp.flatten())
         policy.lm.set_attn_implementation("packed")
         return found
 
-    for found, what in ((alone("packed", own=False), "each sequence alone"),
-                        (alone("sdpa", own=True), "transformers' own forward")):
+    expected = {"each sequence alone": alone("packed", own_logits=False),
+                "transformers' own forward": alone("sdpa", own_logits=True)}
+    for what, found in expected.items():
         for row, logp in zip(packed, found):
             error = (row[:len(logp)] - logp).abs().mean().item()
-            if not error < limit:
+            if not error < limit:                                 # nan is over the limit, too
                 raise RuntimeError(
                     f"packed log-probs differ from {what} by {error:.4f} nats a token (limit {limit}): "
                     f"with this architecture ({policy.lm.config.model_type}) or transformers version, packed "
                     "sequences see each other, or head or attention are of a kind that this code does not "
                     "know. Use a model of the Qwen2, Qwen3, Llama, Mistral or OLMo-2 kind, or the pinned "
                     "versions.")
-    policy.reshard()      # a forward without backward leaves the root gathered: named_parameters() are copies
+    # A forward without backward leaves the root gathered. An optimizer made now must find the shards.
+    policy.reshard()
 
 
 def head_width(config):
@@ -427,15 +607,19 @@ def head_width(config):
 
 
 def forward_backward_flops(config, parameters, sequences):
-    """Model FLOPs of one forward and backward over `sequences` (for MFU): 6 per weight and token, the
-    embedding look-up not counted and the head counted on response tokens only, plus causal attention.
-    Recomputation does not count."""
+    """Model FLOPs of one forward and backward over `sequences` (for MFU); recomputation does not count.
+
+    6 a weight and token: a multiplication and an addition in the forward, twice that in the backward. The
+    embedding is looked up, not multiplied, and the head meets response tokens only. Attention's two products
+    are 12 a pair of tokens and number of a head, and causal attention has half the pairs.
+    """
     head = config.vocab_size * config.hidden_size
     body = parameters - head * (1 if config.tie_word_embeddings else 2)
     width = config.num_hidden_layers * config.num_attention_heads * head_width(config)
-    n = sum(map(len, sequences))
-    return (6 * body * n + 6 * head * sum(len(s.response) for s in sequences)
-            + 6 * width * sum(len(s)**2 for s in sequences))
+    tokens = sum(len(s) for s in sequences)
+    predicted = sum(len(s.response) for s in sequences)
+    pairs = sum(len(s)**2 for s in sequences)
+    return 6 * body * tokens + 6 * head * predicted + 6 * width * pairs
 
 
 def readable_by_transformers_4(folder):
@@ -445,27 +629,23 @@ def readable_by_transformers_4(folder):
     RoPE: without rope_theta and rope_scaling, 4.57 takes theta 10,000 and no scaling, without a word. The
     tokenizer: 4.57 knows neither the class TokenizersBackend nor a list of extra_special_tokens.
     """
-    def rewrite(file, change):
-        fields = json.loads(file.read_text())
-        change(fields)
-        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    scaling = dict(config["rope_parameters"])
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in scaling:
+            config[name] = scaling.pop(name)
+    if scaling["rope_type"] != "default":
+        config["rope_scaling"] = scaling
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
-    def spell_out_rope(config):
-        scaling = dict(config["rope_parameters"])
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name in scaling:
-                config[name] = scaling.pop(name)
-        if scaling["rope_type"] != "default":
-            config["rope_scaling"] = scaling
-
-    def rename_tokens(config):
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if "extra_special_tokens" in config:
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
-
-    rewrite(folder / "config.json", spell_out_rope)
-    rewrite(folder / "tokenizer_config.json", rename_tokens)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def export_hf(folder, policy, tokenizer, dtype):
@@ -473,17 +653,19 @@ def export_hf(folder, policy, tokenizer, dtype):
     defaults but for its limits of length, as transformers (4.57 too) and `vllm serve` open them. A
     collective; rank 0 holds the whole model in host memory once, in `dtype`."""
     rank0, folder, state = dist.get_rank() == 0, Path(folder), {}
-    for name, tensor in full_parameters(policy, dtype):
+    for name, tensor in full_parameters(policy, dtype):        # all ranks gather, rank 0 keeps
         if rank0:
             state[name] = tensor.to("cpu", copy=True)          # gathered, it may be a view of a padded one
     if rank0:
+        # Into a folder of another name, renamed when it is whole: a kill leaves the export before it.
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         # Not by the model's own save_pretrained: it needs a second instance, which the engine may prevent
         # (Policy.forward), and refuses generation defaults that from_pretrained reads gladly.
-        config = type(policy.lm.config).from_dict(policy.lm.config.to_dict() | {
-            "use_cache": True, "dtype": dtype, "architectures": [type(policy.lm).__name__]})
+        fields = policy.lm.config.to_dict()
+        fields.update(use_cache=True, dtype=dtype, architectures=[type(policy.lm).__name__])
+        config = type(policy.lm.config).from_dict(fields)
         config.save_pretrained(partial)
         save_torch_state_dict(state, partial)
         generation = {name: x for name, x in policy.generation.items() if not name.startswith("max_")}
@@ -497,4 +679,4 @@ def export_hf(folder, policy, tokenizer, dtype):
         partial.rename(folder)
     del state
     gc.collect()
-    dist.barrier()
+    dist.barrier()                                             # no rank reads the export before it is there

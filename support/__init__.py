@@ -1,1 +1,1 @@
-"""What keeps any long run alive and on record. Imports no file of the root."""
+"""What keeps any long run alive and on record, and what is common to all. Imports no file of the root."""

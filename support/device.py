@@ -1,4 +1,12 @@
-"""The device of a run: which one, how much of its memory is in use, what it could do at most."""
+"""The device of a run: which one, how much of its memory is in use, what it could do at most.
+
+    device = choose_device("auto", local_rank)        # refuses to train on a CPU where a GPU was meant
+    ids = to_device(list_of_ints, device)             # without waiting for the device
+    card, peak = peak_flops(torch.cuda.get_device_name(device))
+    mfu = flops_of_a_step / seconds / ranks / peak    # model FLOPs utilization: the share of the peak
+
+To copy: this file, or any one of its functions (choose_device with _why_no_card). It needs torch alone.
+"""
 import os
 import re
 import resource
@@ -18,8 +26,8 @@ def choose_device(wanted="auto", local_rank=0):
     A build for GPUs that finds no usable card is an error and never a run on the CPU: there, 7B would train
     for years without a word. Raises ValueError with what was needed, what was found, and what to do.
     """
-    build = torch.version.cuda or torch.version.hip
-    if wanted == "cpu" or wanted == "auto" and build is None:
+    build = torch.version.cuda or torch.version.hip                          # None: torch is built for CPUs
+    if wanted == "cpu" or (wanted == "auto" and build is None):
         return torch.device("cpu")
     if build is None:
         raise ValueError(f"--device cuda: torch {torch.__version__} is built for CPUs alone; install "
@@ -42,8 +50,8 @@ def _why_no_card(build):
     oldest = OLDEST_DRIVER.get(build.split(".")[0])
     needs = f"It needs an NVIDIA driver of r{oldest} or newer" if oldest else "It needs a driver of its own"
     try:
-        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
-        found = f"found is {found}"
+        driver = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+        found = f"found is {driver}"
     except (OSError, TypeError):                     # no such file, or no number in it
         found = "none is loaded here (in a container: was it started with its GPUs?)"
     hidden = ""
@@ -54,8 +62,11 @@ def _why_no_card(build):
 
 
 def to_device(numbers, device, dtype=None):
-    """A list, array or CPU tensor as a tensor on the device. The host does not wait: it would if the memory
-    were not pinned, since CUDA first finishes all queued work before it copies from pageable memory."""
+    """A list, array or CPU tensor as a tensor on the device, of `dtype` if given.
+
+    The host does not wait, so it can go on to queue the forward pass: it would wait if the memory were not
+    pinned, since CUDA first finishes all queued work before it copies from pageable memory.
+    """
     tensor = torch.as_tensor(numbers, dtype=dtype)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
@@ -68,7 +79,7 @@ def memory_gb(device):
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9               # Linux counts in KiB
 
 
 # Dense bf16 FLOP/s by NVIDIA's data sheets, without sparsity. A variant stands before its card's SXM form.

@@ -10,11 +10,15 @@ A collective that times out on rank 2 because rank 5 is stuck says nothing about
 its phase in the group's TCPStore, and the first to stay in one for too long makes all of them dump their
 Python stacks, say who is behind, and exit: torchrun tears the job down, a scheduler may start it again. The
 same phases are the named ranges of a profile (start_profiler, write_profile).
+
+To copy: this file with support/device.py, for choose_device; both need torch and numpy alone. `fetch` also
+needs huggingface_hub.
 """
 import faulthandler
 import json
 import os
 import random
+import socket
 import sys
 import threading
 import time
@@ -22,14 +26,14 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from support.device import choose_device
 
@@ -37,49 +41,63 @@ START_MINUTES = 120      # of a phase before the first step is done: a download,
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
 
 
+# ----------------------------------------------------------------------------------------------------------
+# The group.
+
 class Ranks(NamedTuple):
-    """This rank, how many there are, this rank's device, and the mesh of all."""
-    rank: int
-    world: int
-    device: torch.device
-    mesh: object
+    """This process in its group."""
+    rank: int                    # 0 to world - 1
+    world: int                   # processes in all
+    device: torch.device         # this rank's own
+    mesh: DeviceMesh             # of all ranks; see mesh_shape
 
 
 def init_distributed(device="auto", timeout_minutes=START_MINUTES):
-    """Join the process group that torchrun describes (or a group of one) and build the device mesh.
+    """Join the process group that torchrun describes (or a group of one) and build the device mesh: Ranks.
 
-    Returns (rank, world, device, mesh). One node: a 1-D mesh, parameters sharded over all ranks. Several
-    nodes: a 2-D mesh for HSDP, sharded within a node (fast links) and replicated across nodes. CPU
-    collectives run on gloo beside nccl, for objects and checkpoint plans. device: see choose_device.
-    timeout_minutes: see set_timeouts.
+    CPU collectives run on gloo beside nccl, for objects and checkpoint plans. device: see choose_device.
+    timeout_minutes: see set_timeouts. Raises ValueError for a device that is not there, and for ranks that
+    are not whole nodes.
     """
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
-                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 0)):
-        os.environ.setdefault(name, str(value))
-    if os.environ["MASTER_PORT"] == "0":                       # not under torchrun: any free port will do
-        import socket
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
-    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    describe_a_group_of_one()
+    world = int(os.environ["WORLD_SIZE"])
     device = choose_device(device, int(os.environ["LOCAL_RANK"]))
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
-    if world > 1:      # a client of its own: that of the group is locked while a rank waits for another in it
+    if world > 1:
+        # The hang watch talks to the group's store by a client of its own: the group's is locked while this
+        # rank waits for another in it.
         store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         store.set_timeout(timedelta(seconds=5))
         _here.store = dist.PrefixStore("phase", store)
         _tell()
-    mesh = init_device_mesh(device.type, **mesh_shape(world, local))
+    mesh = init_device_mesh(device.type, **mesh_shape(world, int(os.environ["LOCAL_WORLD_SIZE"])))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return Ranks(dist.get_rank(), world, device, mesh)
 
 
+def describe_a_group_of_one():
+    """Set what torchrun would, where it has not."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if os.environ["MASTER_PORT"] == "0":                                   # any free port will do
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+
+
 def mesh_shape(world, per_node):
-    """The mesh of FSDP2 on one node, of HSDP on several, as init_device_mesh's arguments."""
+    """The mesh as init_device_mesh's arguments. One node: 1-D, FSDP2 shards parameters over all ranks.
+    Several: 2-D, for HSDP, which shards within a node (fast links) and replicates across nodes.
+
+    >>> mesh_shape(16, 8)
+    {'mesh_shape': (2, 8), 'mesh_dim_names': ('replicate', 'shard')}
+    """
     if world % min(world, per_node):
         raise ValueError(f"{world} ranks are not whole nodes of {per_node}: start as many on every node")
     if world <= per_node:
@@ -93,20 +111,21 @@ def fetch(name, repo_type, flag):
     One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag
     when it cannot be had. A collective, once there is a group.
     """
-    here = [Path(name).exists()]
+    here = [Path(name).exists()]                                                           # of each rank
     if dist.is_initialized():
         here *= dist.get_world_size()
         dist.all_gather_object(here, here[0])
     if all(here):
         return str(name)
     if any(here):                 # these ranks would go on alone, and hang in the next collective
-        raise FileNotFoundError(f"{flag} {name}: only ranks {[i for i, x in enumerate(here) if x]} have this "
-                                "path; put it on every node")
+        have = [rank for rank, exists in enumerate(here) if exists]
+        raise FileNotFoundError(f"{flag} {name}: only ranks {have} have this path; put it on every node")
     from huggingface_hub import snapshot_download
     first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
     wanted = ["*.parquet", "*.jsonl"]
     if repo_type == "model":
         wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+    # Two turns: a node's first rank downloads; after the barrier, the others find it in the cache.
     for my_turn in (first, not first):
         if my_turn:
             try:
@@ -137,8 +156,10 @@ def mistakes_in_one_line(program):
     try:
         yield
     except (ValueError, OSError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        root, raised = Path(__file__).resolve().parents[1], Path(frame.f_code.co_filename).resolve()
+        frames = list(traceback.walk_tb(error.__traceback__))
+        innermost, _ = frames[-1]                                        # (frame, line): where it was raised
+        raised = Path(innermost.f_code.co_filename).resolve()
+        root = Path(__file__).resolve().parents[1]
         ours = root in (raised.parent, raised.parent.parent)             # at the root or in one of its rooms
         if isinstance(error, OSError) or ours:
             sys.exit(f"{_name(program)}: {error}")
@@ -146,12 +167,22 @@ def mistakes_in_one_line(program):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Hang detection.
+# Hang detection. Every rank has a watch, a thread that looks every 5 s whether its rank is in one phase for
+# too long, and whether any rank has written "stop" into the store. The first to find its rank too long writes
+# it; so does a rank that fails. Whoever finds it says where it is and where all others are, and exits.
+
+class Place(NamedTuple):
+    """What a rank is doing. Ranks enter the same phases in the same order: a lower count is behind."""
+    count: int                       # phases entered so far
+    name: str
+    step: int | None                 # None before the first step
+    since: float                     # time.time(), which other machines can compare to theirs
+
 
 @dataclass
 class _Here:
     """Where this process is."""
-    place: tuple = (0, "start", None, time.time())   # phases entered so far, name, step, since when
+    place: Place = Place(0, "start", None, time.time())
     since: float = time.monotonic()                  # the same moment by a clock that nobody sets
     limit: float = 60.0 * START_MINUTES              # seconds in one phase
     watched: bool = False
@@ -166,8 +197,9 @@ def phase(name, step=None):
     """From here to the next call this process does `name` (of `step`; None before the first step)."""
     if _here.span is not None:
         _here.span.__exit__(None, None, None)
-    _here.place, _here.since = (_here.place[0] + 1, name, step, time.time()), time.monotonic()
-    _here.span = torch.profiler.record_function(name)
+    _here.place = Place(_here.place.count + 1, name, step, time.time())
+    _here.since = time.monotonic()
+    _here.span = torch.profiler.record_function(name)                # the phase's range in a profile
     _here.span.__enter__()
     _tell()
     if _here.watched:          # should the watch not get to run (C code that keeps the GIL), this ends us
@@ -182,11 +214,11 @@ def set_timeouts(mesh, minutes):
     """
     dist.barrier()
     if mesh.device_type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()                     # nor what is queued on the GPU
     for group in (None, *mesh.get_all_groups()):     # None is the default group; torch has no public setter
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes + MARGIN_MINUTES), group)
     _here.limit = 60.0 * minutes
-    phase(*_here.place[1:3])                         # the clock starts again, by the new limit
+    phase(_here.place.name, _here.place.step)        # the clock starts again, by the new limit
 
 
 @contextmanager
@@ -216,33 +248,49 @@ def hang_watch():
 
 
 def whereabouts():
-    """One line: this rank's phase, step and time in it; then where all ranks are, those behind first."""
-    def describe(name, step, since):
-        of_step = "" if step is None else f" of step {step}"
-        return f"phase '{name}'{of_step} for {timedelta(seconds=round(max(0.0, time.time() - since)))}"
+    """One line: this rank's phase, step and time in it; then where all ranks are, those behind first.
 
-    here, places = describe(*_here.place[1:]), {}
-    told = _ask(lambda store: store.multi_get([str(r) for r in range(int(os.environ["WORLD_SIZE"]))]))
-    if not told:
+        phase 'exchange' of step 12 for 0:30:00. Behind the others: rank 3 in phase 'rollout' of step 12 for
+        0:31:00; then ranks 0-2, 4-7 in phase 'exchange' of step 12 for 0:30:07
+    """
+    here = _describe(_here.place.name, _here.place.step, _here.place.since)
+    places = _places()
+    if not places:                                   # alone, or the store is gone
         return here
-    for rank, text in enumerate(told):
-        count, name, step, since = json.loads(text)
-        places.setdefault((count, name, step), []).append((since, rank))
-    if len(places) == 1:
+    ranks_at = {}                                    # (count, name, step): the ranks there
+    for rank, place in enumerate(places):
+        ranks_at.setdefault((place.count, place.name, place.step), []).append(rank)
+    if len(ranks_at) == 1:
         return f"{here}, like all ranks"
-    parts = [f"{_ranks([rank for _, rank in found])} in {describe(*place[1:], min(found)[0])}"
-             for place, found in sorted(places.items(), key=lambda item: item[0][0])]
+    parts = []
+    for where in sorted(ranks_at, key=itemgetter(0)):                    # by count: those behind first
+        _, name, step = where
+        since = min(places[rank].since for rank in ranks_at[where])      # of the rank that is longest there
+        parts.append(f"{_ranks(ranks_at[where])} in {_describe(name, step, since)}")
     return f"{here}. Behind the others: {'; then '.join(parts)}"
+
+
+def _describe(name, step, since):
+    """-> "phase 'rollout' of step 12 for 0:31:00"."""
+    of_step = "" if step is None else f" of step {step}"
+    seconds = max(0.0, time.time() - since)          # another machine's clock may be ahead
+    return f"phase '{name}'{of_step} for {timedelta(seconds=round(seconds))}"
 
 
 def _ranks(ranks):
     """[0, 1, 2, 4] -> "ranks 0-2, 4"."""
-    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda p: p[1] - p[0])]
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"rank{'s' * (len(ranks) > 1)} {text}"
+    runs = []                                        # [first, last] of ranks that follow each other
+    for rank in sorted(ranks):
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(texts)}"
 
 
 def _name(program=None):
+    """"srft.py (rank 2)"."""
     rank = os.environ.get("RANK")
     return (program or Path(sys.argv[0]).name) + (f" (rank {rank})" if rank else "")
 
@@ -250,10 +298,6 @@ def _name(program=None):
 def _tick():
     """Seconds between two looks of the watch."""
     return min(5.0, _here.limit / 10)
-
-
-def _tell():
-    _ask(lambda store: store.set(os.environ["RANK"], json.dumps(_here.place)))
 
 
 def _ask(question):
@@ -265,16 +309,33 @@ def _ask(question):
         _here.store = None
 
 
+def _tell():
+    """Note this rank's place."""
+    _ask(lambda store: store.set(os.environ["RANK"], json.dumps(_here.place)))
+
+
+def _places():
+    """The Place of each rank; [] if they cannot be had."""
+    def of_all_ranks(store):
+        return store.multi_get([str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))])
+
+    places = []
+    for text in _ask(of_all_ranks) or ():
+        count, name, step, since = json.loads(text)
+        places.append(Place(count, name, step, since))
+    return places
+
+
 def _stop(why):
     """Tell all ranks to end, unless one has told already. Returns the reason that was first."""
-    first = _ask(lambda store: store.compare_set("stop", "", why))
+    first = _ask(lambda store: store.compare_set("stop", "", why))       # set only if nothing was there
     return first.decode() if first else why
 
 
 def _watch(done):
     """The watch's thread: wait for this rank to hang, or for another to hang or fail."""
     while not done.wait(_tick()):
-        if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["stop"])):
+        if time.monotonic() - _here.since > _here.limit or _ask("check", ["stop"]):
             why = _stop(f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
                         "(--hang_minutes; longer until the first step is done)")
             if why.startswith("HANG"):
@@ -283,7 +344,7 @@ def _watch(done):
                 time.sleep(3 * _tick())
             print(f"{_name()}: {why}. Here: {whereabouts()}", file=sys.stderr, flush=True)
             time.sleep(3 * _tick())                # all others look, and tell, before torchrun ends them
-            os._exit(1)
+            os._exit(1)                            # sys.exit would end this thread alone
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,14 @@
-"""A run's folder: metrics.jsonl, samples.jsonl and curves.png, written while it trains."""
+"""A run's folder: metrics.jsonl, samples.jsonl and curves.png, written while it trains.
+
+    log = RunLog("out/run", active=rank == 0, step=50)        # resumed at step 50: later rows are cut off
+    log.write({"step": 51, "reward/mean": 0.4}, samples=[{"step": 51, "response": "..."}])
+    rows = read_rows("out/run/metrics.jsonl")
+
+One JSON object a line, so that a run of days is a file which any tool reads while it grows, and which a kill
+spoils by one line at most. curves.png has the panels of Fig. 6.
+
+To copy: this file, with PANELS named anew. It needs matplotlib; tensorboard is used where it is installed.
+"""
 import json
 import time
 import warnings
@@ -17,7 +27,9 @@ PANELS = [                     # title; metrics drawn in it, or how all of them 
 def read_rows(file):
     """The rows of a .jsonl file, none if there is no file; a last line that a kill
     cut short is left out. Raises ValueError for any other that is not JSON."""
-    rows, lines = [], Path(file).read_text().splitlines() if Path(file).exists() else []
+    if not Path(file).exists():
+        return []
+    rows, lines = [], Path(file).read_text().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
@@ -30,7 +42,7 @@ def read_rows(file):
 def write_whole(path, text):
     """Write a file at once: no reader, and no kill, sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
+    new = path.with_name(f".{path.name}.new")        # beside it: a rename is whole only within a file system
     new.write_text(text)
     new.replace(path)
 
@@ -42,11 +54,16 @@ def draw_curves(run):
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS):
         if isinstance(names, str):
-            names = sorted({k for row in rows for k in row if k.startswith(names)})
+            beginning, found = names, set()
+            for row in rows:
+                found |= {name for name in row if name.startswith(beginning)}
+            names = sorted(found)
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                axes.plot(*zip(*points), label=name, marker="o" if len(points) < 15 else None, markersize=3)
+                steps, values = zip(*points)
+                marker = "o" if len(points) < 15 else None               # a line of one point shows nothing
+                axes.plot(steps, values, label=name, marker=marker, markersize=3)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
@@ -62,15 +79,13 @@ class RunLog:
     events where tensorboard is installed. Every rank may hold one; only an `active` one writes."""
 
     def __init__(self, run, active, step):
-        """Rows after `step`, which a resumed run is about to write again, are cut off first."""
+        """Rows after `step`, which a resumed run is about to write again, are cut off first. -1: all rows."""
         self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
-            partial = self.run / f".{name}.partial"
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            partial.rename(self.run / name)
+            write_whole(self.run / name, "".join(json.dumps(row) + "\n" for row in rows))
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.run, purge_step=step + 1)

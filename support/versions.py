@@ -1,4 +1,10 @@
-"""Which versions a run needs, and what it ran with."""
+"""Which versions a run needs, and what it ran with.
+
+    check_versions(versions(), say=print)          # refuses what is too old, names what is untested
+    settings |= environment(device)                # machine, commit and versions, beside every figure
+
+To copy: this file, with a TESTED of your own. It needs torch and packaging.
+"""
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,5 @@
-"""What test_processes.py runs on every rank, `python tests/phases.py TASK MINUTES`: a training run's skeleton, without a model."""
+"""What test_processes.py runs on every rank, by `python tests/phases.py TASK MINUTES`: the skeleton of a
+training run, without a model."""
 import os
 import re
 import signal
@@ -35,7 +36,7 @@ def steps(task, minutes):
         if task == "raise" and step == 2:
             if victim:
                 raise KeyError("a bug")
-            time.sleep(600)                              # as in a collective of nccl, which does not see that another rank is gone
+            time.sleep(600)                        # as in a collective of nccl, blind to other ranks' ends
         if step == 2 and task == f"kill {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))

@@ -1,9 +1,10 @@
-"""The CUDA path, as far as a machine without a GPU can hold it: fake tensors that claim to lie on one, and the schemas of its operators.
+"""The CUDA path, as far as a machine without a GPU can hold it: fake tensors that claim to lie on one, and
+the schemas of its operators.
 
     pytest tests/test_cuda.py
 
-A fake tensor has a shape and no data: whatever asks for a value, an index by a mask or an `if` on a tensor, is an error here and a
-wait for the device there. What the values are, bench/gpu.py checks on a card.
+A fake tensor has a shape and no data: whatever asks for a value, an index by a mask or an `if` on a tensor,
+is an error here and a wait for the device there. What the values are, bench/gpu.py checks on a card.
 """
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,17 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as M
-from support.device import to_device
-from support.logprobs import _addmm_fp32
 import srft
 import update
 from bench import plan
 from config import METHODS, TINY, parse_args
+from support.device import to_device
+from support.logprobs import _addmm_fp32
 
 
 @contextmanager
 def fake_gpu(method, *flags):
-    """(run, cfg, reads): what backward_micro_batch takes, on fake tensors, and the list of its reads of the device."""
+    """(run, cfg, reads): what backward_micro_batch takes, on fake tensors, and the list of its reads of the
+    device."""
     reads, cfg = [], parse_args(["--preset", "tiny", "--method", method, *flags])
 
     def tolist(tensor):
@@ -39,21 +41,28 @@ def fake_gpu(method, *flags):
 
     config = M.load_config(TINY)
     with (plan.simulated_gpus(1, 1) as mesh, mock.patch.object(FakeTensor, "tolist", tolist, create=True),
-          mock.patch.object(FakeTensor, "cpu", read, create=True), mock.patch.object(FakeTensor, "item", read, create=True)):
+          mock.patch.object(FakeTensor, "cpu", read, create=True),
+          mock.patch.object(FakeTensor, "item", read, create=True)):
         device = torch.device("cpu")
-        policy = M.build_policy(config, mesh, device, bf16=True)
-        reference = M.build_policy(config, mesh, device, bf16=True).requires_grad_(False) if cfg.kl_coef else None
-        yield SimpleNamespace(policy=policy, reference=reference, device=device, objective=srft.OBJECTIVES[method]), cfg, reads
+        policy, reference = M.build_policy(config, mesh, device, bf16=True), None
+        if cfg.kl_coef:
+            reference = M.build_policy(config, mesh, device, bf16=True).requires_grad_(False)
+        run = SimpleNamespace(policy=policy, reference=reference, device=device,
+                              objective=srft.OBJECTIVES[method])
+        yield run, cfg, reads
 
 
 @pytest.mark.parametrize("flags", [
-    *[[method] for method in METHODS], ["srft", "--kl_coef", "0.1"], ["srft", "--entropy_coef", "0.1", "--entropy_level", "token"],
-    ["srft", "--tis_cap", "0"], ["srft", "--demo_shaping", "0.1", "--eq12_form", "ratio"], ["grpo", "--entropy_floor", "0.1"]], ids=" ".join)
+    *[[method] for method in METHODS], ["srft", "--kl_coef", "0.1"],
+    ["srft", "--entropy_coef", "0.1", "--entropy_level", "token"], ["srft", "--tis_cap", "0"],
+    ["srft", "--demo_shaping", "0.1", "--eq12_form", "ratio"], ["grpo", "--entropy_floor", "0.1"]],
+    ids=" ".join)
 def test_a_micro_batch_reads_the_device_once_whatever_the_method(flags):
     with fake_gpu(*flags) as (run, cfg, reads):
         found = update.backward_micro_batch(run, cfg, made_up_sequences()[:6], update.Before(), 2, 4)
         assert len(reads) == 1 and all(p.grad is not None for p in run.policy.parameters())
-    assert found["demos"] == 1 and found["rollouts"] == 5 and found["tokens"] > 0 and set(run.objective[1]) <= set(found)
+    assert found["demos"] == 1 and found["rollouts"] == 5 and found["tokens"] > 0
+    assert set(run.objective[1]) <= set(found)
 
 
 def test_a_micro_batch_of_a_later_update_and_one_without_work_wait_for_nothing_either():
@@ -70,12 +79,13 @@ def test_a_micro_batch_of_a_later_update_and_one_without_work_wait_for_nothing_e
 def test_what_goes_to_a_gpu_goes_from_pinned_memory_and_nobody_waits_for_it(monkeypatch):
     steps = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: steps.append("pin") or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: steps.append((args, kwargs)) or self)
+    monkeypatch.setattr(torch.Tensor, "to",
+                        lambda self, *args, **kwargs: steps.append((args, kwargs)) or self)
     to_device([1, 2], torch.device("cuda", 3))
     assert steps == ["pin", ((torch.device("cuda", 3),), {"non_blocking": True})]
     steps.clear()
     to_device([1, 2], torch.device("cpu"))
-    assert [step[0] for step in steps] == [(torch.device("cpu"),)]                       # pageable memory: there is no other
+    assert [step[0] for step in steps] == [(torch.device("cpu"),)]     # pageable memory: there is no other
 
 
 class Operators(TorchDispatchMode):
@@ -93,7 +103,8 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_on_a_gpu_attention_is_one_call_of_the_flash_kernel_causal_and_within_each_sequence(kv_heads):
     with plan.simulated_gpus(1, 1), Operators() as seen:
-        q, k, v = (torch.zeros(1, heads, 12, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+        q, k, v = (torch.zeros(1, heads, 12, 16, dtype=torch.bfloat16, requires_grad=True)
+                   for heads in (4, kv_heads, kv_heads))
         where = torch.tensor([0, 5, 12], dtype=torch.int32)
         out, _ = M.packed_attention(None, q, k, v, None, 0.3, cu_seq_lens_q=where, max_length_q=7)
         out.float().sum().backward()
@@ -114,9 +125,10 @@ def test_the_heads_products_are_operators_that_torch_has_with_an_fp32_result_wri
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 cannot fake addmm with out_dtype")
-@pytest.mark.parametrize("beta, alpha, operator", [(0, 1, "aten::mm.dtype_out"), (0, 0.5, "aten::mm.dtype_out"), (1, 1, "aten::addmm.dtype_out")])
+@pytest.mark.parametrize("beta, alpha, operator", [
+    (0, 1, "aten::mm.dtype_out"), (0, 0.5, "aten::mm.dtype_out"), (1, 1, "aten::addmm.dtype_out")])
 def test_a_product_of_bf16_is_written_into_the_fp32_block_itself(beta, alpha, operator):
     with FakeTensorMode(), mock.patch.object(FakeTensor, "is_cuda", True), Operators() as seen:
-        out = torch.zeros(5, 7)
-        _addmm_fp32(out, torch.zeros(5, 3, dtype=torch.bfloat16), torch.zeros(3, 7, dtype=torch.bfloat16), beta=beta, alpha=alpha)
+        left, right = torch.zeros(5, 3, dtype=torch.bfloat16), torch.zeros(3, 7, dtype=torch.bfloat16)
+        _addmm_fp32(torch.zeros(5, 7), left, right, beta=beta, alpha=alpha)
     assert operator in seen.calls and "aten::_to_copy" not in seen.calls

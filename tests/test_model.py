@@ -1,8 +1,9 @@
-"""model.py: log-probs, packing, sharded policies and checkpoints, against transformers' own forward and plain formulas.
+"""model.py: packing, sharded policies against transformers' own forward; support/checkpoint.py.
 
     pytest tests/test_model.py
 
-One process, a gloo group of one rank, models of 30,000 random weights. What needs several ranks is tested elsewhere.
+One process, a gloo group of one rank, models of 30,000 random weights. What needs several ranks is tested
+elsewhere; the head, token_logprobs, in test_logprobs.py.
 """
 import itertools
 import json
@@ -15,133 +16,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from tiny import task
 import model as M
+from model import Sequence, collate, karmarkar_karp, pack
 from support.checkpoint import inspect_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from support.device import peak_flops
-from support.logprobs import _ChunkedLogProbs
-from model import Sequence, collate, karmarkar_karp, pack, token_logprobs
 from support.processes import init_distributed, seed_everything
+from tiny import task
 
 CPU = torch.device("cpu")
 VOCAB = 97
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# token_logprobs.
-
-def head_inputs(n=37, width=16, vocab=1003, dtype=torch.float32):
-    g = torch.Generator().manual_seed(n)
-    hidden, weight = torch.randn(n, width, generator=g).to(dtype), torch.randn(vocab, width, generator=g).to(dtype)
-    return hidden, weight, torch.randint(vocab, (n,), generator=g), torch.randn(n, generator=g), torch.randn(n, generator=g)
-
-
-def plain_head(hidden, weight, targets, temperature):
-    """(log-probs, entropies) in float64 by log_softmax of the whole (N, V)."""
-    log_p = torch.log_softmax(hidden @ weight.T / temperature, -1)
-    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
-
-def head_gradients(function, hidden, weight, targets, a, b, **kwargs):
-    """(log-probs, entropies, d/d hidden, d/d weight) of sum(a logp) + sum(b H); the entropy only where it has a gradient."""
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logp, entropy = function(hidden, weight, targets, **kwargs)
-    ((a.to(logp.dtype) * logp).sum() + ((b.to(logp.dtype) * entropy).sum() if entropy.requires_grad and b is not None else 0)).backward()
-    return logp.detach(), entropy.detach(), hidden.grad, weight.grad
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("chunk", [1, 8, 36, 37, 1000])
-@pytest.mark.parametrize("entropy_grad", [False, True])
-def test_log_probs_entropies_and_gradients_equal_a_plain_log_softmax_for_any_chunk(temperature, chunk, entropy_grad):
-    hidden, weight, targets, a, b = head_inputs()
-    got = head_gradients(token_logprobs, hidden, weight, targets, a, b, temperature=temperature, chunk=chunk, entropy_grad=entropy_grad)
-    expected = head_gradients(plain_head, hidden.double(), weight.double(), targets, a, b if entropy_grad else 0 * b, temperature=temperature)
-    for x, y in zip(got, expected):
-        assert x.dtype == torch.float32
-        torch.testing.assert_close(x.double(), y, atol=5e-5, rtol=2e-5)
-
-
-def test_the_entropy_has_a_gradient_only_on_request():
-    hidden, weight, targets, *_ = head_inputs()
-    hidden.requires_grad_()
-    assert not token_logprobs(hidden, weight, targets)[1].requires_grad
-    assert token_logprobs(hidden, weight, targets, entropy_grad=True)[1].requires_grad
-
-
-@pytest.mark.parametrize("grads", [(True, False), (False, True)])
-def test_a_frozen_head_or_frozen_hidden_states_get_no_gradient(grads):
-    hidden, weight, targets, a, _ = head_inputs()
-    hidden.requires_grad_(grads[0]), weight.requires_grad_(grads[1])
-    (token_logprobs(hidden, weight, targets, chunk=5)[0] * a).sum().backward()
-    assert (hidden.grad is not None, weight.grad is not None) == grads
-
-
-def test_no_tokens_give_no_log_probs_and_zero_gradients():
-    got = head_gradients(token_logprobs, *head_inputs(n=0), chunk=8)
-    assert got[0].shape == got[1].shape == (0,) and got[2].shape == (0, 16) and got[3].eq(0).all()
-
-
-def test_extreme_logits_stay_finite():
-    hidden = torch.tensor([[300.0], [-300.0], [0.0]])
-    logp, entropy, *grads = head_gradients(token_logprobs, hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0, 0]),
-                                           torch.ones(3), torch.ones(3), entropy_grad=True)
-    assert logp.tolist() == pytest.approx([0, -600, -np.log(2)], abs=1e-5)
-    assert entropy.tolist() == pytest.approx([0, 0, np.log(2)], abs=1e-5) and all(g.isfinite().all() for g in grads)
-
-
-def test_in_bf16_the_head_s_gradient_is_as_exact_in_many_chunks_as_in_one():
-    inputs = head_inputs(n=1024, dtype=torch.bfloat16)
-    exact = head_gradients(plain_head, *(x.double() if x.is_floating_point() else x for x in inputs[:4]), torch.zeros(1024), temperature=1.0)[3]
-    many, one = ((head_gradients(token_logprobs, *inputs, chunk=c)[3].double() - exact).norm() for c in (8, 1024))
-    assert many <= 1.05 * one
-
-
-def peak_bytes(n, vocab, dtype=torch.float32, width=16, **kwargs):
-    """Most bytes of tensors alive at once in forward and backward, less the gradients (that of the head in fp32) and inputs."""
-    inputs = head_inputs(n, width, vocab, dtype)
-    with MemTracker() as tracker:
-        head_gradients(token_logprobs, *inputs, **kwargs)
-    copies = sum(x.nbytes for x in inputs[:2])                           # head_gradients clones the inputs
-    gradients = inputs[0].nbytes + 4 * vocab * width
-    return tracker.get_tracker_snapshot("peak")[CPU]["Total"] - copies - gradients
-
-
-@pytest.mark.parametrize("entropy_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_two_blocks_of_a_chunk_by_the_vocabulary_whatever_the_number_of_tokens(entropy_grad, dtype):
-    block, vocab = 4 * 16 * 10_007, 10_007
-    few, many = (peak_bytes(n, vocab, dtype, width=4, chunk=16, entropy_grad=entropy_grad) for n in (48, 160))
-    assert few < (2.1 if dtype == torch.float32 else 4.1) * block        # bf16 on a CPU: copies of operands in fp32
-    assert many < few + 0.1 * block                                      # (160, vocab) would be 10 blocks
-
-
-@pytest.mark.parametrize("vocab", [2_000, 32_000, 151_936, 600_000])
-def test_the_default_chunk_keeps_the_two_blocks_under_1_gib_and_is_at_most_1024_tokens(monkeypatch, vocab):
-    seen = []
-    monkeypatch.setattr(_ChunkedLogProbs, "apply", lambda *args: seen.append(args[4]))
-    token_logprobs(None, torch.empty(vocab, 1), None)
-    assert seen[0] == 1024 or 2**29 < 2 * 4 * (seen[0] + 128) * vocab and 2 * 4 * seen[0] * vocab <= 2**30
-    assert 128 <= seen[0] <= 1024 and seen[0] % 128 == 0               # whole tiles of the GPU's matrix products
-
-
-@pytest.mark.parametrize("name, card, teraflops", [
-    ("NVIDIA H100 80GB HBM3", "H100", 989), ("NVIDIA H100 PCIe", "H100 PCIe", 756), ("NVIDIA H100 NVL", "H100 NVL", 835),
-    ("NVIDIA H200", "H200", 989), ("NVIDIA H200 NVL", "H200 NVL", 835), ("NVIDIA B200", "B200", 2250), ("NVIDIA GB200", "GB200", 2500),
-    ("NVIDIA GH200 480GB", "GH200", 989), ("NVIDIA A100-SXM4-80GB", "A100", 312), ("NVIDIA A100 80GB PCIe", "A100", 312),
-    ("NVIDIA L40S", "L40S", 362), ("NVIDIA GeForce RTX 4090", "RTX 4090", 165), ("NVIDIA A10", None, None), ("Tesla T4", None, None)])
-def test_the_peak_is_that_of_the_very_card(name, card, teraflops):
-    assert peak_flops(name) == (card, teraflops and teraflops * 1e12)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # pack and collate.
 
 def of_length(n, marker=0):
     return Sequence([marker], [0] * (n - 1))
+
+
+def prompts_of(packs):
+    return [[s.prompt for s in p] for p in packs]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
@@ -155,12 +50,13 @@ def test_packing_loses_nothing_stays_in_budget_serves_every_rank_and_is_determin
         loads = [sum(map(len, p)) for p in packs]
         assert max(loads) <= budget and len(packs) % ranks == 0 and packs
         assert loads == sorted(loads, reverse=True)                      # equal loads side by side
-        assert [[s.prompt for s in p] for p in pack(sequences, budget, ranks)] == [[s.prompt for s in p] for p in packs]
+        assert prompts_of(pack(sequences, budget, ranks)) == prompts_of(packs)
 
 
 def test_no_more_micro_batches_than_first_fit_needs():
     assert len(pack([of_length(n) for n in (7, 6, 4, 3)], 10)) == 2
-    assert [len(p) for p in pack([], 10, 3)] == [0, 0, 0] and [len(p) for p in pack([of_length(4)], 10, 2)] == [1, 0]
+    assert [len(p) for p in pack([], 10, 3)] == [0, 0, 0]
+    assert [len(p) for p in pack([of_length(4)], 10, 2)] == [1, 0]
 
 
 def test_first_fit_stands_where_evening_out_would_overflow():
@@ -170,7 +66,8 @@ def test_first_fit_stands_where_evening_out_would_overflow():
 
 def test_no_rank_is_left_idle_while_another_could_share_its_load():
     assert [len(p) for p in pack([of_length(10) for _ in range(8)], 100, 4)] == [2, 2, 2, 2]
-    assert [sum(map(len, p)) for p in pack([of_length(4) for _ in range(4)], 12)] == [8, 8]           # first-fit: 12 and 4
+    fours = [of_length(4) for _ in range(4)]
+    assert [sum(map(len, p)) for p in pack(fours, 12)] == [8, 8]                         # first-fit: 12 and 4
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -201,13 +98,20 @@ def test_karmarkar_karp_is_close_to_the_best_of_all_partitions(k):
 
 def test_karmarkar_karp_splits_the_textbook_example():
     """8, 7, 6, 5, 4: differencing ends at 16 and 14, greedy (each to the lightest) at 17 and 13."""
-    assert sorted(sum((8, 7, 6, 5, 4)[i] for i in part) for part in karmarkar_karp([8, 7, 6, 5, 4], 2)) == [14, 16]
+    costs = [8, 7, 6, 5, 4]
+    assert sorted(sum(costs[i] for i in part) for part in karmarkar_karp(costs, 2)) == [14, 16]
 
 
 def test_ranks_work_side_by_side_on_equal_costs_not_on_equal_tokens():
-    """Where attention is all there is, 300 tokens cost as much as nine times 100, and equal tokens are unequal costs."""
-    sequences, square = [of_length(100) for _ in range(9)] + [of_length(300) for _ in range(3)], lambda s: len(s)**2
-    costs = lambda packs: [sum(map(square, p)) for p in packs]
+    """Where attention is all there is, 300 tokens cost as much as nine times 100."""
+    sequences = [of_length(100) for _ in range(9)] + [of_length(300) for _ in range(3)]
+
+    def square(sequence):
+        return len(sequence)**2
+
+    def costs(packs):
+        return [sum(map(square, p)) for p in packs]
+
     assert costs(pack(sequences, 1200, 2, square)) == [180_000, 180_000]
     by_tokens = costs(pack(sequences, 1200, 2))
     assert max(by_tokens) > 180_000
@@ -223,27 +127,35 @@ def test_a_sequence_over_the_budget_is_an_error_that_names_the_flag():
 
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_a_packed_batch_points_at_the_hidden_state_that_predicts_each_response_token(kind):
-    batch = collate([Sequence(kind([5, 6]), kind([7, 8, 0])), Sequence(kind([1]), kind([0]))], CPU)      # 0: EOS and padding
-    assert batch.ids.tolist() == [[5, 6, 7, 8, 0, 1, 0]] and batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
-    assert batch.where.tolist() == [1, 2, 3, 5] and batch.targets.tolist() == [7, 8, 0, 0] and batch.lengths == [3, 1]
-    assert batch.cu_seqlens.tolist() == [0, 5, 7] and batch.cu_seqlens.dtype == torch.int32 and batch.max_seqlen == 5
+    sequences = [Sequence(kind([5, 6]), kind([7, 8, 0])), Sequence(kind([1]), kind([0]))]   # 0: EOS, padding
+    batch = collate(sequences, CPU)
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 0, 1, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert batch.where.tolist() == [1, 2, 3, 5] and batch.targets.tolist() == [7, 8, 0, 0]
+    assert batch.lengths == [3, 1]
+    assert batch.cu_seqlens.tolist() == [0, 5, 7] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == 5
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("lengths, calls", [([5], 1), ([5, 5, 5], 1), ([5, 5, 3, 1, 1, 7, 5], 5), ([1], 1)], ids=str)
-def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone_with_one_call_a_run_of_one_length(
+@pytest.mark.parametrize("lengths, calls", [
+    ([5], 1), ([5, 5, 5], 1), ([5, 5, 3, 1, 1, 7, 5], 5), ([1], 1)], ids=str)
+def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone_one_call_a_run_of_one_length(
         monkeypatch, lengths, calls, kv_heads):
     attention, seen, n = torch.nn.functional.scaled_dot_product_attention, [], sum(lengths)
     g = torch.Generator().manual_seed(n)
-    q, k, v = ins = [torch.randn(1, heads, n, 8, generator=g, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
-    where, weights = torch.tensor([0] + lengths).cumsum(0).to(torch.int32), torch.randn(1, n, 4, 8, generator=g)
+    heads = (4, kv_heads, kv_heads)
+    q, k, v = ins = [torch.randn(1, number, n, 8, generator=g, requires_grad=True) for number in heads]
+    where = torch.tensor([0] + lengths).cumsum(0).to(torch.int32)
+    weights = torch.randn(1, n, 4, 8, generator=g)
     alone = []
     for s, e in zip(where, where[1:]):
         causal = torch.ones(e - s, e - s).tril().log()
         key, value = (x[:, :, s:e].repeat_interleave(4 // kv_heads, 1) for x in (k, v))
         alone.append((0.3 * q[:, :, s:e] @ key.mT + causal).softmax(-1) @ value)
     expected = torch.cat(alone, 2).transpose(1, 2)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **b: seen.append(1) or attention(*a, **b))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *a, **b: seen.append(1) or attention(*a, **b))
     out, _ = M.packed_attention(None, *ins, None, 0.3, cu_seq_lens_q=where, max_length_q=max(lengths))
     assert len(seen) == calls
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
@@ -251,7 +163,7 @@ def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone_wit
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Policies.
 
 @pytest.fixture(scope="module")
@@ -268,10 +180,12 @@ def mesh():
 
 
 def save_model(folder, kind="Qwen2", dtype=torch.float32, shard="1GB", **overrides):
-    """A random model in a folder: 2 layers, 4 heads, 2 key-value heads, weights large enough that every part matters."""
-    config = getattr(transformers, kind + "Config")(**dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0) | overrides)
+    """A random model in a folder: 2 layers, 4 heads, 2 key-value heads, weights large enough that every part
+    matters."""
+    fields = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                  bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    config = getattr(transformers, kind + "Config")(**fields | overrides)
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -282,7 +196,10 @@ def save_model(folder, kind="Qwen2", dtype=torch.float32, shard="1GB", **overrid
 
 
 MODELS = [dict(kind=k, tie_word_embeddings=t) for k in ("Qwen2", "Llama") for t in (True, False)]
-model_name = lambda m: f"{m['kind']}-{'tied' if m['tie_word_embeddings'] else 'untied'}"
+
+
+def model_name(spec):
+    return f"{spec['kind']}-{'tied' if spec['tie_word_embeddings'] else 'untied'}"
 
 
 def load(folder, mesh, checkpointing=False, **overrides):
@@ -313,27 +230,31 @@ def one_step(policy, optimizer, seed=0):
 
 def test_recomputation_keeps_a_blocks_input_and_no_generators_state(tmp_path, mesh):
     policy = load(save_model(tmp_path), mesh, checkpointing=True)
-    assert all(block._gradient_checkpointing_func.keywords == {"use_reentrant": False, "preserve_rng_state": False}
-               for block in policy.lm.base_model.layers)
+    expected = {"use_reentrant": False, "preserve_rng_state": False}
+    for block in policy.lm.base_model.layers:
+        assert block._gradient_checkpointing_func.keywords == expected
 
 
 def test_check_packing_averages_over_64_tokens_of_a_response_and_more(tmp_path, mesh, monkeypatch):
     seen, collate = [], M.collate
     policy = load(save_model(tmp_path), mesh)
-    monkeypatch.setattr(M, "collate", lambda sequences, device: seen.extend(sequences) or collate(sequences, device))
+    monkeypatch.setattr(M, "collate",
+                        lambda sequences, device: seen.extend(sequences) or collate(sequences, device))
     M.check_packing(policy, CPU, VOCAB)
-    assert len(seen) == 9 and min(len(s.response) for s in seen) >= 64 and policy.lm.config._attn_implementation == "packed"
+    assert len(seen) == 9 and min(len(s.response) for s in seen) >= 64
+    assert policy.lm.config._attn_implementation == "packed"
 
 
-@pytest.mark.parametrize("spec", [dict(kind="Llama", attention_dropout=0.5), dict(kind="Phi3", resid_pdrop=0.5, embd_pdrop=0.5)],
-                         ids=lambda spec: spec["kind"])
+@pytest.mark.parametrize("spec", [
+    dict(kind="Llama", attention_dropout=0.5), dict(kind="Phi3", resid_pdrop=0.5, embd_pdrop=0.5)],
+    ids=lambda spec: spec["kind"])
 def test_a_model_with_dropout_is_trained_without_it_recomputed_or_not(tmp_path, mesh, spec):
     """The engine has none, and a recomputed block would draw another one than its forward did."""
     save_model(tmp_path, **spec)
     grads = []
     for checkpointing in (False, True):
         policy = load(tmp_path, mesh, checkpointing)
-        M.check_packing(policy, CPU, VOCAB)                                      # through transformers' own attention, too
+        M.check_packing(policy, CPU, VOCAB)                  # through transformers' own attention, too
         policy(collate(some_sequences(), CPU))[0].sum().backward()
         grads.append([p.grad.full_tensor() for p in policy.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
@@ -341,7 +262,8 @@ def test_a_model_with_dropout_is_trained_without_it_recomputed_or_not(tmp_path, 
 
 @pytest.mark.parametrize("spec", MODELS, ids=model_name)
 @pytest.mark.parametrize("temperature, checkpointing", [(1.0, True), (0.7, False)])
-def test_a_packed_forward_and_its_gradients_equal_transformers_own_on_each_sequence_alone(tmp_path, mesh, spec, temperature, checkpointing):
+def test_a_packed_forward_and_its_gradients_equal_transformers_own_on_each_sequence_alone(
+        tmp_path, mesh, spec, temperature, checkpointing):
     save_model(tmp_path, **spec)
     policy, sequences = load(tmp_path, mesh, checkpointing), some_sequences()
     lm = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -357,8 +279,9 @@ def test_a_packed_forward_and_its_gradients_equal_transformers_own_on_each_seque
     sum((weights[i, :len(lp)] * (lp + h)).sum() for i, (lp, h) in enumerate(expected)).backward()
     own = {n: p.grad for n, p in lm.named_parameters()}
     assert gradients(policy).keys() == own.keys()
-    for name, grad in gradients(policy).items():                         # summed over tokens and sequences, never averaged
-        torch.testing.assert_close(grad, own[name], atol=1e-5 * own[name].abs().max().item(), rtol=1e-4, msg=lambda m: f"{name}: {m}")
+    for name, grad in gradients(policy).items():           # summed over tokens and sequences, never averaged
+        torch.testing.assert_close(grad, own[name], atol=1e-5 * own[name].abs().max().item(), rtol=1e-4,
+                                   msg=lambda m: f"{name}: {m}")
 
 
 def test_gradients_of_micro_batches_add_up_and_one_without_sequences_adds_nothing(tmp_path, mesh):
@@ -374,41 +297,60 @@ def test_gradients_of_micro_batches_add_up_and_one_without_sequences_adds_nothin
         torch.testing.assert_close(grad, whole[name], atol=1e-5 * whole[name].abs().max().item(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_policy_counts_its_own_weights_for_its_flops_and_a_tied_head_once(tmp_path, mesh, tied):
+    policy, sequences = load(save_model(tmp_path, tie_word_embeddings=tied), mesh), some_sequences()
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    assert policy.flops(sequences) == M.forward_backward_flops(policy.lm.config, weights, sequences)
+    head, body = VOCAB * 32, weights - VOCAB * 32 * (1 if tied else 2)
+    assert policy.flops([Sequence([1], [2, 3])]) == 6 * body * 3 + 6 * head * 2 + 6 * 2 * 32 * 3**2
+
+
+def test_the_engine_and_exports_are_bf16_on_a_gpu_and_fp32_on_a_cpu():
+    assert M.compute_dtype(torch.device("cuda", 3)) == torch.bfloat16
+    assert M.compute_dtype(CPU) == torch.float32
+
+
 def one_sequence_sees_another(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
     return M.packed_attention(module, query, key, value, mask, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
 
 
 def not_causal(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    parts = [torch.nn.functional.scaled_dot_product_attention(query[:, :, s:e], key[:, :, s:e], value[:, :, s:e])
-             for s, e in zip(cu_seq_lens_q, cu_seq_lens_q[1:])]
+    parts = []
+    for s, e in zip(cu_seq_lens_q, cu_seq_lens_q[1:]):
+        q, k, v = query[:, :, s:e], key[:, :, s:e], value[:, :, s:e]
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v))
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
 def nan_after_the_first_sequence(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
     out, _ = M.packed_attention(module, query, key, value, mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
-    return torch.where(torch.arange(out.shape[1])[None, :, None, None] < cu_seq_lens_q[1], out, float("nan")), None
+    first = torch.arange(out.shape[1])[None, :, None, None] < cu_seq_lens_q[1]
+    return torch.where(first, out, float("nan")), None
 
 
 @pytest.mark.parametrize("spec", MODELS[:1] + MODELS[3:], ids=model_name)
 @pytest.mark.parametrize("attention", [one_sequence_sees_another, not_causal, nan_after_the_first_sequence])
-def test_check_packing_passes_a_right_attention_and_aborts_on_a_wrong_one(tmp_path, mesh, monkeypatch, spec, attention):
+def test_check_packing_passes_a_right_attention_and_aborts_on_a_wrong_one(
+        tmp_path, mesh, monkeypatch, spec, attention):
     policy = load(save_model(tmp_path, **spec), mesh)
     M.check_packing(policy, CPU, VOCAB)
     assert policy.lm.config._attn_implementation == "packed"
-    assert all(hasattr(p, "full_tensor") for p in policy.parameters())   # resharded: an optimizer made now holds masters
+    assert all(hasattr(p, "full_tensor") for p in policy.parameters())        # an optimizer now holds masters
     monkeypatch.setitem(AttentionInterface._global_mapping, "packed", attention)
     with pytest.raises(RuntimeError, match="packed sequences see each other"):
         M.check_packing(policy, CPU, VOCAB)
 
 
 @pytest.mark.parametrize("spec", MODELS, ids=model_name)
-@pytest.mark.parametrize("file", [dict(), dict(dtype=torch.bfloat16), dict(shard="20KB")], ids=["fp32", "bf16", "several files"])
+@pytest.mark.parametrize("file", [dict(), dict(dtype=torch.bfloat16), dict(shard="20KB")],
+                         ids=["fp32", "bf16", "several files"])
 def test_full_parameters_after_a_forward_are_the_fp32_master_weights_each_once(tmp_path, mesh, spec, file):
     policy = load(save_model(tmp_path, **spec, **file), mesh)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == ("shard" in file)
     with torch.no_grad():
-        policy(collate(some_sequences(), CPU))                           # no backward: the root stays gathered
+        policy(collate(some_sequences(), CPU))                 # no backward: the root stays gathered
     expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).named_parameters())
     stream = list(M.full_parameters(policy, torch.float32))
     assert len(stream) == len(expected) and dict(stream).keys() == expected.keys()
@@ -423,13 +365,16 @@ def test_a_trained_policy_is_exported_as_transformers_reads_it(tmp_path, mesh, s
     policy = load(save_model(tmp_path / "base", **spec), mesh)
     before = {n: t.clone() for n, t in M.full_parameters(policy, torch.float32)}
     one_step(policy, torch.optim.AdamW(policy.parameters(), lr=0.01))
-    for _ in range(2):                                                   # the second export replaces the first
+    for _ in range(2):                 # the second export replaces the first
         M.export_hf(tmp_path / "out" / "hf", policy, tokenizer, torch.float32)
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf", dtype="auto")
     own, after = dict(lm.named_parameters()), dict(M.full_parameters(policy, torch.float32))
-    assert own.keys() == after.keys() and all(torch.equal(own[n], t) and not torch.equal(before[n], t) for n, t in after.items())
+    assert own.keys() == after.keys()
+    for name, tensor in after.items():
+        assert torch.equal(own[name], tensor) and not torch.equal(before[name], tensor)
     sequence = some_sequences()[3]
-    torch.testing.assert_close(policy(collate([sequence], CPU))[0][0], unpacked(lm, sequence)[0], atol=1e-5, rtol=1e-5)
+    logp = policy(collate([sequence], CPU))[0][0]
+    torch.testing.assert_close(logp, unpacked(lm, sequence)[0], atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "out" / "hf" / "config.json").read_text())
     assert config["use_cache"] and config["dtype"] == "float32" and "packed" not in json.dumps(config)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "hf").decode([2]) == "<think>"
@@ -438,9 +383,10 @@ def test_a_trained_policy_is_exported_as_transformers_reads_it(tmp_path, mesh, s
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
 @pytest.mark.parametrize("old_format", [True, False])
-def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_config(tmp_path, mesh, kind, old_format):
+def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_config(
+        tmp_path, mesh, kind, old_format):
     save_model(tmp_path / "base", kind)
-    if old_format:                                                       # as Qwen2.5-Math-7B's config.json has it
+    if old_format:                 # as Qwen2.5-Math-7B's config.json has it
         file = tmp_path / "base" / "config.json"
         config = json.loads(file.read_text())
         config |= {"rope_theta": config.pop("rope_parameters")["rope_theta"]}
@@ -462,7 +408,8 @@ def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_conf
 @pytest.mark.parametrize("theta, override, refused", [(10_000.0, 40_000, False), (40_000.0, 40_000, False),
                                                       (500_000.0, 40_000, True), (500_000.0, 0, False)])
 def test_a_rope_override_that_is_not_the_papers_is_refused(tmp_path, theta, override, refused):
-    transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": theta}).save_pretrained(tmp_path)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    transformers.LlamaConfig(rope_parameters=rope).save_pretrained(tmp_path)
     if refused:
         with pytest.raises(ValueError, match="--rope_theta 0 --window 0"):
             M.load_config(tmp_path, override, 0)
@@ -492,12 +439,14 @@ def test_a_model_without_one_rope_theta_is_refused_by_name(tmp_path):
     ("Mistral", dict(sliding_window=None), False)])
 def test_sliding_window_attention_is_refused(tmp_path, kind, overrides, refused):
     getattr(transformers, kind + "Config")(**overrides).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="sliding-window attention is not supported") if refused else nullcontext():
+    found = pytest.raises(ValueError, match="sliding-window attention is not supported")
+    with found if refused else nullcontext():
         M.load_config(tmp_path)
 
 
-@pytest.mark.parametrize("change", [dict(vocab_size=VOCAB + 3), dict(vocab_size=VOCAB - 3), dict(intermediate_size=64),
-                                    dict(num_hidden_layers=3), dict(tie_word_embeddings=False)], ids=str)
+@pytest.mark.parametrize("change", [
+    dict(vocab_size=VOCAB + 3), dict(vocab_size=VOCAB - 3), dict(intermediate_size=64),
+    dict(num_hidden_layers=3), dict(tie_word_embeddings=False)], ids=str)
 def test_weights_that_do_not_fit_the_config_are_refused_by_folder(tmp_path, mesh, change):
     save_model(tmp_path, tie_word_embeddings=True)
     config = M.load_config(tmp_path)
@@ -515,7 +464,7 @@ def test_a_folder_without_weights_is_refused(tmp_path, mesh):
         load(tmp_path, mesh)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Checkpoints.
 
 def trained(folder, mesh, steps=1, **spec):
@@ -528,12 +477,19 @@ def trained(folder, mesh, steps=1, **spec):
 
 def everything(policy, optimizer):
     """Copies of all weights and Adam moments."""
-    full = lambda t: t.full_tensor().clone() if hasattr(t, "full_tensor") else torch.as_tensor(t).clone()
-    return {n: [full(p.detach())] + [full(t) for _, t in sorted(optimizer.state[p].items())] for n, p in policy.named_parameters()}
+    def full(t):
+        return t.full_tensor().clone() if hasattr(t, "full_tensor") else torch.as_tensor(t).clone()
+
+    found = {}
+    for name, p in policy.named_parameters():
+        found[name] = [full(p.detach())] + [full(t) for _, t in sorted(optimizer.state[p].items())]
+    return found
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(len(a[n]) == len(b[n]) and all(map(torch.equal, a[n], b[n])) for n in a)
+    if a.keys() != b.keys():
+        return False
+    return all(len(a[n]) == len(b[n]) and all(map(torch.equal, a[n], b[n])) for n in a)
 
 
 @pytest.fixture
@@ -551,7 +507,10 @@ def test_a_checkpoint_restores_weights_moments_generators_and_state_bit_by_bit(t
     saved, state = everything(policy, optimizer), {"step": 7, "position": 3, "data": ["x", 1, 0]}
     save_checkpoint(tmp_path / "c", policy, optimizer, state, keep=1)
     assert same(everything(policy, optimizer), saved)                    # saving changes nothing
-    draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
     drawn = draw()
     one_step(policy, optimizer, 9)
     continued = everything(policy, optimizer)
@@ -564,9 +523,11 @@ def test_a_checkpoint_restores_weights_moments_generators_and_state_bit_by_bit(t
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "rng-0.pt"])
-@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(b""), lambda f: f.unlink()],
-                         ids=["one byte short", "empty", "missing"])
-def test_a_cut_or_missing_file_is_refused_by_name_and_the_checkpoint_before_it_is_used(checkpoints, name, damage):
+@pytest.mark.parametrize("damage", [
+    lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(b""), lambda f: f.unlink()],
+    ids=["one byte short", "empty", "missing"])
+def test_a_cut_or_missing_file_is_refused_by_name_and_the_checkpoint_before_it_is_used(
+        checkpoints, name, damage):
     folder, said = checkpoints[0], []
     damage(folder / "step-4" / name)
     with pytest.raises(ValueError, match=f"{folder / 'step-4' / name}: truncated checkpoint"):
@@ -593,15 +554,18 @@ def test_a_folder_without_a_manifest_of_ours_is_no_checkpoint(checkpoints, manif
     (folder / "step-4" / "manifest.json").unlink()
     if manifest is not None:
         (folder / "step-4" / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match=f"{folder / 'step-4'}: not a complete checkpoint of this program .manifest.json"):
+    expected = f"{folder / 'step-4'}: not a complete checkpoint of this program .manifest.json"
+    with pytest.raises(ValueError, match=expected):
         inspect_checkpoint(folder / "step-4")
     assert newest_checkpoint(folder, lambda _: None)[0] == folder / "step-2"
 
 
-@pytest.mark.parametrize("spec, named", [(dict(vocab_size=VOCAB + 1), "embed_tokens"), (dict(intermediate_size=64), "gate_proj"),
-                                         (dict(num_hidden_layers=1), "number of parameters"), (dict(kind="Llama"), "number of parameters")],
-                         ids=lambda s: str(s))
-def test_a_checkpoint_of_another_model_is_refused_and_the_policy_left_alone(tmp_path, mesh, checkpoints, spec, named):
+@pytest.mark.parametrize("spec, named", [
+    (dict(vocab_size=VOCAB + 1), "embed_tokens"), (dict(intermediate_size=64), "gate_proj"),
+    (dict(num_hidden_layers=1), "number of parameters"), (dict(kind="Llama"), "number of parameters")],
+    ids=lambda s: str(s))
+def test_a_checkpoint_of_another_model_is_refused_and_the_policy_left_alone(
+        tmp_path, mesh, checkpoints, spec, named):
     policy, optimizer = trained(tmp_path / "other", mesh, **spec)
     before = everything(policy, optimizer)
     with pytest.raises(ValueError, match=f"step-4: a checkpoint of another model: .*{named}"):
@@ -621,7 +585,8 @@ def test_no_checkpoint_at_all_is_no_error_and_leftovers_of_a_killed_save_are_ign
     assert newest_checkpoint(folder)[0] == folder / "step-2"
     save_checkpoint(folder, *training, {"step": 6}, keep=2)            # clears what kills have left
     path, manifest = newest_checkpoint(folder)
-    assert path == folder / "step-6" and "junk" not in manifest["files"] and names(folder) == ["step-2", "step-6"]
+    assert path == folder / "step-6" and "junk" not in manifest["files"]
+    assert names(folder) == ["step-2", "step-6"]
 
 
 def test_only_the_newest_checkpoints_are_kept_by_number_not_by_name(checkpoints):
@@ -642,6 +607,6 @@ def test_a_copy_that_the_user_has_renamed_is_not_deleted(checkpoints):
 
 def test_the_checkpoint_just_written_is_kept_though_a_broken_one_has_a_higher_number(checkpoints):
     folder, *training = checkpoints
-    (folder / "step-4" / ".metadata").unlink()                           # resumed from step-2, saved at step 3
+    (folder / "step-4" / ".metadata").unlink()                 # resumed from step-2, saved at step 3
     save_checkpoint(folder, *training, {"step": 3}, keep=1)
     assert newest_checkpoint(folder, lambda _: None)[0] == folder / "step-3"

@@ -1,4 +1,5 @@
-"""support/processes.py: a run that hangs ends by itself and names the rank that is behind; errors name rank and phase; profiles.
+"""support/processes.py: a run that hangs ends by itself and names the rank that is behind; errors name rank
+and phase; profiles. support/device.py: which device a run takes, and what the card could do.
 
     pytest tests/test_processes.py
 """
@@ -34,31 +35,39 @@ def finish(args, ranks=2, per_node=None, limit_s=240):
 def test_where_all_ranks_are_is_one_line_that_names_those_behind(monkeypatch):
     now, store = time.time(), dist.HashStore()
     for rank in range(8):
-        place = (57, "rollout", 12, now - 1860) if rank == 3 else (59, "exchange", 12, now - 1800 - rank)
+        place = processes.Place(59, "exchange", 12, now - 1800 - rank)
+        if rank == 3:
+            place = processes.Place(57, "rollout", 12, now - 1860)
         store.set(str(rank), json.dumps(place))
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(processes._here, "store", store)
-    monkeypatch.setattr(processes._here, "place", (59, "exchange", 12, now - 1800))
+    monkeypatch.setattr(processes._here, "place", processes.Place(59, "exchange", 12, now - 1800))
     assert processes.whereabouts() == (
-        "phase 'exchange' of step 12 for 0:30:00. Behind the others: rank 3 in phase 'rollout' of step 12 for 0:31:00; "
-        "then ranks 0-2, 4-7 in phase 'exchange' of step 12 for 0:30:07")
+        "phase 'exchange' of step 12 for 0:30:00. Behind the others: rank 3 in phase 'rollout' of step 12 "
+        "for 0:31:00; then ranks 0-2, 4-7 in phase 'exchange' of step 12 for 0:30:07")
     store.set("3", json.dumps((59, "exchange", 12, now)))
     assert processes.whereabouts().startswith("phase 'exchange' of step 12 for 0:30:00, like all ranks")
     monkeypatch.setattr(processes._here, "store", None)                   # alone, or rank 0 is gone
+    monkeypatch.delenv("WORLD_SIZE")                                      # an error before there is a group
     assert processes.whereabouts() == "phase 'exchange' of step 12 for 0:30:00"
 
 
 def test_a_mistake_is_one_line_and_a_library_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match=r"^srft.py \(rank 1\): 3 ranks are not whole nodes of 2"), processes.mistakes_in_one_line("srft.py"):
+    in_one_line = processes.mistakes_in_one_line
+    expected = r"^srft.py \(rank 1\): 3 ranks are not whole nodes of 2"
+    with pytest.raises(SystemExit, match=expected), in_one_line("srft.py"):
         processes.mesh_shape(3, 2)
-    with pytest.raises(SystemExit, match="No such file"), processes.mistakes_in_one_line("srft.py"):
+    with pytest.raises(SystemExit, match="No such file"), in_one_line("srft.py"):
         (tmp_path / "none").read_text()
-    with pytest.raises(json.JSONDecodeError), processes.mistakes_in_one_line("srft.py"):
+    with pytest.raises(json.JSONDecodeError), in_one_line("srft.py"):
         json.loads("{")
 
 
-def no_card(monkeypatch, build="13.0", driver="NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue", hidden=None):
+NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue"
+
+
+def no_card(monkeypatch, build="13.0", driver=NVIDIA, hidden=None):
     """A torch built for this CUDA on a machine with this driver, whose cards torch cannot use."""
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -79,14 +88,16 @@ def no_card(monkeypatch, build="13.0", driver="NVRM version: NVIDIA UNIX x86_64 
 
 def test_a_build_for_gpus_without_a_usable_one_is_refused_with_what_it_needs_and_what_was_found(monkeypatch):
     no_card(monkeypatch)
-    with pytest.raises(ValueError, match=r"CUDA 13.0 and finds no usable GPU. .* r580 or newer; found is 550.54.15. .*--device cpu"):
+    expected = r"CUDA 13.0 and finds no usable GPU. .* r580 or newer; found is 550.54.15. .*--device cpu"
+    with pytest.raises(ValueError, match=expected):
         processes.init_distributed()
-    assert not dist.is_initialized()                                      # before any group, and before any model
+    assert not dist.is_initialized()                                  # before any group, and before any model
     no_card(monkeypatch, driver=None)
     with pytest.raises(ValueError, match="none is loaded here .in a container"):
         device.choose_device("cuda")
     no_card(monkeypatch, build="12.8", hidden="")
-    with pytest.raises(ValueError, match="r525 .*CUDA_VISIBLE_DEVICES is '', which may hide the cards: unset it"):
+    expected = "r525 .*CUDA_VISIBLE_DEVICES is '', which may hide the cards: unset it"
+    with pytest.raises(ValueError, match=expected):
         device.choose_device()
 
 
@@ -104,14 +115,26 @@ def test_each_rank_takes_the_card_of_its_place_on_the_node_and_one_rank_too_many
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device.choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match=r"local rank 2 has no GPU .* shows 2 \(CUDA_VISIBLE_DEVICES is 4,5\); start --nproc_per_node=2"):
+    expected = r"local rank 2 has no GPU .* shows 2 \(CUDA_VISIBLE_DEVICES is 4,5\); start --nproc_per_node=2"
+    with pytest.raises(ValueError, match=expected):
         device.choose_device("cuda", 2)
+
+
+@pytest.mark.parametrize("name, card, teraflops", [
+    ("NVIDIA H100 80GB HBM3", "H100", 989), ("NVIDIA H100 PCIe", "H100 PCIe", 756),
+    ("NVIDIA H100 NVL", "H100 NVL", 835), ("NVIDIA H200", "H200", 989), ("NVIDIA H200 NVL", "H200 NVL", 835),
+    ("NVIDIA B200", "B200", 2250), ("NVIDIA GB200", "GB200", 2500), ("NVIDIA GH200 480GB", "GH200", 989),
+    ("NVIDIA A100-SXM4-80GB", "A100", 312), ("NVIDIA A100 80GB PCIe", "A100", 312),
+    ("NVIDIA L40S", "L40S", 362), ("NVIDIA GeForce RTX 4090", "RTX 4090", 165), ("NVIDIA A10", None, None),
+    ("Tesla T4", None, None)])
+def test_the_peak_is_that_of_the_very_card(name, card, teraflops):
+    assert device.peak_flops(name) == (card, teraflops and teraflops * 1e12)
 
 
 @pytest.mark.slow
 def test_a_rank_that_sleeps_in_a_whole_run_ends_it_and_both_ranks_name_it(tmp_path):
-    outputs, codes = finish(["tests/ranks.py", "sleeper", *SMALL[1:], "--steps", "3", "--hang_minutes", "0.25",
-                             "--out", tmp_path / "run"])
+    outputs, codes = finish(["tests/ranks.py", "sleeper", *SMALL[1:], "--steps", "3",
+                             "--hang_minutes", "0.25", "--out", tmp_path / "run"])
     assert codes == [1, 1], outputs
     for rank, output in enumerate(outputs):
         assert output.count("HANG") == 1 and f"ranks.py (rank {rank}): HANG: ranks.py (rank" in output
@@ -124,7 +147,8 @@ def test_a_rank_that_sleeps_in_a_whole_run_ends_it_and_both_ranks_name_it(tmp_pa
 
 @pytest.mark.slow
 def test_a_run_that_only_starts_slowly_goes_through_on_two_nodes():
-    outputs, codes = finish(["tests/phases.py", "long first step", MINUTES], per_node=1)         # its groups' timeouts are asserted there
+    # Its groups' timeouts are asserted there.
+    outputs, codes = finish(["tests/phases.py", "long first step", MINUTES], per_node=1)
     assert codes == [0, 0], outputs
     assert all("DONE" in output and "HANG" not in output for output in outputs)
 
@@ -134,7 +158,7 @@ def test_a_rank_whose_c_code_keeps_the_gil_ends_too_and_the_other_names_it():
     outputs, codes = finish(["tests/phases.py", "keep the GIL", MINUTES])
     assert codes == [1, 1], outputs
     assert "Behind the others: rank 1 in phase 'rollout' of step 2" in outputs[0]
-    assert "Timeout" in outputs[1] and "in match" in outputs[1]                             # faulthandler's stack
+    assert "Timeout" in outputs[1] and "in match" in outputs[1]                         # faulthandler's stack
 
 
 @pytest.mark.slow
@@ -144,14 +168,17 @@ def test_when_a_rank_is_killed_the_error_of_the_other_names_its_own_rank_and_pha
     other = 1 - victim
     assert codes[victim] == -9 and codes[other] == 1, outputs
     assert "Traceback" in outputs[other] and "in steps" in outputs[other]
-    assert re.search(rf"phases.py \(rank {other}\): phase 'train' of step 2 for 0:00:0\d", outputs[other], re.M)
+    expected = rf"phases.py \(rank {other}\): phase 'train' of step 2 for 0:00:0\d"
+    assert re.search(expected, outputs[other], re.M)
 
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_the_others_too_which_name_it():
     outputs, codes = finish(["tests/phases.py", "raise", 0.2])
-    assert codes == [1, 1] and "KeyError: 'a bug'" in outputs[1] and "phases.py (rank 1): phase 'train' of step 2" in outputs[1]
-    assert "phases.py (rank 0): phases.py (rank 1) failed (KeyError). Here: phase 'train' of step 2" in outputs[0], outputs[0]
+    assert codes == [1, 1] and "KeyError: 'a bug'" in outputs[1]
+    assert "phases.py (rank 1): phase 'train' of step 2" in outputs[1]
+    expected = "phases.py (rank 0): phases.py (rank 1) failed (KeyError). Here: phase 'train' of step 2"
+    assert expected in outputs[0], outputs[0]
 
 
 @pytest.mark.slow
@@ -170,9 +197,10 @@ def test_a_mesh_is_one_node_or_whole_nodes():
 
 @pytest.mark.slow
 def test_one_process_without_torchrun_is_watched_too():
-    done = subprocess.run([sys.executable, "tests/phases.py", "sleep", str(MINUTES)], env=ENV, cwd=ROOT, text=True,
-                          capture_output=True, timeout=60)
-    assert done.returncode == 1 and re.search(r"HANG.* Here: phase 'rollout' of step 2 for 0:00:0\d$", done.stderr, re.M)
+    done = subprocess.run([sys.executable, "tests/phases.py", "sleep", str(MINUTES)], env=ENV, cwd=ROOT,
+                          text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert re.search(r"HANG.* Here: phase 'rollout' of step 2 for 0:00:0\d$", done.stderr, re.M)
 
 
 @pytest.mark.slow
@@ -180,6 +208,8 @@ def test_a_profile_of_one_step_holds_its_phases_and_operators_and_no_other_step(
     folder = whole_run / "profile"
     with gzip.open(folder / "trace-rank0.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert all(names.count(name) == 1 for name in ("rollout", "grade", "exchange", "train", "sync")) and "aten::mm" in names
+    for name in ("rollout", "grade", "exchange", "train", "sync"):
+        assert names.count(name) == 1
+    assert "aten::mm" in names
     assert "checkpoint" not in names
     assert "aten::mm" in (folder / "operators-rank0.txt").read_text()
