@@ -664,6 +664,59 @@ def test_close_ends_every_process():
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
 
+# ---- Where a worker finds its modules ----------------------------------------------------------
+
+STRANGER = "raise ImportError('a stranger')"
+
+
+def graded_elsewhere(project, env, cwd, python=sys.executable):
+    """What a Grader made of the files in `project` says, from an interpreter that finds them however `env` is."""
+    script = (f"import sys\nsys.path.insert(0, {str(project)!r})\nfrom reward import Grader\n"
+              "responses, answers = [r'\\boxed{A}', r'\\boxed{B}'], ['A', 'A']\n"
+              "with Grader(workers=1) as grader:\n"
+              "    for kind in ('math-verify', 'oat', 'choice'):\n"
+              "        print(*[v.reason for v in grader.grade(responses, answers, kind=kind)])\n")
+    done = subprocess.run([python, "-c", script], env=os.environ | env, cwd=cwd, text=True, capture_output=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A folder with what someone takes to have the Grader."""
+    shutil.copytree(ROOT / "grading", tmp_path / "copied" / "grading",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "reward.py", tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"])
+@pytest.mark.parametrize("path", ["", "{strangers}", "{project}", "{strangers}:{project}",
+                                  "{project}/grading:{project}"])
+def test_a_worker_takes_no_file_of_the_project_for_a_package_and_no_package_for_grading(
+        copied, tmp_path, path, safe_path):
+    for name in ("math_verify", "sympy", "pylatexenc", "latex2sympy2_extended"):
+        (copied / f"{name}.py").write_text(STRANGER)
+    strangers = tmp_path / "strangers"
+    (strangers / "grading").mkdir(parents=True)
+    (strangers / "grading" / "__init__.py").write_text(STRANGER)
+    path = path.format(strangers=strangers, project=copied)
+    env = {"PYTHONSAFEPATH": safe_path, "PYTHONPATH": path}
+    assert graded_elsewhere(copied, env, cwd=strangers) == ["ok wrong"] * 3
+
+
+def test_a_worker_finds_the_packages_that_lie_in_the_folder_of_the_project(copied):
+    """As where all was installed into one folder."""
+    import math_verify
+    python = sys._base_executable
+    if subprocess.run([python, "-c", "import math_verify"], env={}, cwd="/", capture_output=True).returncode == 0:
+        pytest.skip("outside of this environment there is a math_verify, too")
+    for package in Path(math_verify.__file__).parents[1].iterdir():
+        (copied / package.name).symlink_to(package)
+    assert graded_elsewhere(copied, {"PYTHONPATH": str(copied)}, "/", python) == ["ok wrong"] * 3
+
+
 # ---- The sandbox -------------------------------------------------------------------------------
 
 ROGUE = """
