@@ -3,7 +3,8 @@ r"""The binary reward of Eq. A2, computed where hostile text can do no harm.
     R(x, y) = 1 if the answer in response y equals the reference answer of x, else 0        (Eq. A2)
 
 "Equals" is the verdict of Math-Verify in training, of the OAT-Grader in the final evaluation (Sec. 5.1), or,
-for multiple choice, of comparing letters (grading/answers.py). A2 has no reward for format.
+for multiple choice, of comparing letters (grading/answers.py). A2 has no reward for format. The +1 and -1 of
+Sec. 4.2 are the signs of the two sums of Eq. 12, and stand in srft.py.
 
     with Grader() as grader:
         grader.grade([r"so it is $\boxed{\frac12}$", r"\boxed{7}"], ["0.5", "8"])
@@ -12,6 +13,9 @@ for multiple choice, of comparing letters (grading/answers.py). A2 has no reward
         verdicts = grader.collect()     # waits for the rest
 
     python reward.py --response FILE --answer TEXT     # what was extracted and compared, and the verdict
+
+To copy the Grader into another project, take this file and the folder grading/, side by side, and install
+math-verify. Neither imports anything else of this project.
 
 Why processes, and not a call, a thread or a signal: a response is text that a model wrote, and graders
 hand it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, eat all
@@ -66,7 +70,9 @@ class Verdict:
 def graded_text(response, text="after_think"):
     """The part of a response that is graded. text: "after_think" or "require_think", what follows the last
     "</think>", or all of it if there is none; "whole", always all of it."""
-    return response if text == "whole" else response.rpartition("</think>")[2]
+    if text == "whole":
+        return response
+    return response.rpartition("</think>")[2]
 
 
 class Grader:
@@ -96,14 +102,27 @@ class Grader:
             raise ValueError(f"Grader: kind {kind!r} must be one of {KINDS}, text {text!r} one of {TEXTS}")
         if (workers is not None and workers < 1) or not deadline_s > 0:
             raise ValueError(f"Grader: expected a worker and a deadline, found {workers}, {deadline_s} s")
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # of this machine: they share its CPUs
         self.workers = workers or max(1, usable_cpus() // ranks_here - 1)
-        self.kind, self.deadline_s, self.memory_mb = kind, deadline_s, memory_mb
-        self.text, self.strict_box, self.score_unfinished = text, strict_box, score_unfinished
-        self._pool, self._dying, self._failures, self._closed = [], [], 0, False
-        self._forget()                  # nothing is submitted yet
-        self._selector = selectors.DefaultSelector()
-        self._refill()          # launches, without waiting: they import sympy while the model loads
+        self.kind = kind
+        self.deadline_s = deadline_s
+        self.memory_mb = memory_mb
+        self.text = text
+        self.strict_box = strict_box
+        self.score_unfinished = score_unfinished
+
+        # What was submitted since the last `collect`, in order: its items, and their verdicts, None so far.
+        self._batch = []
+        self._verdicts = []
+        self._waiting = deque()         # the numbers of the items that no worker has yet
+        self._left = 0                  # how many items have no verdict yet: waiting, or with a worker
+
+        self._pool = []                 # the workers
+        self._dying = []                # processes that were killed, and may not have ended yet
+        self._failures = 0              # workers lost in a row before they did anything
+        self._closed = False
+        self._selector = selectors.DefaultSelector()    # tells which of many sockets has something to read
+        self._refill()                  # launches, without waiting: they import sympy while the model loads
 
     def __enter__(self):
         return self
@@ -117,9 +136,9 @@ class Grader:
         self._closed = True
         for worker in list(self._pool):
             self._discard(worker)
-        for proc in self._dying:
+        for process in self._dying:
             try:
-                proc.wait(timeout=5.0)
+                process.wait(timeout=5.0)
             except subprocess.TimeoutExpired:
                 pass                    # stuck in the kernel; SIGKILL is pending, and no one can do more
 
@@ -144,18 +163,23 @@ class Grader:
         """
         if self._closed:
             raise RuntimeError("grade: this Grader is closed; make a new one")
-        finished = [True] * len(responses) if finished is None else finished
-        items = self._items(responses, answers, finished, kind or self.kind)
+        if finished is None:
+            finished = [True] * len(responses)
+        items = self._items(responses, answers, finished, kind or self.kind)    # raises before any is queued
         if not self._left:
             self._failures = 0
-            for worker in [w for w in self._pool if w.proc.poll() is not None]:  # died idle: costs no item
-                self._discard(worker)
-        for item, reason in zip(items, map(self._ruled_out, responses, finished)):
+            for worker in list(self._pool):
+                if worker.proc.poll() is not None:      # it died with nothing to do: that costs no item
+                    self._discard(worker)
+        for item, response, is_finished in zip(items, responses, finished):
+            reason = self._ruled_out(response, is_finished)
             if reason is None:
-                self._todo.append(len(self._batch))
+                self._waiting.append(len(self._batch))
                 self._left += 1
+                self._verdicts.append(None)
+            else:
+                self._verdicts.append(Verdict(0.0, reason, 0.0))
             self._batch.append(item)
-            self._verdicts.append(Verdict(0.0, reason, 0.0) if reason else None)
         self._advance(wait=False)
 
     def collect(self):
@@ -168,121 +192,182 @@ class Grader:
             self._refill()      # replacements start now, in the time until the next call
         return verdicts
 
-    def _forget(self):
-        """Drop what was submitted. A late reply must not answer an item of the next batch."""
-        self._batch, self._verdicts, self._todo, self._left = [], [], deque(), 0
-        for worker in [w for w in self._pool if w.item is not None]:
-            self._discard(worker)
-
-    def _advance(self, wait):
-        """Take replies, hand out items, kill the late; `wait`: for the next thing to happen."""
-        try:
-            self._take_replies(0)       # first: one whose reply waited for us is neither suspect nor late
-            self._refill()
-            busy = sum(w.item is not None for w in self._pool)
-            for worker in [w for w in self._pool if w.ready and w.item is None][:self.workers - busy]:
-                if self._todo:
-                    self._hand_out(worker)
-            if wait and self._left:
-                self._take_replies(self._time_to_next_event())
-            for worker in list(self._pool):
-                if worker.item is not None and worker.age() >= self.deadline_s:
-                    self._settle(worker, "timeout")
-                    self._discard(worker)
-                elif not worker.ready and worker.age() >= STARTUP_S:
-                    self._discard(worker, failed=True)
-            if self._failures >= MAX_FAILURES:
-                raise RuntimeError(
-                    f"grade: {self._failures} workers in a row died before they worked (see stderr). "
-                    f"Check `{sys.executable} -c 'import math_verify'` and memory_mb={self.memory_mb}")
-        except BaseException:
-            self._forget()
-            raise
-
-    def _settle(self, worker, reason, ms=math.inf, extracted="", trace=()):
-        self._verdicts[worker.item] = Verdict(float(reason == "ok"), reason, min(ms, 1e3 * worker.age()),
-                                              extracted, list(trace))
-        worker.item, self._failures, self._left = None, 0, self._left - 1
-
     def check(self, answers, kind=None):
         """Which reference answers cannot be matched even by themselves? dict index -> reason, empty if all
         can. A problem with such an answer is lost: every response to it would earn 0."""
-        # </think>, as a response must have it where text is "require_think".
-        verdicts = self.grade([f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers], answers,
-                              kind=kind)
-        return {i: "parse_fail" if verdict.reward else verdict.reason for i, verdict in enumerate(verdicts)
-                if not verdict.reward or not verdict.extracted.strip()}     # oat: nothing equals nothing
+        # Behind </think>, which a response must have where text is "require_think".
+        responses = [f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers]
+        unmatched = {}
+        for i, verdict in enumerate(self.grade(responses, answers, kind=kind)):
+            if not verdict.reward:
+                unmatched[i] = verdict.reason
+            elif not verdict.extracted.strip():
+                unmatched[i] = "parse_fail"             # of an empty answer: for oat, nothing equals nothing
+        return unmatched
+
+    # ---- Items ----------------------------------------------------------------------------------------
 
     def _items(self, responses, answers, finished, kind):
+        """What workers are sent, one for each response."""
         if not len(responses) == len(answers) == len(finished):
             raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers and "
                              f"{len(finished)} finished; one for each")
-        for i, pair in enumerate(zip(responses, answers)):
-            if not all(isinstance(text, str) for text in pair):
-                raise TypeError(f"grade: item {i}: expected str, str; found {[type(t) for t in pair]}")
+        for i, (response, answer) in enumerate(zip(responses, answers)):
+            if not (isinstance(response, str) and isinstance(answer, str)):
+                found = [type(response), type(answer)]
+                raise TypeError(f"grade: item {i}: expected str, str; found {found}")
         if kind not in KINDS:
             raise ValueError(f"grade: kind {kind!r} must be one of {KINDS}")
-        return [{"kind": kind, "response": graded_text(response, self.text)[-MAX_CHARS:], "answer": answer,
-                 "strict_box": self.strict_box} for response, answer in zip(responses, answers)]
+        items = []
+        for response, answer in zip(responses, answers):
+            text = graded_text(response, self.text)[-MAX_CHARS:]
+            items.append({"kind": kind, "response": text, "answer": answer, "strict_box": self.strict_box})
+        return items
 
     def _ruled_out(self, response, finished):
         """The reason for a verdict without looking for an answer, or None."""
         if not finished and not self.score_unfinished:
             return "truncated"
-        return "unclosed" if self.text == "require_think" and "</think>" not in response else None
+        if self.text == "require_think" and "</think>" not in response:
+            return "unclosed"
+        return None
 
-    # A worker is starting (not ready), idle (ready, no item) or busy, a suspect once busy for half of the
-    # deadline. One rule replaces the dead and provides the spares: at least workers + suspects processes.
-    def _refill(self):
-        self._dying = [proc for proc in self._dying if proc.poll() is None]     # reaps the dead
-        suspects = [w for w in self._pool if w.item is not None and w.age() >= self.deadline_s / 2]
-        for worker in suspects:
-            worker.step_back()
-        while len(self._pool) < self.workers + len(suspects):
-            self._pool.append(Worker(self.memory_mb, self.deadline_s))
-            self._selector.register(self._pool[-1].sock, selectors.EVENT_READ, self._pool[-1])
+    def _settle(self, worker, reason, ms=math.inf, extracted="", trace=()):
+        """Write down the verdict on a worker's item. ms: what the worker says that it took, if it says so."""
+        age_ms = 1e3 * worker.age()     # an upper limit: the reply may have waited for us, and may lie
+        reward = float(reason == "ok")
+        self._verdicts[worker.item] = Verdict(reward, reason, min(ms, age_ms), extracted, list(trace))
+        worker.item = None
+        self._failures = 0              # a worker that came as far as a verdict: the installation works
+        self._left -= 1
 
-    def _discard(self, worker, failed=False):
-        self._failures += failed
-        self._pool.remove(worker)
-        self._selector.unregister(worker.sock)
-        worker.sock.close()
-        worker.proc.kill()
-        self._dying.append(worker.proc)     # no wait: giving back gigabytes takes the kernel up to 0.5 s
+    def _forget(self):
+        """Drop what was submitted. A late reply must not answer an item of the next batch."""
+        self._batch = []
+        self._verdicts = []
+        self._waiting = deque()
+        self._left = 0
+        for worker in list(self._pool):
+            if worker.busy:
+                self._discard(worker)
 
-    def _hand_out(self, worker):
-        worker.item, worker.since = self._todo.popleft(), time.monotonic()
+    # ---- The pool -------------------------------------------------------------------------------------
+    #
+    # The life of a worker (grading/worker.py), of which all but the work happens in _advance:
+    #
+    #   state      which means              until                               and then
+    #   starting   not ready                it says "ready"                     idle
+    #                                       it dies, or STARTUP_S have passed   discarded, a failure
+    #   idle       ready, without an item   it is handed an item                busy
+    #                                       it dies                             discarded
+    #   busy       with an item             its reply comes                     its verdict; idle (discarded,
+    #                                                                           if it asks to be replaced)
+    #                                       it dies, or replies nonsense        "killed"; discarded
+    #                                       deadline_s have passed              "timeout"; discarded
+    #   suspect    busy for deadline_s / 2  as above; meanwhile a spare starts that may replace it
+    #
+    # Whoever is discarded leaves the pool, and _refill launches another.
+
+    def _advance(self, wait):
+        """Move everything on by one step; `wait`: until the next thing has happened, if any item is left."""
         try:
-            worker.send({"id": worker.item} | self._batch[worker.item])
-        except TimeoutError:            # alive, but it does not read
-            self._settle(worker, "killed")
-            self._discard(worker)
-        except OSError:                 # died while idle, without having seen the item: that goes back
-            self._todo.appendleft(worker.item)
-            self._discard(worker, failed=True)
+            self._take_replies(timeout_s=0)     # first: one whose reply waited for us is no suspect, nor late
+            self._refill()
+            self._hand_out_items()
+            if wait and self._left:
+                self._take_replies(self._time_to_next_event())
+            self._discard_the_late()
+            if self._failures >= MAX_FAILURES:
+                raise RuntimeError(
+                    f"grade: {self._failures} workers in a row died before they worked (see stderr). "
+                    f"Check `{sys.executable} -c 'import math_verify'` and memory_mb={self.memory_mb}")
+        except BaseException:                   # Ctrl-C too: what comes next must find nothing half done
+            self._forget()
+            raise
 
-    def _take_replies(self, timeout):
-        for key, _ in self._selector.select(timeout):
+    def _take_replies(self, timeout_s):
+        """Read what workers have sent. If nothing is there, wait for the first, but at most timeout_s."""
+        for key, _ in self._selector.select(timeout_s):
             self._take_reply(key.data)
 
     def _take_reply(self, worker):
         reply = worker.receive()
-        if reply is None and worker.item is not None:
-            self._settle(worker, "killed")
-            self._discard(worker)
-        elif reply is None:
-            self._discard(worker, failed=not worker.ready)
+        if reply is None:                       # it has died, or breaks the protocol
+            if worker.busy:
+                self._settle(worker, "killed")
+                self._discard(worker)
+            else:
+                self._discard(worker, failed=not worker.ready)
         elif not worker.ready:
             worker.ready = True
         else:
             self._settle(worker, reply["reason"], reply["ms"], reply["extracted"], reply["trace"])
-            if reply.get("retire"):
+            if reply.get("retire"):             # its memory has grown
                 self._discard(worker)
 
+    def _refill(self):
+        """Launch workers until there are as many as shall grade, and a spare for each suspect."""
+        self._dying = [process for process in self._dying if process.poll() is None]    # poll reaps the dead
+        wanted = self.workers
+        for worker in self._pool:
+            if worker.busy and worker.age() >= self.deadline_s / 2:
+                worker.step_back()
+                wanted += 1
+        while len(self._pool) < wanted:
+            worker = Worker(self.memory_mb, self.deadline_s)
+            self._pool.append(worker)
+            self._selector.register(worker.sock, selectors.EVENT_READ, data=worker)
+
+    def _hand_out_items(self):
+        """Give waiting items to idle workers, as long as no more than self.workers grade."""
+        idle = [worker for worker in self._pool if worker.idle]
+        busy = [worker for worker in self._pool if worker.busy]
+        for worker in idle[:self.workers - len(busy)]:
+            if self._waiting:
+                self._hand_out(worker, self._waiting.popleft())
+
+    def _hand_out(self, worker, number):
+        worker.item = number
+        worker.since = time.monotonic()
+        try:
+            worker.send({"id": number, **self._batch[number]})
+        except TimeoutError:                    # (an OSError, so asked first) it is alive, but does not read
+            self._settle(worker, "killed")
+            self._discard(worker)
+        except OSError:                         # it died while idle, without having seen the item
+            self._waiting.appendleft(number)
+            self._discard(worker, failed=True)
+
+    def _discard_the_late(self):
+        for worker in list(self._pool):
+            if worker.busy and worker.age() >= self.deadline_s:
+                self._settle(worker, "timeout")
+                self._discard(worker)
+            elif not worker.ready and worker.age() >= STARTUP_S:
+                self._discard(worker, failed=True)
+
     def _time_to_next_event(self):
-        ages, half = [w.age() for w in self._pool if w.item is not None], self.deadline_s / 2
-        waits = [(half if age < half else 2 * half) - age for age in ages]
-        return max(0.0, min(waits + [STARTUP_S - w.age() for w in self._pool if not w.ready], default=0.0))
+        """Seconds until a busy worker becomes a suspect, a suspect late, or a starting worker too late."""
+        waits = []
+        for worker in self._pool:
+            age = worker.age()
+            if worker.busy and age < self.deadline_s / 2:
+                waits.append(self.deadline_s / 2 - age)
+            elif worker.busy:
+                waits.append(self.deadline_s - age)
+            elif not worker.ready:
+                waits.append(STARTUP_S - age)
+        return max(0.0, min(waits, default=0.0))
+
+    def _discard(self, worker, failed=False):
+        """Take a worker out of the pool and kill it. failed: it was lost before it did anything."""
+        if failed:
+            self._failures += 1
+        self._pool.remove(worker)
+        self._selector.unregister(worker.sock)
+        worker.sock.close()
+        worker.proc.kill()
+        self._dying.append(worker.proc)         # no wait: giving back gigabytes takes the kernel up to 0.5 s
 
 
 def explain(argv):
@@ -295,17 +380,22 @@ def explain(argv):
     parser.add_argument("--strict_box", action=argparse.BooleanOptionalAction, default=True,
                         help="only the last box counts, for math-verify")
     args = parser.parse_args(argv)
+    # A model may have written bytes that are no text in the terminal's encoding: show them, do not stop.
     sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with (sys.stdin if args.response == "-" else open(args.response, errors="replace")) as file:
-            response = file.read()
+        if args.response == "-":
+            response = sys.stdin.read()
+        else:
+            with open(args.response, errors="replace") as file:
+                response = file.read()
     except OSError as error:
         parser.exit(2, f"reward.py: --response: {error}\n")
     text = graded_text(response, args.grade_text)
     print(f"response   {len(response)} characters; graded are the last {min(len(text), MAX_CHARS)}")
+    kinds = [args.grader] if args.grader else ["math-verify", "oat"]
     with Grader(workers=1, text=args.grade_text, strict_box=args.strict_box) as grader:
-        for kind in [args.grader] if args.grader else KINDS[:2]:
+        for kind in kinds:
             verdict, = grader.grade([response], [args.answer], kind=kind)
             print(f"\n{kind}\n  extracted  {verdict.extracted!r}")
             for step in verdict.trace:

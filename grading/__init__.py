@@ -1,1 +1,4 @@
-"""Is this the answer? Imports no file of the root."""
+"""Is this the answer? The graders (answers.py, oat.py) and the process that they run in (worker.py).
+
+Imports no file of the root, and loads neither sympy nor Math-Verify before something is graded.
+"""

@@ -62,9 +62,13 @@ def extract(text):
     start = text.rfind(r"\boxed")
     if not text.startswith(r"\boxed{", start):
         return None
-    start, depth = start + len(r"\boxed{"), 1
+    start += len(r"\boxed{")
+    depth = 1                                                   # of open braces, the box's own included
     for brace in re.compile("[{}]").finditer(text, start):      # escaped ones (\{) too: they come in pairs
-        depth += 1 if brace[0] == "{" else -1
+        if brace[0] == "{":
+            depth += 1
+        else:
+            depth -= 1
         if depth == 0:
             return text[start:brace.start()]
     return None
@@ -82,18 +86,27 @@ def equal(given, gold, fast=False, seconds=1, trace=None):
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("equal: call it in the main thread: its time limits are signals")
     # Here, and not at the top, because `extract` needs none of it; and on no comparison's time.
-    import math_verify, pylatexenc.latex2text, sympy.parsing.sympy_parser  # noqa: E401, F401
-    trace = [] if trace is None else trace
-    gold = extract(gold) if r"\boxed" in gold else gold
+    import math_verify  # noqa: F401
+    import pylatexenc.latex2text  # noqa: F401
+    import sympy.parsing.sympy_parser  # noqa: F401
+    if trace is None:
+        trace = []
+    if r"\boxed" in gold:
+        gold = extract(gold)
     if gold is None:
         trace.append("gold: its box is never closed")
         return False
-    comparisons = [("string", _equal_strings), ("text", _equal_texts), ("latex", _equal_latex)]
-    return any(_in_time(name, compare, given, gold, seconds, trace)
-               for name, compare in comparisons[:2 if fast else 3])
+    comparisons = {"string": _equal_strings, "text": _equal_texts}
+    if not fast:
+        comparisons["latex"] = _equal_latex
+    for name, compare in comparisons.items():
+        if _in_time(name, compare, given, gold, seconds, trace):
+            return True
+    return False
 
 
 def _in_time(name, compare, given, gold, seconds, trace):
+    """What `compare` says of the two; False if it does not finish or fails."""
     try:
         with _time_limit(seconds):
             return compare(given, gold, trace)
@@ -129,54 +142,76 @@ def _time_limit(seconds):
 
 
 def _record(trace, comparison, given, gold, verdict):
-    short = lambda text: repr(text if len(text) <= 200 else text[:200] + "...")
-    trace.append(f"{comparison}: {short(given)} {'=' if verdict else '!='} {short(gold)}")
+    """Add a line to the trace, such as "text: '0.5' != '1/2'"; returns the verdict."""
+    sign = "=" if verdict else "!="
+    trace.append(f"{comparison}: {_shortened(given)} {sign} {_shortened(gold)}")
     return verdict
+
+
+def _shortened(text):
+    if len(text) > 200:
+        text = text[:200] + "..."
+    return repr(text)
 
 
 # ---- 1. string ----------------------------------------------------------------------------------------
 
 def _equal_strings(given, gold, trace):
-    given, gold = _one_spelling(given), _one_spelling(gold)
+    given = _one_spelling(given)
+    gold = _one_spelling(gold)
     return _record(trace, "string", given, gold, given == gold)
 
 
 def _one_spelling(latex):
-    r"""One string for all usual spellings of an answer: "x = \dfrac12\text{ cm}" -> "\frac{1}{2}"."""
-    latex = re.sub(r"^\\text\{(.+)\}$", r"\1", latex.strip()).strip()
-    for pattern, spelling in [
-            (r"\n|\\!", ""), (r"\\\\", r"\\"),
-            (r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}"), (r"\\end\{array\}", r"\\end{pmatrix}"),
-            ("bmatrix", "pmatrix"), ("[td]frac", "frac"), (r"\\([nlg])eq", r"\\\1e"),
-            (r"\\left|\\right", "")]:
-        latex = re.sub(pattern, spelling, latex)
-    latex = re.sub(r"\\text{.*?}$", "", latex).strip() or latex     # "5\text{ cm}" -> "5"; "\text{B}" stays
+    r"""One string for all usual spellings of an answer: "x = \dfrac12\text{ cm}" -> "\frac{1}{2}".
+
+    The steps are those of the OAT-Grader and come in its order; each sees what the ones before have made.
+    """
+    latex = re.sub(r"^\\text\{(.+)\}$", r"\1", latex.strip()).strip()   # \text{yes} -> yes
+    latex = re.sub(r"\n|\\!", "", latex)
+    latex = re.sub(r"\\\\", r"\\", latex)                               # \\frac -> \frac
+    latex = re.sub(r"\\begin\{array\}\{.*?\}", r"\\begin{pmatrix}", latex)
+    latex = re.sub(r"\\end\{array\}", r"\\end{pmatrix}", latex)
+    latex = re.sub("bmatrix", "pmatrix", latex)
+    latex = re.sub("[td]frac", "frac", latex)
+    latex = re.sub(r"\\([nlg])eq", r"\\\1e", latex)                     # \leq -> \le
+    latex = re.sub(r"\\left|\\right", "", latex)
+
+    latex = re.sub(r"\\text{.*?}$", "", latex).strip() or latex         # 5\text{ cm} -> 5; \text{B} stays
     for unit in (LETTER_AND_ONE, STRING_UNIT):
-        latex = unit.sub("", latex) or latex                        # an answer that is only a unit stays: "c"
+        latex = unit.sub("", latex) or latex                            # what is only a unit stays: c
     latex = re.sub(r"\^\\circ|\^\{\\circ\}|\\\$|\\%", "", latex)
-    latex = re.sub(r"\\text\{ (?!.*\\text\{ ).*", "", latex)        # "5\text{ m}^2" -> "5"
-    latex = re.sub(r"(^|[ {])\.", r"\g<1>0.", latex)                # .5 -> 0.5
-    latex = re.sub("^[^=]{0,2}=([^=]*)$", r"\1", latex)             # x=5 -> 5
-    latex = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", latex).replace(" ", "")
-    latex = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", latex)
-    latex = re.sub(r"\\frac([^{]){", r"\\frac{\1}{", latex)
-    latex = re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", latex)
-    return r"\frac{1}{2}" if latex == "0.5" else latex
+    latex = re.sub(r"\\text\{ (?!.*\\text\{ ).*", "", latex)            # 5\text{ m}^2 -> 5
+
+    latex = re.sub(r"(^|[ {])\.", r"\g<1>0.", latex)                    # .5 -> 0.5
+    latex = re.sub("^[^=]{0,2}=([^=]*)$", r"\1", latex)                 # x=5 -> 5
+    latex = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", latex)               # \sqrt2 -> \sqrt{2}
+    latex = latex.replace(" ", "")
+    latex = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", latex)     # \frac12 -> \frac{1}{2}
+    latex = re.sub(r"\\frac([^{]){", r"\\frac{\1}{", latex)             # \frac1{72} -> \frac{1}{72}
+    latex = re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", latex)      # 1/2 -> \frac{1}{2}
+    if latex == "0.5":
+        return r"\frac{1}{2}"
+    return latex
 
 
 # ---- 2. text ------------------------------------------------------------------------------------------
 
 def _equal_texts(given, gold, trace):
-    given, gold = _as_text(given), _as_text(gold)
-    same = _record(trace, "text", given, gold, given == gold)
-    if same:
+    given = _as_text(given)
+    gold = _as_text(gold)
+    if _record(trace, "text", given, gold, given == gold):
         return True
-    given_elements, gold_elements = _elements(given), _elements(gold)
+    given_elements = _elements(given)
+    gold_elements = _elements(gold)
     if len(given_elements) != len(gold_elements):
         return False
     if len(gold_elements) > 1 and (given[0], given[-1]) != (gold[0], gold[-1]):
         return False                                    # (0,1) is not [0,1]
-    return all(_equal_elements(*pair, trace) for pair in zip(given_elements, gold_elements))
+    for given_element, gold_element in zip(given_elements, gold_elements):
+        if not _equal_elements(given_element, gold_element, trace):
+            return False
+    return True
 
 
 def _as_text(latex):
@@ -188,8 +223,9 @@ def _as_text(latex):
     text = re.sub(" (or|and) ", " , ", text)
     for word, power in [("million", 6), ("billion", 9), ("trillion", 12)]:
         text = text.replace(word, f"*10^{power}")
-    text = re.sub(r"\^ *\\circ", "", TEXT_UNIT.sub("", text))
-    text = re.sub(r",\\! *", "", text)
+    text = TEXT_UNIT.sub("", text)
+    text = re.sub(r"\^ *\\circ", "", text)
+    text = re.sub(r",\\! *", "", text)                  # 11,\! 111 -> 11111
     if "\\" in text:
         text = _latex_to_text(text)
     text = re.sub("([0-9]) +([0-9])", r"\1+\2", text)   # mixed numbers: 2 3/4 -> 2+3/4
@@ -210,14 +246,18 @@ def _integer(text):
         number = float(THOUSANDS.sub("", text))
     except ValueError:
         return None
-    return str(round(number)) if math.isfinite(number) and abs(number - round(number)) <= 1e-7 else None
+    if not math.isfinite(number) or abs(number - round(number)) > 1e-7:
+        return None
+    return str(round(number))
 
 
 def _elements(text):
     """"(1,2]" -> ["1", "2"]. What is not inside one pair of brackets is one element: "1,2" -> ["1,2"]."""
     text = THOUSANDS.sub("", text)
     inside = re.fullmatch(r"[()\[\]]([^()\[\]]+)[()\[\]]", text)
-    return inside[1].split(",") if inside else [text]
+    if not inside:
+        return [text]
+    return inside[1].split(",")
 
 
 def _equal_elements(given, gold, trace):
@@ -229,9 +269,10 @@ def _equal_elements(given, gold, trace):
 
 
 def _equal_by_sympy(difference, trace):
+    """Whether sympy simplifies the difference of two answers to 0; no, for what is no formula or is huge."""
     from sympy import simplify
     from sympy.parsing import sympy_parser as parser
-    letters = {c for c in re.sub("sqrt|frac", "", difference) if c.isalpha()}
+    letters = {char for char in re.sub("sqrt|frac", "", difference) if char.isalpha()}
     huge = r"\^\(|\^[0-9]+\^|\^[0-9][0-9]|e[+-]?[0-9]{6}"           # the last: no signal stops 1e999999999
     if len(letters) > 2 or re.search(huge, difference):             # more letters: a word, no formula
         trace.append(f"sympy: {difference[:400]!r} is not parsed")
@@ -246,15 +287,23 @@ def _equal_by_sympy(difference, trace):
 # ---- 3. latex -----------------------------------------------------------------------------------------
 
 def _equal_latex(given, gold, trace):
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    if any(len(text) > LONG and _repetitive(text) for text in (given, gold)):
-        trace.append("latex: too repetitive")
-        return False
-    config = LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()
-    given_parsed, gold_parsed = (
-        parse(text if "$" in text else f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
-        for text in (given, gold))
+    from math_verify import verify
+    for text in (given, gold):
+        if len(text) > LONG and _repetitive(text):
+            trace.append("latex: too repetitive")
+            return False
+    given_parsed = _parse_latex(given)
+    gold_parsed = _parse_latex(gold)
+    # verify is asymmetric: the reference comes first. No limit of its own, which would be a SIGALRM.
     return _record(trace, "latex", given, gold, verify(gold_parsed, given_parsed, timeout_seconds=None))
+
+
+def _parse_latex(text):
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+    config = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    if "$" not in text:
+        text = f"${text}$"
+    return parse(text, config, fallback_mode="no_fallback", parsing_timeout=None)
 
 
 def _repetitive(text):
@@ -263,6 +312,6 @@ def _repetitive(text):
     Each of the sorted suffixes repeats as many substrings as it shares characters with the one before.
     """
     text = text[:SEARCHED]
-    suffixes = sorted(text[i:] for i in range(len(text)))
+    suffixes = sorted(text[start:] for start in range(len(text)))
     repeats = sum(len(commonprefix(pair)) for pair in pairwise(suffixes))
     return repeats > 0.2 * len(text) * (len(text) + 1) / 2

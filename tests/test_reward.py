@@ -1,4 +1,4 @@
-r"""reward.py: which responses earn a reward, and the promise that no response can hurt the run.
+r"""reward.py and grading/worker.py: which responses earn a reward, and that no response can hurt the run.
 
     pytest tests/test_reward.py               # 7 minutes on 2 cores; -m "not slow": half a minute
 """
@@ -6,7 +6,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +18,11 @@ from pathlib import Path
 import pytest
 
 import reward
+from grading import worker as grading_worker
 from grading.answers import KINDS, REASONS, repair_scientific
-from reward import Grader, graded_text, usable_cpus
+from grading.cpus import usable_cpus
+from grading.worker import Worker
+from reward import Grader, graded_text
 
 ROOT = Path(reward.__file__).resolve().parent
 DATA = ROOT.parent / "shared" / "data"
@@ -607,8 +612,8 @@ def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
     for line in (b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n",
                  b"ok\n", b"[0]\n", b'{"id": 0}\n', b"\xff\xfe\n", b"7\n"):
         with monkeypatch.context() as patch:        # what a worker under a response's control could send
-            theirs, real = reward.socket.socketpair()
-            patch.setattr(reward._Worker, "send", lambda worker, item: theirs.sendall(line))
+            theirs, real = socket.socketpair()
+            patch.setattr(Worker, "send", lambda worker, item: theirs.sendall(line))
             worker = next(w for w in grader._pool if w.ready)
             grader._selector.unregister(worker.sock)
             worker.sock.close()
@@ -659,23 +664,76 @@ def test_close_ends_every_process():
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
 
+# ---- Where a worker finds its modules ----------------------------------------------------------
+
+STRANGER = "raise ImportError('a stranger')"
+
+
+def graded_elsewhere(project, env, cwd, python=sys.executable):
+    """What a Grader made of the files in `project` says, from an interpreter that finds them however `env` is."""
+    script = (f"import sys\nsys.path.insert(0, {str(project)!r})\nfrom reward import Grader\n"
+              "responses, answers = [r'\\boxed{A}', r'\\boxed{B}'], ['A', 'A']\n"
+              "with Grader(workers=1) as grader:\n"
+              "    for kind in ('math-verify', 'oat', 'choice'):\n"
+              "        print(*[v.reason for v in grader.grade(responses, answers, kind=kind)])\n")
+    done = subprocess.run([python, "-c", script], env=os.environ | env, cwd=cwd, text=True, capture_output=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A folder with what someone takes to have the Grader."""
+    shutil.copytree(ROOT / "grading", tmp_path / "copied" / "grading",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "reward.py", tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"])
+@pytest.mark.parametrize("path", ["", "{strangers}", "{project}", "{strangers}:{project}",
+                                  "{project}/grading:{project}"])
+def test_a_worker_takes_no_file_of_the_project_for_a_package_and_no_package_for_grading(
+        copied, tmp_path, path, safe_path):
+    for name in ("math_verify", "sympy", "pylatexenc", "latex2sympy2_extended"):
+        (copied / f"{name}.py").write_text(STRANGER)
+    strangers = tmp_path / "strangers"
+    (strangers / "grading").mkdir(parents=True)
+    (strangers / "grading" / "__init__.py").write_text(STRANGER)
+    path = path.format(strangers=strangers, project=copied)
+    env = {"PYTHONSAFEPATH": safe_path, "PYTHONPATH": path}
+    assert graded_elsewhere(copied, env, cwd=strangers) == ["ok wrong"] * 3
+
+
+def test_a_worker_finds_the_packages_that_lie_in_the_folder_of_the_project(copied):
+    """As where all was installed into one folder."""
+    import math_verify
+    python = sys._base_executable
+    if subprocess.run([python, "-c", "import math_verify"], env={}, cwd="/", capture_output=True).returncode == 0:
+        pytest.skip("outside of this environment there is a math_verify, too")
+    for package in Path(math_verify.__file__).parents[1].iterdir():
+        (copied / package.name).symlink_to(package)
+    assert graded_elsewhere(copied, {"PYTHONPATH": str(copied)}, "/", python) == ["ok wrong"] * 3
+
+
 # ---- The sandbox -------------------------------------------------------------------------------
 
 ROGUE = """
 import sys
 sys.path.insert(0, {root!r})
-import reward
-honest = reward.judge
+from grading import worker
+honest = worker.judge
 def judge(item, seconds):
     if not item["response"].startswith("run "):
         return honest(item, seconds)
     try:
-        found = eval(item["response"][4:], {{"os": reward.os, "reward": reward}})
+        found = eval(item["response"][4:], {{"os": worker.os}})
         return "ok", "ran", found if isinstance(found, list) else []
     except Exception as error:
         return "wrong", type(error).__name__, []
-reward.judge = judge
-reward._worker_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+worker.judge = judge
+worker.main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
 
 
@@ -690,7 +748,7 @@ def rogue_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(rogue_file):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "__file__", str(rogue_file))
+        patch.setattr(grading_worker, "__file__", str(rogue_file))
         grader = Grader(workers=1)
     with grader:
         yield lambda code: grader.grade([f"run {code}"], ["5"])[0]
@@ -733,8 +791,8 @@ def test_a_trace_too_long_for_a_reply_is_cut_and_the_verdict_arrives(run):
 
 
 def test_a_worker_that_nobody_kills_ends_itself_at_its_cpu_limit(rogue_file, monkeypatch):
-    monkeypatch.setattr(reward, "__file__", str(rogue_file))
-    worker = reward._Worker(1000, 1.0)
+    monkeypatch.setattr(grading_worker, "__file__", str(rogue_file))
+    worker = Worker(1000, 1.0)
     worker.sock.settimeout(60)
     assert worker.receive() == {"ready": True}
     endless = "run all(iter(lambda: 1, 0))"
