@@ -1,4 +1,5 @@
-"""What the benches share: medians of alternating runs, peak memory, a table on the terminal, a JSON file with the machine.
+"""What the benches share: medians of alternating runs, peak memory, a table on the terminal, a JSON file with
+the machine.
 
 Memory is the kernel's own count (VmHWM, reset through /proc/self/clear_refs) on CPU, and torch's on a GPU.
 """
@@ -17,17 +18,19 @@ sys.path.insert(0, str(ROOT))                    # `python bench/x.py` finds the
 
 import torch  # noqa: E402
 
-from support.versions import environment  # noqa: E402
 from support.device import choose_device  # noqa: E402
+from support.versions import environment  # noqa: E402
 
 
 def parser(doc, name):
     """An ArgumentParser with what every bench takes: --out, --device, --threads."""
     p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default=f"out/bench/{name}.json", help="JSON file: all figures, versions, machine [%(default)s]")
+    p.add_argument("--out", default=f"out/bench/{name}.json",
+                   help="JSON file: all figures, versions, machine [%(default)s]")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
-                   help="auto: the GPU if torch is built for one, and an error if it cannot be used; else the CPU [%(default)s]")
+                   help="auto: the GPU if torch is built for one, and an error if it cannot be used; "
+                   "else the CPU [%(default)s]")
     p.add_argument("--threads", type=int, default=1, help="threads of this process [%(default)s]")
     return p
 
@@ -43,8 +46,11 @@ def machine(device):
     """Versions, commit and hardware: environment() of the project, the CPU's name, cores, memory."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*:\s*(.*)", info)
-    return environment(device) | {"cpu": name[1] if name else platform.processor(), "cores": len(os.sched_getaffinity(0)),
-                            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)}
+    found = environment(device)
+    found["cpu"] = name[1] if name else platform.processor()
+    found["cores"] = len(os.sched_getaffinity(0))
+    found["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    return found
 
 
 def clock(device=None):
@@ -55,13 +61,14 @@ def clock(device=None):
 
 
 def work_clock(device=None):
-    """Seconds of processor time of this process, which other programs disturb less than they do clock(); on a GPU, clock()."""
+    """Seconds of processor time of this process, which other programs disturb less than they do clock(); on a
+    GPU, clock()."""
     return clock(device) if device is not None and device.type == "cuda" else time.process_time()
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as m: ...` -> m.gb, the most this process held at once inside, above what it held before
-    (m.before_gb). Resident memory on CPU, allocated on a GPU."""
+    """`with PeakMemory(device) as m: ...` -> m.gb, the most this process held at once inside, above what it
+    held before (m.before_gb). Resident memory on CPU, allocated on a GPU."""
 
     def __init__(self, device=None):
         self.cuda = device is not None and device.type == "cuda"
@@ -87,18 +94,34 @@ def resident(what, process="self"):
 
 
 def alternate(a, b, pairs):
-    """Call a() and b() in turn, `pairs` times each -> (median of a, median of b, median of the pairs' ratios b/a).
-    Both return what they took; noise that lasts longer than a pair hits both, and every other pair begins with b."""
-    found = [(a(), b()) if pair % 2 == 0 else (b(), a())[::-1] for pair in range(pairs)]
-    return (*map(statistics.median, zip(*found)), statistics.median(y / x for x, y in found))
+    """Call a() and b() in turn, `pairs` times each -> (median of a, median of b, median of the ratios b/a).
+
+    Both return what they took. Noise that lasts longer than a pair hits both, and every other pair begins
+    with b."""
+    of_a, of_b, ratios = [], [], []
+    for pair in range(pairs):
+        if pair % 2 == 0:
+            of_a.append(a())
+            of_b.append(b())
+        else:
+            of_b.append(b())
+            of_a.append(a())
+        ratios.append(of_b[-1] / of_a[-1])
+    return statistics.median(of_a), statistics.median(of_b), statistics.median(ratios)
 
 
 def table(header, rows):
     """A Markdown table, so that it can go to BENCHMARKS.md as it is."""
-    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in [header, *rows]]
+    def text(x):
+        return f"{x:.3g}" if isinstance(x, float) else str(x)
+
+    cells = [[text(x) for x in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    line = lambda row: "| " + " | ".join(x.ljust(w) for x, w in zip(row, widths)) + " |"
-    return "\n".join([line(cells[0]), f"|{'|'.join('-' * (w + 2) for w in widths)}|", *map(line, cells[1:])])
+    lines = []
+    for row in cells:
+        lines.append("| " + " | ".join(x.ljust(w) for x, w in zip(row, widths)) + " |")
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
 
 
 def show(title, header, rows):

@@ -30,10 +30,12 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import common
 import torch
+
+import common
 
 from support.device import choose_device
 from support.runlog import write_whole
@@ -225,7 +227,7 @@ def main(argv=None):
         patience = 1 if choose_device(args.device).type == "cuda" else 5
         for name in names:
             (folder / f"{name}.json").unlink(missing_ok=True)          # of an earlier call
-        fine = supervise(folder, names, lambda name, task: start_worker(args, name, task), patience)
+        fine = supervise(folder, names, partial(start_worker, args), patience)
     text = markdown(folder)
     write_whole(folder / "gpu.md", text)
     print(f"\n{text}\nwrote {folder}/gpu.md")

@@ -13,24 +13,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import common
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import common
+
 import model as M
-from support.device import peak_flops
-from support.logprobs import _addmm_fp32, token_kl, token_logprobs
 import srft
 import update
 from bench import plan
 from config import TINY, Config
-from tiny.task import make_tokenizer
-from support.device import memory_gb
+from support import logprobs
+from support.device import memory_gb, peak_flops
 from support.processes import init_distributed
-
+from tiny.task import make_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------
 # Sizes: those of a GPU, and small ones, which a CPU takes in seconds.
@@ -100,9 +99,10 @@ def compare(function, reference, leaves, precise):
     def run(f, leaves):
         leaves = [x.detach().requires_grad_() for x in leaves]
         outputs = f(*leaves)
-        if not combination:
+        if not combination:                    # by the first call, for both
             combination.extend(torch.randn_like(x) for x in outputs)
-        grads = torch.autograd.grad(outputs, leaves, [g.to(x.dtype) for g, x in zip(combination, outputs)])
+        weights = [g.to(x.dtype) for g, x in zip(combination, outputs)]
+        grads = torch.autograd.grad(outputs, leaves, weights)
         return [x.detach().double() for x in (*outputs, *grads)]
 
     found = run(function, leaves)
@@ -165,7 +165,7 @@ def vocabularies(device):
 
 
 def products(report, device):
-    """The three branches of _addmm_fp32 against float64."""
+    """The three branches of logprobs._addmm_fp32 against float64."""
     n = sizes(device).head[0]
     for vocab, width in vocabularies(device):
         a, b, out = (torch.randn(*x, device=device) for x in ((n, width), (vocab, width), (n, vocab)))
@@ -177,7 +177,7 @@ def products(report, device):
             what = f"product {n} x {width:,} x {vocab:,}, {name}"
             with report.attempt(what):
                 left, right, found = a.to(dtype), b.to(dtype).T, out.clone()
-                _addmm_fp32(found, left, right, beta=beta, alpha=0.7)
+                logprobs._addmm_fp32(found, left, right, beta=beta, alpha=0.7)
                 exact = beta * out.double() + 0.7 * (left.double() @ right.double())
                 report.below(what, ((found - exact).norm() / exact.norm()).item(), limit)
 
@@ -190,26 +190,37 @@ def heads(report, device):
         hidden, ref_hidden = (torch.randn(n, width, device=device).bfloat16() for _ in range(2))
         weight, ref_weight = (torch.randn(vocab, width, device=device).mul_(3 * width**-0.5).bfloat16()
                               for _ in range(2))
-        log_softmax = lambda hidden, weight: torch.log_softmax(hidden @ weight.T / 0.9, -1)
+
+        def log_softmax(hidden, weight):
+            return torch.log_softmax(hidden @ weight.T / 0.9, -1)
 
         def plain(hidden, weight):
             log_p = log_softmax(hidden, weight)
             return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
+        def plain_logp(hidden, weight):
+            return plain(hidden, weight)[:1]
+
         def plain_kl(hidden, weight):
             log_p, log_q = log_softmax(hidden, weight), log_softmax(ref_hidden.double(), ref_weight.double())
             return [(log_p.exp() * (log_p - log_q)).sum(-1)]
 
-        cases = (
-            ("token_logprobs", 1, lambda *x: plain(*x)[:1],
-             lambda *x: token_logprobs(*x, targets, 0.9, chunk)[:1]),
-            ("token_logprobs, entropy with gradient", 2, plain,
-             lambda *x: token_logprobs(*x, targets, 0.9, chunk, entropy_grad=True)),
-            ("token_kl", 1, plain_kl, lambda *x: [token_kl(*x, ref_hidden, ref_weight, 0.9, chunk)]))
-        for name, values, reference, ours in cases:
+        def ours_logp(hidden, weight):
+            return logprobs.token_logprobs(hidden, weight, targets, 0.9, chunk)[:1]
+
+        def ours(hidden, weight):
+            return logprobs.token_logprobs(hidden, weight, targets, 0.9, chunk, entropy_grad=True)
+
+        def ours_kl(hidden, weight):
+            return [logprobs.token_kl(hidden, weight, ref_hidden, ref_weight, 0.9, chunk)]
+
+        for name, values, reference, function in (
+                ("token_logprobs", 1, plain_logp, ours_logp),
+                ("token_logprobs, entropy with gradient", 2, plain, ours),
+                ("token_kl", 1, plain_kl, ours_kl)):
             what = f"{name}, {n} tokens in chunks of {chunk}, V = {vocab:,}, D = {width:,}"
             with report.attempt(what):
-                errors = compare(ours, reference, (hidden, weight), torch.float64)
+                errors = compare(function, reference, (hidden, weight), torch.float64)
                 report.below(f"{what}: values", max(errors[:values]), 1e-5, errors=errors)
                 # bf16 gradients are rounded to 8 bits, and so is what they are products of.
                 report.below(f"{what}: gradients", max(errors[values:]), 0.01, errors=errors)
@@ -221,10 +232,13 @@ def heads(report, device):
 def trainer(config, device, mesh, lr=1e-6, offload=False, weights=None):
     """What update.py asks of a run, with the weights of the policy `weights`, or random ones."""
     policy = M.build_policy(config, mesh, device, offload=offload)
-    sources = weights.parameters() if weights else policy.parameters()
     with torch.no_grad():
-        for (name, p), source in zip(policy.named_parameters(), sources):
-            p.to_local().copy_(source.to_local()) if weights else randomize(name, p.to_local())
+        if weights:
+            for p, source in zip(policy.parameters(), weights.parameters()):
+                p.to_local().copy_(source.to_local())
+        else:
+            for name, p in policy.named_parameters():
+                randomize(name, p.to_local())
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=Config.weight_decay, fused=True)
     return SimpleNamespace(policy=policy, reference=None, optimizer=optimizer, device=device,
                            objective=srft.OBJECTIVES["srft"])
@@ -233,7 +247,9 @@ def trainer(config, device, mesh, lr=1e-6, offload=False, weights=None):
 def randomize(name, tensor):
     """Norms 1; matrices that keep the size of what they multiply, whatever the width: attention then matters
     as much as in a trained model, and so does an error in it."""
-    return tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, tensor.shape[-1]**-0.5)
+    if "norm" in name:
+        return tensor.fill_(1.0)
+    return tensor.normal_(0, tensor.shape[-1]**-0.5)
 
 
 def full_micro_batch(cfg, vocabulary, seed=0):
@@ -253,8 +269,8 @@ def one_update(run, cfg, batches):
     everything = [s for batch in batches for s in batch]
     began = common.clock(run.device)
     before = update.forward_before_update(run, cfg, batches)
-    counts = update.counts(everything, cfg.loss_norm)
-    metrics = update.update_policy(run, cfg, batches, before, *counts)
+    n_demo, n_rollout = update.counts(everything, cfg.loss_norm)
+    metrics = update.update_policy(run, cfg, batches, before, n_demo, n_rollout)
     return metrics, common.clock(run.device) - began
 
 
@@ -284,13 +300,15 @@ def peak_of_update(report, run, cfg, batches):
     torch.cuda.empty_cache()
     with common.PeakMemory(run.device) as memory:
         metrics, seconds = one_update(run, cfg, batches)
-    finite = bool(np.isfinite([x for x in metrics.values() if x is not None]).all())
+    numbers = [x for x in metrics.values() if x is not None]
+    finite = bool(np.isfinite(numbers).all())
     report.add("one update: gradient norm", f"{metrics['grad_norm']:.3g}", "all metrics finite", finite,
                metrics=metrics, seconds=seconds)
     peak = memory.before_gb + memory.gb
-    near, ok = f"{PLANNED_PEAK / 1e9:.1f} GB, the plan's, +- 10 %", abs(peak / PLANNED_PEAK * 1e9 - 1) < 0.1
-    if run.device.type == "cpu":                               # there it is all that Python and torch hold
-        near, ok = "", None
+    near, ok = "", None                                # on a CPU it is all that Python and torch hold
+    if run.device.type == "cuda":
+        near = f"{PLANNED_PEAK / 1e9:.1f} GB, the plan's, +- 10 %"
+        ok = abs(peak / PLANNED_PEAK * 1e9 - 1) < 0.1
     report.add("its measured peak", f"{peak:.2f} GB", near, ok, number=peak)
 
 
@@ -314,9 +332,10 @@ def packing(report, policy, name, vocabulary):
         M.check_packing(policy, device, vocabulary)
         report.add(f"{name}: check_packing", "passes", "passes", True)
     for seed in range(sizes(device).seeds):
-        rng = np.random.default_rng(seed)
-        tokens = lambda n: rng.integers(0, vocabulary, n)
-        sequences = [M.Sequence(tokens(3 + i), tokens(64 + 4 * i)) for i in range(3)]
+        rng, sequences = np.random.default_rng(seed), []
+        for i in range(3):
+            prompt, response = (rng.integers(0, vocabulary, n) for n in (3 + i, 64 + 4 * i))
+            sequences.append(M.Sequence(prompt, response))
         packed = policy(M.collate(sequences, device))[0]
         for kind, errors in found.items():
             policy.lm.set_attn_implementation(kind)
@@ -380,7 +399,8 @@ def forward_backward(run, cfg, sequences):
     """Seconds of one micro-batch; its gradients stay."""
     before = update.forward_before_update(run, cfg, [sequences])
     began = common.clock(run.device)
-    update.backward(run, cfg, [sequences], before, *update.counts(sequences, cfg.loss_norm))
+    n_demo, n_rollout = update.counts(sequences, cfg.loss_norm)
+    update.backward(run, cfg, [sequences], before, n_demo, n_rollout)
     return common.clock(run.device) - began
 
 
@@ -456,7 +476,9 @@ def colocated(report, device, kind, name):
         engine.sync_weights(M.full_parameters(run.policy, engine_dtype(device)), version)
         return common.clock(device) - began
 
-    sample = lambda: engine.generate(ids, group, 1.0, tokens, seed=1)
+    def sample():
+        return engine.generate(ids, group, 1.0, tokens, seed=1)
+
     first_sync, began = sync(0), common.clock(device)
     first = sample()
     seconds = common.clock(device) - began
@@ -508,12 +530,13 @@ def mismatch(report, what, metrics, device):
 
 def same_tokens(report, what, first, again):
     """Equal tokens, and equal log-probs as far as the tokens of a response are equal."""
-    pairs = [pair for a, b in zip(first, again) for pair in zip(a, b)]
+    pairs = [pair for group, its_like in zip(first, again) for pair in zip(group, its_like)]
     equal, apart = sum(a.tokens == b.tokens for a, b in pairs), []
     for a, b in pairs:
-        differ = (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens)) if x != y)
-        until = next(differ, len(a.tokens))
-        apart += [abs(x - y) for x, y in zip(a.logprobs[:until], b.logprobs[:until])]
+        for x, y, log_p, log_q in zip(a.tokens, b.tokens, a.logprobs, b.logprobs):
+            if x != y:
+                break
+            apart.append(abs(log_p - log_q))
     worst = max(apart, default=float("nan"))
     report.add(what, f"{equal} of {len(pairs)} responses equal, log-probs within {worst:.2g}",
                "all, within 0", equal == len(pairs) and worst == 0, equal=equal, worst=worst)
@@ -530,7 +553,7 @@ def head_in(dtype):
 
     def logits(self, hidden, head, *_, **__):
         out = hidden.new_empty(len(hidden), len(head.weight), dtype=torch.float32)
-        _addmm_fp32(out, hidden, head.weight.T, beta=0)
+        logprobs._addmm_fp32(out, hidden, head.weight.T, beta=0)
         return out.to(dtype)[:, :self.org_vocab_size]
 
     with mock.patch.object(LogitsProcessor, "_get_logits", logits):

@@ -1,26 +1,31 @@
-"""The language-model head: token_logprobs against a full log_softmax and against the chunked heads of TRL and Liger.
+"""The language-model head: token_logprobs against a full log_softmax and against the chunked heads of TRL and
+Liger.
 
     OMP_NUM_THREADS=1 python bench/logprob.py --trl_python .venv-trl/bin/python
 
-One run is forward and backward of sum(g logp) for random g, N tokens of width D and a vocabulary of V, all gradients taken;
-the entropy is computed too, without gradient, by every path that offers it.
+One run is forward and backward of sum(g logp) for random g, N tokens of width D and a vocabulary of V, all
+gradients taken; the entropy is computed too, without gradient, by every path that offers it.
 
   ours          logprobs.token_logprobs
-  full          h W^T, log_softmax, gather and the entropy in plain torch; left out where its blocks exceed --limit_gb
+  full          h W^T, log_softmax, gather and the entropy in plain torch; left out where its blocks exceed
+                --limit_gb
   TRL           trl.kernels.ChunkedLogProbFunction as its trainers call it, with the entropy
   Liger         the log-prob function inside its GRPO loss, in torch; no entropy
-  Liger Triton  LigerFusedLinearCrossEntropyLoss(reduction="none"), which needs a GPU; no entropy, no temperature
+  Liger Triton  LigerFusedLinearCrossEntropyLoss(reduction="none"), which needs a GPU; no entropy, no
+                temperature
 
-Each path lives in a process of its own, TRL's and Liger's in the environment of --trl_python, and reads the same inputs from a
-file. A round lets each path run once, in turn; times are medians of rounds, ratios medians of the rounds' ratios. On a CPU they
-are processor time, which other programs disturb less; the JSON has wall time too. Memory is the highest peak above what the
-process held with its inputs in memory: of forward, or of backward less the bytes of the two gradients. Errors are
-|x - exact| / |exact| (2-norms), exact from log_softmax and autograd in float64 on the same inputs, where N V D is at most 1.5e10.
+Each path lives in a process of its own, TRL's and Liger's in the environment of --trl_python, and reads the
+same inputs from a file. A round lets each path run once, in turn; times are medians of rounds, ratios medians
+of the rounds' ratios. On a CPU they are processor time, which other programs disturb less; the JSON has wall
+time too. Memory is the highest peak above what the process held with its inputs in memory: of forward, or of
+backward less the bytes of the two gradients. Errors are |x - exact| / |exact| (2-norms), exact from
+log_softmax and autograd in float64 on the same inputs, where N V D is at most 1.5e10.
 
-D decides what matters: the matrix products cost 2 D operations an entry of the logits, softmax a constant number. So the whole
-range of N and V is run at D = 64, where a path's own passes over the logits weigh most, and two cases at D = 896, the width of
-Qwen2-0.5B, where the products do: there, computing the logits a second time makes four products of three.
-The inputs are such that the target's probability ranges from 1e-8 to almost 1, as in text.
+D decides what matters: the matrix products cost 2 D operations an entry of the logits, softmax a constant
+number. So the whole range of N and V is run at D = 64, where a path's own passes over the logits weigh most,
+and two cases at D = 896, the width of Qwen2-0.5B, where the products do: there, computing the logits a second
+time makes four products of three. The inputs are such that the target's probability ranges from 1e-8 to
+almost 1, as in text.
 """
 import ctypes
 import json
@@ -32,16 +37,17 @@ from contextlib import nullcontext
 from functools import cached_property
 
 import torch
+
 from common import PeakMemory, clock, parser, save, show, start, work_clock
 
 PATHS = ("ours", "full", "TRL", "Liger", "Liger Triton")
-CASES = ["1024,32000,64", "1024,151936,64", "512,32000,896", "1024,151936,896", "8192,32000,64", "32768,32000,64",
-         "32768,151936,64"]
+CASES = ["1024,32000,64", "1024,151936,64", "512,32000,896", "1024,151936,896", "8192,32000,64",
+         "32768,32000,64", "32768,151936,64"]
 OUTPUTS = ("logp", "entropy", "grad_hidden", "grad_weight")
 
 
 def ours(hidden, weight, targets):
-    from model import token_logprobs
+    from support.logprobs import token_logprobs
     return token_logprobs(hidden, weight, targets)
 
 
@@ -54,7 +60,8 @@ def full(hidden, weight, targets):
 
 def trl(hidden, weight, targets):
     from trl.kernels import ChunkedLogProbFunction
-    return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+    found = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("entropy",))
+    return found[:2]
 
 
 def liger(hidden, weight, targets):
@@ -71,8 +78,8 @@ FUNCTIONS = dict(zip(PATHS, (ours, full, trl, liger, liger_triton)))
 
 
 def make_inputs(n, vocab, width, dtype):
-    """hidden, weight, targets, g: rows of weight have length 1, and a hidden state has its target's row in it, 0 to 25 times,
-    so that the target's logit is 0 to 25 beside noise of 2: log Z of the noise is log V + 2."""
+    """hidden, weight, targets, g. Rows of weight have length 1, and a hidden state has its target's row in it
+    0 to 25 times: the target's logit is 0 to 25 beside noise of 2, and log Z of the noise is log V + 2."""
     generator = torch.Generator().manual_seed(n)
     weight = torch.randn(vocab, width, generator=generator) / width**0.5
     targets = torch.randint(vocab, (n,), generator=generator)
@@ -105,16 +112,20 @@ def exact(hidden, weight, targets, g, rows=64):
 
 def errors(outputs, reference):
     """Relative error of each of the OUTPUTS; None where the path has none."""
-    return {name: None if x is None else ((x.double() - y).norm() / y.norm()).item()
-            for name, x, y in zip(OUTPUTS, outputs, reference)}
+    found = dict.fromkeys(OUTPUTS)
+    for name, x, y in zip(OUTPUTS, outputs, reference):
+        if x is not None:
+            found[name] = ((x.double() - y).norm() / y.norm()).item()
+    return found
 
 
 def worker(args):
-    """One path in its own process. Each line on stdin is one run, of the inputs in args.exchange/inputs.pt, and is answered by a
-    line of JSON: "load" reads them first, "save" writes the OUTPUTS to outputs.pt."""
+    """One path in its own process. Each line on stdin is one run, of the inputs in args.exchange/inputs.pt,
+    and is answered by a line of JSON: "load" reads them first, "save" writes the OUTPUTS to outputs.pt."""
     device, inputs = start(args), None
-    try:                                                    # libraries and kernels are loaded before memory is measured
-        forward_backward(FUNCTIONS[args.worker], *(x.to(device) for x in make_inputs(16, 16, 16, torch.float32)))
+    try:                                       # libraries and kernels are loaded before memory is measured
+        small = [x.to(device) for x in make_inputs(16, 16, 16, torch.float32)]
+        forward_backward(FUNCTIONS[args.worker], *small)
     except Exception as e:
         print(json.dumps({"error": " ".join(f"{type(e).__name__}: {e}".split())[:100]}), flush=True)
         return
@@ -124,11 +135,10 @@ def worker(args):
             del inputs
             inputs = [x.to(device) for x in torch.load(f"{args.exchange}/inputs.pt")]
         if device.type == "cpu":
-            ctypes.CDLL(None).malloc_trim(0)                # what earlier runs left in malloc's lists is not this run's
-        phases = []
+            ctypes.CDLL(None).malloc_trim(0)   # what earlier runs left in malloc's lists is not this run's
+        phases = [PeakMemory(device), PeakMemory(device)]            # forward, backward
         began, wall = work_clock(device), clock(device)
-        outputs = forward_backward(FUNCTIONS[args.worker], *inputs,
-                                   phase=lambda: phases.append(PeakMemory(device)) or phases[-1])
+        outputs = forward_backward(FUNCTIONS[args.worker], *inputs, phase=iter(phases).__next__)
         seconds, wall = work_clock(device) - began, clock(device) - wall
         if "save" in line:
             torch.save([x if x is None else x.cpu() for x in outputs], f"{args.exchange}/outputs.pt")
@@ -160,7 +170,8 @@ class Worker:
         return {"error": self.error}
 
     def run(self, case, save):
-        """One run of this case, from inputs.pt -> {"seconds", "wall", "gb"}, or {"error"} if it did not come back from it."""
+        """One run of this case, from inputs.pt -> {"seconds", "wall", "gb"}, or {"error"} if it did not come
+        back from it."""
         self.process.stdin.write(f"{'' if self.loaded == case else 'load'} {'save' if save else ''}\n")
         self.process.stdin.flush()
         self.loaded = case
@@ -172,16 +183,25 @@ class Worker:
         self.process.stdout.close()
 
 
+def why_not(args, workers, name, n, vocab):
+    """Why a path does not run a case; None if it does."""
+    if name not in workers:
+        return "no --trl_python"
+    blocks = 3 * 4 * n * vocab / 1e9               # log p, and two more in the entropy and in backward
+    if name == "full" and blocks > args.limit_gb:
+        return f"needs {blocks:.2g} GB"
+    return workers[name].error
+
+
 def run_case(args, workers, case, folder):
-    """{path: {seconds, ratio, against, gb, errors} or {skipped}} of one case; `ratio` is to the path `against`."""
+    """{path: {seconds, ratio, against, gb, errors} or {skipped}} of one case; `ratio` is to the path
+    `against`."""
     n, vocab, width = map(int, case.split(","))
     tensors = make_inputs(n, vocab, width, getattr(torch, args.dtype))
     torch.save(tensors, f"{folder}/inputs.pt")
     reference = exact(*tensors) if n * vocab * width <= 1.5e10 else None
     del tensors
-    blocks = 3 * 4 * n * vocab / 1e9                        # log p, and two more in the entropy and in backward
-    found = {name: {"skipped": f"needs {blocks:.2g} GB" if name == "full" and blocks > args.limit_gb else workers[name].error}
-             if name in workers else {"skipped": "no --trl_python"} for name in PATHS}
+    found = {name: {"skipped": why_not(args, workers, name, n, vocab)} for name in PATHS}
     able = [name for name in PATHS if not found[name]["skipped"]]
     rounds = []
     for i in range(args.rounds if n * vocab <= 1e9 else 1):
@@ -195,21 +215,28 @@ def run_case(args, workers, case, folder):
             elif check:
                 found[name] = {"errors": errors(torch.load(f"{folder}/outputs.pt"), reference)}
     against = "full" if "full" in able else "ours"
-    median = lambda of: statistics.median(of(r) for r in rounds)
     for name in able:
-        found[name] = {"seconds": median(lambda r: r[name]["seconds"]), "gb": max(r[name]["gb"] for r in rounds),
-                       "against": against, "ratio": median(lambda r: r[name]["seconds"] / r[against]["seconds"]),
-                       "rounds": [r[name] for r in rounds], "errors": found[name].get("errors", {})}
+        runs = [r[name] for r in rounds]
+        ratios = [r[name]["seconds"] / r[against]["seconds"] for r in rounds]
+        found[name] = {"seconds": statistics.median(run["seconds"] for run in runs),
+                       "gb": max(run["gb"] for run in runs), "against": against,
+                       "ratio": statistics.median(ratios), "rounds": runs,
+                       "errors": found[name].get("errors", {})}
     return {"tokens": n, "vocabulary": vocab, "width": width, "paths": found}
 
 
 def main(argv=None):
     p = parser(__doc__, "logprob")
-    p.add_argument("--trl_python", help="python of an environment with trl and liger-kernel; without it these are left out")
-    p.add_argument("--cases", nargs="+", default=CASES, metavar="N,V,D", help="tokens, vocabulary, width [%(default)s]")
-    p.add_argument("--rounds", type=int, default=3, help="runs of each path; one where N V is over 1e9 [%(default)s]")
-    p.add_argument("--limit_gb", type=float, default=6.0, help="leave the full path out where it needs more [%(default)s]")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of hidden states and head [%(default)s]")
+    p.add_argument("--trl_python",
+                   help="python of an environment with trl and liger-kernel; without it these are left out")
+    p.add_argument("--cases", nargs="+", default=CASES, metavar="N,V,D",
+                   help="tokens, vocabulary, width [%(default)s]")
+    p.add_argument("--rounds", type=int, default=3,
+                   help="runs of each path; one where N V is over 1e9 [%(default)s]")
+    p.add_argument("--limit_gb", type=float, default=6.0,
+                   help="leave the full path out where it needs more [%(default)s]")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                   help="of hidden states and head [%(default)s]")
     p.add_argument("--worker", choices=PATHS, help="internal: be the process of this path")
     p.add_argument("--exchange", help="internal: the folder of inputs.pt and outputs.pt of a worker")
     args = p.parse_args(argv)
@@ -224,12 +251,14 @@ def main(argv=None):
         try:
             for case in args.cases:
                 results.append(run_case(args, workers, case, folder))
-                rows += table_rows(results[-1])
-                print(case, *(f"{r[3]} {r[5]}" for r in table_rows(results[-1])), sep="  ", file=sys.stderr, flush=True)
+                of_case = table_rows(results[-1])
+                rows += of_case
+                print(case, *(f"{r[3]} {r[5]}" for r in of_case), sep="  ", file=sys.stderr, flush=True)
         finally:
             for w in workers.values():
                 w.close()
-    show(f"Head, forward and backward, {args.dtype}: seconds, ratio to full, GB beyond inputs and gradients, relative errors",
+    show(f"Head, forward and backward, {args.dtype}: seconds, ratio to full, GB beyond inputs and gradients, "
+         "relative errors",
          ["N", "V", "D", "path", "runs", "s", "ratio", "GB", "log p", "H", "dh", "dW"], rows)
     save(args, results)
     return results
@@ -238,11 +267,18 @@ def main(argv=None):
 def table_rows(result):
     """Rows of the table, one a path."""
     rows = []
-    for name, f in result["paths"].items():
-        cells = ["", f["skipped"], "", ""] if "skipped" in f else [
-            len(f["rounds"]), f"{f['seconds']:.2f}", f"{f['ratio']:.2f}" + (" of ours" if f["against"] == "ours" else ""), f"{f['gb']:.2f}"]
-        rows.append([f"{result['tokens']:,}", f"{result['vocabulary']:,}", result["width"], name, *cells,
-                     *("" if f.get("errors", {}).get(key) is None else f"{f['errors'][key]:.0e}" for key in OUTPUTS)])
+    for name, found in result["paths"].items():
+        row = [f"{result['tokens']:,}", f"{result['vocabulary']:,}", result["width"], name]
+        if "skipped" in found:
+            row += ["", found["skipped"], "", ""]
+        else:
+            of = " of ours" if found["against"] == "ours" else ""
+            row += [len(found["rounds"]), f"{found['seconds']:.2f}", f"{found['ratio']:.2f}{of}",
+                    f"{found['gb']:.2f}"]
+        for key in OUTPUTS:
+            error = found.get("errors", {}).get(key)
+            row.append("" if error is None else f"{error:.0e}")
+        rows.append(row)
     return rows
 
 

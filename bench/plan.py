@@ -5,8 +5,8 @@
     python srft.py --dry_run --dry_run_ranks 64                # 8 nodes of 8: HSDP
 
 `simulate` runs the training path of model.py (FSDP2, packed forward, chunked head, accumulation) on fake
-tensors, which have shapes but no data, for ranks of which one exists, while torch's
-FSDPMemTracker adds up what is allocated. `budget` sets the result beside vLLM's share of the card.
+tensors, which have shapes but no data, for ranks of which one exists, while torch's FSDPMemTracker adds up
+what is allocated. `budget` sets the result beside vLLM's share of the card.
 """
 import json
 import math
@@ -27,6 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import model as M
 from config import check_config, sequences_per_prompt
 from rollout import kv_bytes
+from support import logprobs
 from support.processes import mesh_shape
 
 GIB = 2**30
@@ -90,7 +91,7 @@ def simulated_gpus(world, per_node=NODE):
         # which model.py takes the flash kernel (linear in N) and the head gradient without a temporary.
         gpu = mock.patch.object(FakeTensor, "is_cuda", True)
         # The head's products write in place and allocate nothing, and torch 2.11 cannot fake one of them.
-        products = mock.patch.object(M, "_addmm_fp32", lambda out, a, b, beta=1.0, alpha=1.0: None)
+        products = mock.patch.object(logprobs, "_addmm_fp32", lambda *args, **kwargs: None)
         with FakeTensorMode(allow_non_fake_inputs=True), gpu, products:
             yield mesh
     finally:
@@ -120,6 +121,29 @@ def simulate(config, cfg, world=8, per_node=NODE):
     block or the root) that is just being copied.
 
     And two counts, "parameters" and "vocabulary" (embedding, head). config is the model's, cfg config.Config.
+    """
+    peak, weights, moments, gradients, parameters = tracked_step(config, cfg, world, per_node)
+    kept = weights + moments + gradients
+    found = {"weights": weights, "optimizer": moments, "activations": peak - kept, "gradients": gradients}
+    host = 0
+    if cfg.offload:
+        host = kept
+        found["weights"] = found["optimizer"] = 0
+        if world <= per_node:
+            found["gradients"] = 0
+    found["peak"] = sum(found.values())
+    found["host"] = host
+    found["attention"] = attention_backward(config, cfg.micro_batch_tokens)
+    found["parameters"] = parameters
+    found["vocabulary"] = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    found["reference"] = found["weights"] + 2 * found["vocabulary"] if cfg.kl_coef else 0
+    return found
+
+
+def tracked_step(config, cfg, world, per_node):
+    """(peak, weights, moments, gradients: bytes of a rank; parameters of the model) of two steps on fake
+    tensors.
+
     The first step, untracked, creates the optimizer's state. No tracked step has clip and AdamW in it:
     DTensor finds the shapes of their results with unsharded fakes, which the tracker counts, 120 GiB at 7B.
     """
@@ -131,7 +155,8 @@ def simulate(config, cfg, world=8, per_node=NODE):
 
         def micro_batch(last=True):
             M.accumulate(policy, last)
-            policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))[0].sum().backward()
+            loss = policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef))[0].sum()
+            loss.backward()
 
         micro_batch()
         optimizer.step()
@@ -143,32 +168,32 @@ def simulate(config, cfg, world=8, per_node=NODE):
             gradients = sum(p.grad.to_local().nbytes for p in policy.parameters())
         peak = tracker.get_tracker_snapshot("peak")[device]["Total"]
         weights = sum(p.to_local().nbytes for p in policy.parameters())
-        moments = sum(s["exp_avg"].to_local().nbytes * 2 for s in optimizer.state.values())
+        moments = sum(state["exp_avg"].to_local().nbytes * 2 for state in optimizer.state.values())
         parameters = sum(p.numel() for p in policy.parameters())
-    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    kept, here = weights + moments + gradients, 0 if cfg.offload else 1
-    found = {"weights": here * weights, "optimizer": here * moments, "activations": peak - kept,
-             "gradients": gradients if here or world > per_node else 0}
-    peak = sum(found.values())
-    return found | {"peak": peak, "host": 0 if here else kept,
-                    "attention": attention_backward(config, cfg.micro_batch_tokens),
-                    "parameters": parameters, "vocabulary": vocabulary,
-                    "reference": here * weights + 2 * vocabulary if cfg.kl_coef else 0}
+    return peak, weights, moments, gradients, parameters
 
 
 def attention_backward(config, tokens):
     """Bytes that flash attention's backward kernel allocates for itself, which no fake tensor shows: the
     gradient of the queries in fp32 and, where query heads share keys, those of keys and values for each query
     head in bf16, before they are added up."""
-    shared = config.num_key_value_heads < config.num_attention_heads
-    return tokens * config.num_attention_heads * M.head_width(config) * (4 + 2 * 2 * shared)
+    numbers = tokens * config.num_attention_heads * M.head_width(config)
+    bytes_each = 4                                                                # dq
+    if config.num_key_value_heads < config.num_attention_heads:
+        bytes_each += 2 + 2                                                       # dk, dv
+    return numbers * bytes_each
 
 
 def full_micro_batch(cfg):
     """Sequences of half a prompt and a full response, the last one cut, that fill --micro_batch_tokens."""
-    size = (prompt := max(1, cfg.max_prompt_tokens // 2)) + cfg.max_response_tokens
-    sizes = cfg.micro_batch_tokens // size * [size] + [cfg.micro_batch_tokens % size]
-    return [M.Sequence([0] * min(prompt, n - 1), [0] * (n - min(prompt, n - 1))) for n in sizes if n > 1]
+    longest = max(1, cfg.max_prompt_tokens // 2)
+    size = longest + cfg.max_response_tokens
+    sequences = []
+    for n in cfg.micro_batch_tokens // size * [size] + [cfg.micro_batch_tokens % size]:
+        if n > 1:
+            prompt = min(longest, n - 1)
+            sequences.append(M.Sequence([0] * prompt, [0] * (n - prompt)))
+    return sequences
 
 
 def tokens_per_step(cfg, world, length):
@@ -194,17 +219,19 @@ def budget(cfg, memory):
 
     The engine sleeps in training: only its CUDA graphs stay. Awake it takes its share of the card.
     """
-    share, both = cfg.engine_memory * CARD, lambda name: [memory[name]] * 2
-    rows = [("weights: fp32 shards", *both("weights")), ("reference model: weights", *both("reference")),
-            ("optimizer: two moments of AdamW", *both("optimizer")),
+    weights, moments, reference = memory["weights"], memory["optimizer"], memory["reference"]
+    rows = [("weights: fp32 shards", weights, weights),
+            ("reference model: weights", reference, reference),
+            ("optimizer: two moments of AdamW", moments, moments),
             ("gradients: fp32 shards", memory["gradients"], 0),
             ("activations, temporaries at peak", memory["activations"], 0),
             ("flash attention's own, in backward", memory["attention"], 0),
-            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, share),
+            (f"vLLM: asleep, {cfg.engine_memory:.0%} of card awake", 0, cfg.engine_memory * CARD),
             ("vLLM's CUDA graphs (assumed)", graphs(cfg), graphs(cfg)),
             ("CUDA, NCCL (assumed)", RESIDUAL, RESIDUAL)]
-    used = [sum(row[phase] for row in rows) for phase in (1, 2)]
-    return rows, used, kv_room(cfg, memory["parameters"])
+    training = sum(row[1] for row in rows)
+    generating = sum(row[2] for row in rows)
+    return rows, [training, generating], kv_room(cfg, memory["parameters"])
 
 
 def show(cfg):
@@ -225,57 +252,92 @@ def show(cfg):
 
 def report(config, cfg, memory, source, world=8):
     """The lines of the plan."""
-    cut = (cfg.max_prompt_tokens, cfg.max_response_tokens)
-    lengths = {"worst case": cut, "typical": tuple(map(min, TYPICAL, cut))}
-    sequences, (rollouts, demos) = tokens_per_step(cfg, world, 1)[0], sequences_per_prompt(cfg)
-    number = lambda name: f"{memory[name] / 1e9:.2f} B" if memory[name] >= 1e8 else f"{memory[name]:,}"
-    nodes, shard = max(1, world // NODE), min(world, NODE)
-    lines = [
-        "", f"model       {source}",
-        f"parameters  {number('parameters')}, {number('vocabulary')} of them embedding and head",
-        f"mesh        {world} ranks, shard {shard} ({f'x {nodes} copies, HSDP' if nodes > 1 else 'FSDP2'}); "
-        "fp32 master weights, bf16 compute, "
-        + ("blocks recomputed" if cfg.activation_checkpointing else "nothing recomputed"),
-        f"one step    {cfg.prompts_per_step} prompts x ({rollouts} rollouts + {demos} demonstration) = "
-        f"{sequences:,} sequences", "",
-        f"{'Tokens a step (prompt + response)':<36}{'tokens':>12}  micro-batches of "
-        f"{cfg.micro_batch_tokens:,}"]
-    for name, n in lengths.items():
-        _, tokens, packs = tokens_per_step(cfg, world, sum(n))
-        lines.append(f"  {f'{name}: {n[0]:,} + {n[1]:,}':<34}{tokens:>12,}  {packs:,} a rank")
-
     rows, used, kv = budget(cfg, memory)
-    rows += [("total", *used), (f"left of 80 GB = {CARD / GIB:.1f} GiB", *(CARD - u for u in used))]
-    gib = lambda x: f"{x / GIB:12.2f}" if x else f"{'-':>12}"
-    lines += ["", f"{'Memory a rank, GiB':<36}{'training':>12}{'generating':>12}",
-              *(f"  {name:<34}{gib(a)}{gib(b)}" for name, a, b in rows if a or b)]
-    room, engine = kv / kv_bytes(config), 2 * memory["parameters"]
-    fill = " or ".join(f"{int(room / sum(n)):,} sequences of {sum(n):,}" for n in lengths.values())
-    lines += [f"vLLM's share: {engine / GIB:.2f} weights, {graphs(cfg) / GIB:.2f} CUDA graphs and "
-              f"{WORKSPACE / GIB:.2f} workspace",
+    room = kv / kv_bytes(config)                                                  # tokens
+    lines = ["", *lines_of_run(cfg, memory, source, world), "", *lines_of_tokens(cfg, world), "",
+             *lines_of_memory(rows, used)]
+    fill = " or ".join(f"{int(room / (prompt + response)):,} sequences of {prompt + response:,}"
+                       for prompt, response in lengths(cfg).values())
+    lines += [f"vLLM's share: {2 * memory['parameters'] / GIB:.2f} weights, {graphs(cfg) / GIB:.2f} CUDA "
+              f"graphs and {WORKSPACE / GIB:.2f} workspace",
               f"  (both assumed), KV cache of {room:,.0f} tokens: {fill}"]
     if memory["host"]:
-        lines += [f"in host memory (--offload): {memory['host'] / GIB:.2f} GiB a rank, "
-                  f"{memory['host'] * shard / GIB:.1f} a node: weights, optimizer, gradients"]
+        node = memory["host"] * min(world, NODE)
+        lines.append(f"in host memory (--offload): {memory['host'] / GIB:.2f} GiB a rank, {node / GIB:.1f} a "
+                     "node: weights, optimizer, gradients")
     lines.append(f"on disk     {12 * memory['parameters'] / 1e9:,.0f} GB a checkpoint; "
                  f"{cfg.keep + 1} at a time with --keep {cfg.keep}")
     return lines + [""] + verdicts(cfg, used, room)
 
 
+def lengths(cfg):
+    """(prompt, response) tokens of the two kinds of step that are planned."""
+    prompt, response = TYPICAL
+    longest = cfg.max_prompt_tokens, cfg.max_response_tokens
+    return {"worst case": longest, "typical": (min(prompt, longest[0]), min(response, longest[1]))}
+
+
+def lines_of_run(cfg, memory, source, world):
+    """The model, the mesh, the sequences of a step."""
+    def number(name):
+        return f"{memory[name] / 1e9:.2f} B" if memory[name] >= 1e8 else f"{memory[name]:,}"
+
+    nodes, shard = max(1, world // NODE), min(world, NODE)
+    mesh = f"x {nodes} copies, HSDP" if nodes > 1 else "FSDP2"
+    blocks = "blocks recomputed" if cfg.activation_checkpointing else "nothing recomputed"
+    rollouts, demos = sequences_per_prompt(cfg)
+    sequences = cfg.prompts_per_step * (rollouts + demos)
+    return [f"model       {source}",
+            f"parameters  {number('parameters')}, {number('vocabulary')} of them embedding and head",
+            f"mesh        {world} ranks, shard {shard} ({mesh}); fp32 master weights, bf16 compute, {blocks}",
+            f"one step    {cfg.prompts_per_step} prompts x ({rollouts} rollouts + {demos} demonstration) = "
+            f"{sequences:,} sequences"]
+
+
+def lines_of_tokens(cfg, world):
+    lines = [f"{'Tokens a step (prompt + response)':<36}{'tokens':>12}  micro-batches of "
+             f"{cfg.micro_batch_tokens:,}"]
+    for name, (prompt, response) in lengths(cfg).items():
+        _, tokens, packs = tokens_per_step(cfg, world, prompt + response)
+        lines.append(f"  {f'{name}: {prompt:,} + {response:,}':<34}{tokens:>12,}  {packs:,} a rank")
+    return lines
+
+
+def lines_of_memory(rows, used):
+    """The table of `budget`, its sums, and what they leave of the card."""
+    def gib(size):
+        return f"{size / GIB:12.2f}" if size else f"{'-':>12}"
+
+    training, generating = used
+    rows = [*rows, ("total", training, generating),
+            (f"left of 80 GB = {CARD / GIB:.1f} GiB", CARD - training, CARD - generating)]
+    lines = [f"{'Memory a rank, GiB':<36}{'training':>12}{'generating':>12}"]
+    for name, training, generating in rows:
+        if training or generating:
+            lines.append(f"  {name:<34}{gib(training)}{gib(generating)}")
+    return lines
+
+
 def verdicts(cfg, used, room):
     """Does it fit? used: bytes in training and generating; room: tokens of KV cache."""
-    recompute = "" if cfg.activation_checkpointing else "pass --activation_checkpointing, "
-    advices = (f"{recompute}lower --micro_batch_tokens {cfg.micro_batch_tokens}",
-               f"lower --engine_memory {cfg.engine_memory}")
-    lines = []
+    training, generating = used
+    smaller = f"lower --micro_batch_tokens {cfg.micro_batch_tokens}"
+    if not cfg.activation_checkpointing:
+        smaller = f"pass --activation_checkpointing, {smaller}"
     # The allocator fragments, so training should leave a tenth of the card; vLLM takes its share exactly.
-    for phase, u, reserve, advice in zip(("training", "generating"), used, (0.1 * CARD, 0), advices):
-        fits = "fits" if u + reserve <= CARD else "fits, but tightly," if u <= CARD else "DOES NOT FIT"
-        line = f"{phase:<12}{fits} 80 GB, {abs(CARD - u) / GIB:.1f} GiB {'over' if u > CARD else 'to spare'}"
-        more = "or use more ranks" if cfg.offload else "use more ranks, or pass --offload"
-        lines.append(line if fits == "fits" else f"{line}; {advice}, {more}")
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    if room < longest:
+    lines = [verdict(cfg, "training", training, 0.1 * CARD, smaller),
+             verdict(cfg, "generating", generating, 0, f"lower --engine_memory {cfg.engine_memory}")]
+    if room < cfg.max_prompt_tokens + cfg.max_response_tokens:
         lines.append("engine      DOES NOT FIT: no KV cache for one whole sequence; raise --engine_memory "
                      f"{cfg.engine_memory}, or lower --max_response_tokens {cfg.max_response_tokens}")
     return lines
+
+
+def verdict(cfg, phase, used, reserve, advice):
+    """One phase's line; where it is not a plain "fits", with the flags that help."""
+    space = f"{abs(CARD - used) / GIB:.1f} GiB {'over' if used > CARD else 'to spare'}"
+    if used + reserve <= CARD:
+        return f"{phase:<12}fits 80 GB, {space}"
+    fits = "fits, but tightly," if used <= CARD else "DOES NOT FIT"
+    more = "or use more ranks" if cfg.offload else "use more ranks, or pass --offload"
+    return f"{phase:<12}{fits} 80 GB, {space}; {advice}, {more}"

