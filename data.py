@@ -1,10 +1,10 @@
-"""Prompts, templates and demonstrations: everything between a file and a list of token ids.
+r"""Prompts, templates and demonstrations: everything between a file and a list of token ids.
 
-    load_examples("train.parquet")    the schema of Openr1-Math-46k-8192 (Sec. 5.1), or plain
-                                      problem/answer/solution
-    tokenize(examples, ...)           Fig. A3 / A4 templates, demonstration tokens with EOS, length limits
-    Order(n, seed)                    which example comes next; its whole state is one integer
-    tiny_examples("train")            a built-in reasoning task that a laptop learns in minutes
+    examples = load_examples("train.parquet")       # rows of files -> problems, answers, demonstrations
+    examples = load_examples("tiny:train")          # the same of the built-in task, tiny/task.py
+    prompts = tokenize(examples, tokenizer, "paper", 1024, 8192)    # templates, EOS, length limits
+    order = Order(len(prompts), seed=0)             # which prompt comes next; its state is one integer
+    indices = order.take(128)                       # the prompts of one step
 
 A demonstration is what the paper calls an element of D_demo: a problem x with a response y of a stronger
 model (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugging Face tokenizer.
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 # ----------------------------------------------------------------------------------------------------------
-# Templates. {question} is replaced literally, so braces in a problem are safe.
+# Templates: the text around a question. {question} is replaced literally, so braces in a problem are safe.
 
-SYSTEM = (
+SYSTEM = (                                                       # the words of Fig. A3
     "Your task is to follow a systematic, thorough reasoning process before providing the final solution. "
     "This involves analyzing, summarizing, exploring, reassessing, and refining your thought process "
     "through multiple iterations. Structure your response into two sections: Thought and Solution. In the "
@@ -53,12 +53,14 @@ def render(template, question, tokenizer=None):
             raise ValueError("--template tokenizer: this tokenizer has no chat template; "
                              "use --template paper")
         turn = [{"role": "user", "content": question}]
+        # add_generation_prompt: the text ends where the assistant's turn begins, so the model answers.
         return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    # Not str.format: a LaTeX problem is full of braces, and SYSTEM itself has some.
     return TEMPLATES[template].replace("{question}", question)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Examples and their readers.
+# Examples, and what a row says.
 
 @dataclass
 class Example:
@@ -69,79 +71,112 @@ class Example:
     demo: str | None = None
 
 
+def parse_row(row):
+    r"""A row of either schema -> Example, its id empty if the row has none.
+
+    Openr1-Math-46k-8192 (Sec. 5.1): chats in `prompt` and `target`, the answer in `reward_model`. The
+    system turn of `prompt` is not read: the template of `tokenize` takes its place. `target` may be None.
+
+    >>> question = [{"role": "system", "content": "Your task is ..."}, {"role": "user", "content": "2+2=?"}]
+    >>> response = [{"role": "assistant", "content": "<think>\n2+2=4\n</think>\n\\boxed{4}"}]
+    >>> parse_row({"prompt": question, "target": response, "reward_model": {"ground_truth": "4"},
+    ...            "extra_info": {"index": 17}})
+    Example(id='17', problem='2+2=?', answer='4', demo='<think>\n2+2=4\n</think>\n\\boxed{4}')
+
+    Plain: `problem` or `question`, `answer`; `id` and `solution`, the demonstration, may be absent.
+
+    >>> parse_row({"id": "sums/1", "problem": "2+2=?", "answer": 4, "solution": "\\boxed{4}"})
+    Example(id='sums/1', problem='2+2=?', answer='4', demo='\\boxed{4}')
+
+    Raises ValueError with what was expected and found. Where reading the row has failed already, its reader
+    gives the error in its place: that is raised.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with named columns, found {str(row)[:80]!r}")
+    if "reward_model" not in row and not isinstance(row.get("prompt"), (list, tuple)):
+        return Example(id=_text(row, "id", required=False) or "", problem=_text(row, "problem", "question"),
+                       answer=_text(row, "answer"), demo=_text(row, "solution", required=False))
+    truth = row.get("reward_model")
+    if not isinstance(truth, dict):
+        raise ValueError(f"expected 'reward_model' to hold ground_truth, found {str(truth)[:80]!r}")
+    info = row.get("extra_info")
+    if not isinstance(info, dict):
+        info = {}
+    example = Example(id=_text(info, "index", required=False) or "", problem=_message(row, "prompt", "user"),
+                      answer=_text(truth, "ground_truth"))
+    if row.get("target") is not None:
+        example.demo = _message(row, "target")
+    return example
+
+
 def _text(row, *names, required=True):
-    """The first of the columns `names` that the row has, as text. Finite numbers are accepted
-    (answers often are)."""
+    """The first of the columns `names` that the row has, as text; None without any, if not required.
+
+    Finite numbers are accepted, since answers often are: 4 -> "4". ValueError: no text there.
+    """
     found = {name: row[name] for name in names if row.get(name) is not None}
     for value in found.values():
         if isinstance(value, str) and value.strip():
             return value
+        # To Python, True is an int; and nan, which is no answer, a float.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return repr(value)
-    if required or any(value != "" for value in found.values()):
-        raise ValueError(f"expected text in column {' or '.join(map(repr, names))}, "
-                         f"found {str(found)[:80] if found else 'no such column'}")
+    if not required and all(value == "" for value in found.values()):
+        return None
+    columns = " or ".join(map(repr, names))
+    raise ValueError(f"expected text in column {columns}, found {str(found or 'no such column')[:80]}")
 
 
 def _message(row, column, role=None):
     """The content of the last message (of that role) in a chat column [{role, content}, ...]."""
     turns = row.get(column)
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(t, dict) for t in turns):
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"expected {column!r} to be a list of {{role, content}}, "
                          f"found {str(turns)[:80]!r}")
-    texts = [t.get("content") for t in turns if role is None or t.get("role") == role]
+    texts = [turn.get("content") for turn in turns if role is None or turn.get("role") == role]
     if not texts or not isinstance(texts[-1], str) or not texts[-1].strip():
         raise ValueError(f"expected a non-empty {role or ''} message in {column!r}, "
                          f"found {str(turns)[:80]!r}")
     return texts[-1]
 
 
-def parse_row(row):
-    """A row of either schema -> Example, its id empty if the row has none. Raises ValueError
-    with what was expected.
+# ----------------------------------------------------------------------------------------------------------
+# Files: a reader gives (row number counted from 1, row, or the ValueError that reading this row raised).
 
-    Openr1-Math-46k-8192: `prompt` [{role, content}], `target` [{role, content}],
-        `reward_model` {ground_truth}.
-    Plain: `problem` or `question`, `answer`, and optionally `solution` (the demonstration) and `id`.
-    """
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object with named columns, found {str(row)[:80]!r}")
-    if "reward_model" in row or isinstance(row.get("prompt"), (list, tuple)):
-        truth = row.get("reward_model")
-        if not isinstance(truth, dict):
-            raise ValueError(f"expected 'reward_model' to hold ground_truth, found {str(truth)[:80]!r}")
-        info = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
-        return Example(id=_text(info, "index", required=False) or "",
-                       problem=_message(row, "prompt", "user"), answer=_text(truth, "ground_truth"),
-                       demo=_message(row, "target") if row.get("target") is not None else None)
-    return Example(id=_text(row, "id", required=False) or "", problem=_text(row, "problem", "question"),
-                   answer=_text(row, "answer"), demo=_text(row, "solution", required=False))
+def read_parquet(file):
+    """The rows of a parquet file. Raises ValueError, naming the file, where it cannot be read on."""
+    # Only needed here: the paper's data set comes as parquet, one's own may not.
+    import pyarrow
+    import pyarrow.parquet as pq
+    try:
+        number = 0
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(1024):    # rows
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{file}: not a readable parquet file ({error}); download it again") from error
 
 
-def read_rows(file):
-    """(row number counted from 1, row or the ValueError that reading it raised) of one file."""
-    if file.suffix == ".parquet":
-        import pyarrow                        # the paper's data set comes as parquet; only needed for it
-        import pyarrow.parquet as pq
-        try:
-            number = 0
-            with pq.ParquetFile(file) as table:
-                for batch in table.iter_batches(1024):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{file}: not a readable parquet file ({error}); download it again") from error
-        return
+def read_jsonl(file):
+    """The rows of a file with one JSON object a line. Empty lines are no rows, but count."""
     # Bytes, not text: a stray byte then spoils its own row only, and the row number stays right.
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:      # bad JSON and bad UTF-8 are ValueErrors
-                yield number, ValueError(f"expected one JSON object on the line: {error}")
+                row = json.loads(line)
+            # Bad JSON and bad UTF-8 are ValueErrors, too many nested brackets a RecursionError.
+            except (ValueError, RecursionError) as error:
+                row = ValueError(f"expected one JSON object on the line: {error}")
+            yield number, row
+
+
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def load_examples(path, skip_bad_rows=False, log=print):
@@ -156,37 +191,44 @@ def load_examples(path, skip_bad_rows=False, log=print):
         from tiny.task import rows
         return [parse_row(row) for row in rows(str(path).removeprefix("tiny:"))]
     path = Path(path)
+    examples, ids, bad = [], set(), []
+    for file in _files(path):
+        name = file.relative_to(path) if path.is_dir() else file.name
+        for number, row in READERS[file.suffix](file):
+            try:
+                example = parse_row(row)
+            except ValueError as error:
+                bad.append(f"{file}, row {number}: {error}")
+                if not skip_bad_rows:
+                    raise ValueError(f"{bad[0]} (--skip_bad_rows skips and counts)") from error
+                continue
+            # Ids must differ: a demonstration's reward is remembered by its example's. Some public copies
+            # carry index -1 in every row.
+            if not example.id or example.id in ids:
+                example.id = f"{name}/{number}"
+            ids.add(example.id)
+            examples.append(example)
+    if bad:
+        log(f"{path}: skipped {len(bad)} bad rows, {len(examples)} remain; the first: {bad[0]}")
+    if not examples:
+        raise ValueError(f"{path}: no usable row among {len(bad)} (expected problem/answer/solution columns, "
+                         "or prompt/target/reward_model)")
+    return examples
+
+
+def _files(path):
+    """The files that `path` is or holds. FileNotFoundError, ValueError: there is none to read."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; --data takes a parquet or JSONL file, "
                                 "or a folder")
-    files = (sorted(f for f in path.rglob("*") if f.suffix in (".parquet", ".jsonl"))
-             if path.is_dir() else [path])
-    if not files or files[0].suffix not in (".parquet", ".jsonl"):
+    files = [path]
+    if path.is_dir():
+        # Sorted: file systems list in any order, and every rank must number the examples alike.
+        files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
+    if not files or files[0].suffix not in READERS:
         raise ValueError(f"{path}: expected .parquet or .jsonl, "
                          f"found {path.suffix or 'no such file inside'}")
-    examples, seen, bad, first_bad = [], set(), 0, None
-    for file in files:
-        for number, row in read_rows(file):
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                example = parse_row(row)
-                if not example.id or example.id in seen:  # some public copies carry index -1 in every row
-                    example.id = f"{file.relative_to(path) if path.is_dir() else file.name}/{number}"
-                seen.add(example.id)
-                examples.append(example)
-            except ValueError as error:
-                bad += 1
-                first_bad = first_bad or f"{file}, row {number}: {error}"
-                if not skip_bad_rows:
-                    raise ValueError(f"{file}, row {number}: {error} "
-                                     "(--skip_bad_rows skips and counts)") from error
-    if bad:
-        log(f"{path}: skipped {bad} bad rows, {len(examples)} remain; the first: {first_bad}")
-    if not examples:
-        raise ValueError(f"{path}: no usable row among {bad} (expected problem/answer/solution columns, or "
-                         "prompt/target/reward_model)")
-    return examples
+    return files
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,13 +243,18 @@ class Prompt:
 
 
 def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_tokens, log=print):
-    """Examples -> Prompts, within the limits of Sec. 5.1 and App. B (prompts to 1,024,
+    r"""Examples -> Prompts, within the limits of Sec. 5.1 and App. B (prompts to 1,024,
     responses to 8,192 tokens).
 
-    The demonstration is tokenized as the response that follows this template: where the prompt already
-    opens the thought ("luffy"), the demonstration's own leading "<think>\\n" is taken off. Its EOS counts
-    towards the limit. Examples over a limit are dropped and counted (public code cuts them, and the EOS
-    with them, in silence).
+    >>> from tiny.task import make_tokenizer      # a token for each character and mark; EOS is token 0
+    >>> example = Example(id="a", problem="1+1=?\n", answer="2", demo="\\boxed{2}")
+    >>> [prompt] = tokenize([example], make_tokenizer(), "none", max_prompt_tokens=6, max_response_tokens=4)
+    >>> prompt.ids, prompt.demo
+    ([12, 9, 12, 7, 8, 6], [4, 13, 5, 0])
+
+    The EOS is the fourth token of the response: with max_response_tokens=3 this example would be dropped.
+    What is over a limit is dropped and counted (public code cuts it, and the EOS with it, in silence).
+    Raises ValueError if the tokenizer has no EOS, or no example is left.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("this tokenizer has no eos_token, so a response could never end; "
@@ -215,20 +262,10 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     prompts, long_prompt, long_demo = [], 0, 0
     for example in examples:
         text = render(template, example.problem, tokenizer)
-        # A chat template writes its own special tokens; plain templates let the
-        # tokenizer add its BOS, if any.
-        ids = tokenizer(text, add_special_tokens=template not in ("tokenizer", "qwen-math"))["input_ids"]
-        if ids and ids[-1] == tokenizer.eos_token_id:      # a few tokenizers close every text with EOS
-            ids = ids[:-1]
+        ids = _prompt_ids(text, tokenizer, template)
         demo = None
         if example.demo is not None:
-            response = example.demo
-            if text.endswith("<think>\n"):
-                response = response.removeprefix("<think>\n")
-            demo = tokenizer(response, add_special_tokens=False)["input_ids"]
-            while demo and demo[-1] == tokenizer.eos_token_id:
-                demo.pop()                         # the text may spell EOS out; it must come exactly once
-            demo.append(tokenizer.eos_token_id)
+            demo = _demo_ids(example.demo, text, tokenizer)
         if not 0 < len(ids) <= max_prompt_tokens:
             long_prompt += 1
         elif demo and len(demo) > max_response_tokens:
@@ -245,6 +282,33 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     return prompts
 
 
+def _prompt_ids(text, tokenizer, template):
+    """The prompt's tokens, from BOS (where the tokenizer has one) to where the response begins."""
+    # These two templates spell their special tokens out; the others let the tokenizer add its BOS, if any.
+    written_out = template in ("tokenizer", "qwen-math")
+    ids = tokenizer(text, add_special_tokens=not written_out)["input_ids"]
+    # A few tokenizers close every text with EOS; a prompt is not over yet.
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def _demo_ids(response, prompt_text, tokenizer):
+    """A demonstration's tokens as a response to this prompt, EOS at the end exactly once."""
+    # "luffy" opens the thought in the prompt: the demonstration must not open it a second time.
+    if prompt_text.endswith("<think>\n"):
+        response = response.removeprefix("<think>\n")
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id:      # the text may spell EOS out
+        ids.pop()
+    # What a sampled response ends with, too: EOS is a response token, in the loss and in every length.
+    ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which example comes next.
+
 class Order:
     """An endless, deterministic order over n examples: epoch e is the permutation drawn from (seed, e).
 
@@ -257,11 +321,11 @@ class Order:
 
     def take(self, k):
         """The next k indices, crossing into the next epoch where needed."""
-        out = []
-        for p in range(self.position, self.position + k):
-            epoch, i = divmod(p, self.n)
-            if not out or i == 0:
+        taken = []
+        for position in range(self.position, self.position + k):
+            epoch, place = divmod(position, self.n)
+            if not taken or place == 0:           # the first of this call, or of an epoch
                 permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-            out.append(int(permutation[i]))
+            taken.append(int(permutation[place]))
         self.position += k
-        return out
+        return taken

@@ -1,4 +1,4 @@
-r"""Accuracy as Sec. 5.1 and App. B measure it: sample, grade by both verifiers, average, put beside Table 2.
+"""Accuracy as Sec. 5.1 and App. B measure it: sample, grade by both verifiers, average, put beside Table 2.
 
     torchrun --local_addr=127.0.0.1 --nproc_per_node=8 eval.py --model out/srft --benchmarks math500,amc23
     python eval.py --model DIR --benchmarks mine.jsonl --max_tokens 512       # one process; on CPU, too
@@ -31,17 +31,18 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import model as M
-from paper.benchmarks import BENCHMARKS, load_benchmark
-from support.versions import check_versions, environment, versions
 from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
-from paper.tables import COLUMNS, departures, estimate, markdown, summarize, verdict
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import write_whole
+from support.versions import check_versions, environment, versions
+
+# Nothing of paper/ here: srft.py loads this file for `evaluate`, and trains without that room. The functions
+# of the command line load benchmarks and tables themselves.
 
 # ----------------------------------------------------------------------------------------------------------
-# Sampling and grading: the same for a training run and for the command line.
+# The measurement: sampling and grading, the same in a training run and on the command line.
 
 @dataclass(frozen=True)
 class Sampling:
@@ -65,8 +66,11 @@ class Task:
 
     def seed(self, seed):
         """A function of what is asked alone: not of ranks, of --limit, or of the other benchmarks."""
-        name, id = (zlib.crc32(text.encode(errors="surrogatepass")) for text in self.key[:2])
-        words = [seed, name, id, self.sample]
+        # Not hash(), which differs from process to process: a killed evaluation must go on with these seeds.
+        # surrogatepass: an id read from JSON may hold half a character, which UTF-8 refuses.
+        benchmark = zlib.crc32(self.benchmark.encode(errors="surrogatepass"))
+        problem = zlib.crc32(self.prompt.example.id.encode(errors="surrogatepass"))
+        words = [seed, benchmark, problem, self.sample]
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
@@ -76,66 +80,96 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
     kinds: the verifiers, of "oat" and "math-verify". Multiple choice (an example with `order`) is graded by
     its letter instead; an example with a `repaired` reference gets a second verdict of "oat".
     """
-    rows, jobs = [None] * len(tasks), []             # jobs: (row, name of the verdict), as they are submitted
+    rows = [None] * len(tasks)
+    jobs = []                                         # (row, name of the verdict), as they are submitted
 
-    def grade_finished(ended):                        # while the other responses are being decoded
-        grader.submit()
+    def grade_finished(ended):
+        """After each decoding step: grade what ended in it, while the others are being decoded."""
+        grader.submit()                               # nothing new: it hands out work, and kills who is late
         for i, _, rollout in ended:
-            task, example = tasks[i], tasks[i].prompt.example
-            order, repaired = getattr(example, "order", None), getattr(example, "repaired", None)
-            rows[i] = {"benchmark": task.benchmark, "id": example.id, "sample": task.sample,
-                       "prompt": example.problem, "answer": example.answer, "response": rollout.text,
-                       "tokens": len(rollout.tokens), "finished": rollout.finished, "verdicts": {},
-                       "nll": -sum(rollout.logprobs) / max(1, len(rollout.logprobs))
-                       } | ({"order": order} if order is not None else {})
-            wanted = [(kind, kind, example.answer) for kind in (["choice"] if order is not None else kinds)]
-            if repaired is not None and "oat" in kinds:
-                wanted.append(("oat/repaired", "oat", repaired))
-            for name, kind, reference in wanted:
+            example = tasks[i].prompt.example
+            rows[i] = new_row(tasks[i], rollout)
+            for name, kind, reference in wanted_verdicts(example, kinds):
                 jobs.append((rows[i], name))
                 grader.submit([rollout.text], [reference], [rollout.finished], kind)
 
-    engine.generate([t.prompt.ids for t in tasks], 1, sampling.temperature, sampling.max_tokens,
-                    [t.seed(sampling.seed) for t in tasks], version, top_p=sampling.top_p, progress=progress,
-                    on_step=grade_finished)
-    for (row, name), v in zip(jobs, grader.collect()):
-        row["verdicts"][name] = {"reward": v.reward, "reason": v.reason, "ms": round(v.ms, 1),
-                                 "extracted": v.extracted}
+    prompts = [task.prompt.ids for task in tasks]
+    seeds = [task.seed(sampling.seed) for task in tasks]
+    engine.generate(prompts, 1, sampling.temperature, sampling.max_tokens, seeds, version,
+                    top_p=sampling.top_p, progress=progress, on_step=grade_finished)
+    # Responses end in any order; verdicts come in the order of submission, as `jobs` has it.
+    for (row, name), verdict in zip(jobs, grader.collect()):
+        row["verdicts"][name] = {"reward": verdict.reward, "reason": verdict.reason,
+                                 "ms": round(verdict.ms, 1), "extracted": verdict.extracted}
     for row in rows:                                  # the repaired reference is a second right spelling
         if "oat/repaired" in row["verdicts"] and row["verdicts"]["oat"]["reward"]:
             row["verdicts"]["oat/repaired"] = row["verdicts"]["oat"]
     return rows
 
 
-def evaluate(engine, grader, name, prompts, n, sampling, version):
-    """avg@n during training, by the training grader.
+def new_row(task, rollout):
+    """A response as results.jsonl holds it, its verdicts still to come."""
+    example = task.prompt.example
+    row = {"benchmark": task.benchmark, "id": example.id, "sample": task.sample,
+           "prompt": example.problem, "answer": example.answer, "response": rollout.text,
+           "tokens": len(rollout.tokens), "finished": rollout.finished, "verdicts": {},
+           "nll": -sum(rollout.logprobs) / max(1, len(rollout.logprobs))}     # <-log p>_i, nats a token
+    order = getattr(example, "order", None)           # only benchmarks have it, a training file's Example not
+    if order is not None:
+        row["order"] = order
+    return row
 
-    prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns what
-    `estimate` does, and "truncated", the share of responses cut at max_tokens; "tokens", their mean length;
-    "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose expectation is
-    that distribution's entropy. A collective.
+
+def wanted_verdicts(example, kinds):
+    """[(name in the row, kind of grader, reference answer)] for a response to this example."""
+    # Both verifiers deny that "C)" is C, so a letter has a grader of its own.
+    if getattr(example, "order", None) is not None:
+        return [("choice", "choice", example.answer)]
+    wanted = [(kind, kind, example.answer) for kind in kinds]
+    repaired = getattr(example, "repaired", None)
+    if repaired is not None and "oat" in kinds:
+        wanted.append(("oat/repaired", "oat", repaired))
+    return wanted
+
+
+def evaluate(engine, grader, name, prompts, n, sampling, version):
+    """avg@n during training, by the training grader (Sec. 5.1: "Math-verify ... for training validation").
+
+    prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns "accuracy", the
+    mean over problems of the share of their n responses that are correct; "tokens", the responses' mean
+    length; "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose
+    expectation is that distribution's entropy. The same on every rank. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    tasks = [Task(name, prompt, k) for prompt in prompts for k in range(n)]
+    tasks = [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
+    # Dealt like cards: no rank gets one part of the file, such as its hard end, alone.
     rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version)
-    everyone, found = [None] * world, np.zeros((4, len(tasks)))
-    dist.all_gather_object(everyone, [(verdict(row, "math-verify")["reward"], not row["finished"],
-                                       row["tokens"], row["nll"]) for row in rows])
+    found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
+    everyone = [None] * world
+    dist.all_gather_object(everyone, found)
+    dealt = [None] * len(tasks)
     for r, part in enumerate(everyone):
-        found[:, r::world] = np.reshape(part, (-1, 4)).T
-    rewards = found[0].reshape(len(prompts), n)
-    return estimate(rewards) | dict(zip(("truncated", "tokens", "entropy"), found[1:].mean(1).tolist()))
+        dealt[r::world] = part                        # back into the order of `tasks`
+    rewards = np.array([reward for reward, _, _ in dealt]).reshape(len(prompts), n)
+    return {"accuracy": float(rewards.mean(1).mean()),          # over samples, then over problems
+            "tokens": float(np.mean([tokens for _, tokens, _ in dealt])),
+            "entropy": float(np.mean([nll for _, _, nll in dealt]))}
 
 
 def unmatchable(grader, name, prompts, say, kind="math-verify"):
     """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
     0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = [i for i in range(rank, len(prompts), world) if getattr(prompts[i].example, "order", None) is None]
-    bad, everyone = grader.check([prompts[i].example.answer for i in mine], kind), [None] * world
-    dist.all_gather_object(everyone, {mine[k]: reason for k, reason in bad.items()})
-    bad = {i: reason for part in everyone for i, reason in part.items()}
-    for i in sorted(bad)[:20]:
+    mine = []                                         # indices; multiple choice has nothing to parse
+    for i in range(rank, len(prompts), world):
+        if getattr(prompts[i].example, "order", None) is None:
+            mine.append(i)
+    reasons = grader.check([prompts[i].example.answer for i in mine], kind)
+    everyone, bad = [None] * world, {}
+    dist.all_gather_object(everyone, {mine[place]: reason for place, reason in reasons.items()})
+    for part in everyone:
+        bad.update(part)
+    for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
         say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
             f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
     if bad:
@@ -149,12 +183,15 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
 def read_results(path):
     """The rows of results.jsonl, [] if there is none. Lines that a kill or a full disk cut short are counted
     and skipped: their responses are drawn again."""
+    if not path.exists():
+        return []
     rows, torn = [], 0
-    for line in path.open("rb") if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            torn += 1
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                torn += 1
     if torn:
         print(f"{path}: skipped {torn} torn lines")
     return rows
@@ -162,13 +199,16 @@ def read_results(path):
 
 def append_results(path, rows):
     """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
     with path.open("ab+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+        fcntl.lockf(file, fcntl.LOCK_EX)              # closing the file gives it back
+        end = file.seek(0, os.SEEK_END)
+        # A torn line has no newline: without one, the first row to come would be torn with it.
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             file.write(b"\n")
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.write(lines.encode())
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())                       # on the disk, before anyone counts on it
 
 
 def chunks(tasks, world, size):
@@ -177,8 +217,9 @@ def chunks(tasks, world, size):
     What is decoded together may change the last bits of the engine's arithmetic. A chunk is written at once,
     so a killed evaluation goes on with the very same chunks. Chunk c is work of rank c mod world.
     """
-    count = -(-len(tasks) // size)
+    count = -(-len(tasks) // size)                    # rounded up, as in the next line
     count = min(len(tasks), -(-count // world) * world)
+    # With a stride, each chunk has its part of every benchmark, of those with long responses too.
     return [tasks[c::count] for c in range(count)]
 
 
@@ -187,38 +228,46 @@ def known_results(path, tasks):
 
     Raises ValueError if a row belongs to another problem than the task of that name.
     """
-    known = [None]
+    known = {}
     if dist.get_rank() == 0:                          # one reader, before anyone writes
         wanted = {task.key for task in tasks}
-        known = [{key: row | {"response": None} for row in read_results(path)
-                  if (key := (row["benchmark"], row["id"], row["sample"])) in wanted}]
-    dist.broadcast_object_list(known)
+        for row in read_results(path):
+            key = (row["benchmark"], row["id"], row["sample"])
+            if key in wanted:
+                row["response"] = None                # the longest part of it, and no rank needs it
+                known[key] = row
+    box = [known]
+    dist.broadcast_object_list(box)
+    known = box[0]
     for task in tasks:
-        row, example = known[0].get(task.key), task.prompt.example
+        row, example = known.get(task.key), task.prompt.example
         if row and (row["prompt"], row["answer"]) != (example.problem, example.answer):
             raise ValueError(f"{path} holds another problem under {task.key}: use another --out")
-    return known[0]
+    return known
 
 
 def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
     """Answer all tasks that are not `known` yet, spread over the ranks. A collective."""
+    from paper.tables import verdict
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = chunks(tasks, world, chunk_size)[rank::world]
     bar = tqdm(total=sum(map(len, mine)), desc="responses (rank 0 of %d)" % world, disable=rank != 0,
                dynamic_ncols=True)
-    right, seen = Counter(), Counter()
+    right, seen = Counter(), Counter()                # by benchmark, for the bar alone
     for chunk in mine:
-        new = [task for task in chunk if task.key not in known]
-        if new:
-            new = answer(engine, grader, new, sampling, kinds, progress=rank == 0)
+        old = [known[task.key] for task in chunk if task.key in known]
+        left = [task for task in chunk if task.key not in known]
+        new = []
+        if left:
+            new = answer(engine, grader, left, sampling, kinds, progress=rank == 0)
             append_results(path, new)
-        for row in new + [known[task.key] for task in chunk if task.key in known]:
+        for row in new + old:
             seen[row["benchmark"]] += 1
             right[row["benchmark"]] += verdict(row, kinds[0])["reward"]
         bar.update(len(chunk))
         bar.set_postfix({name: f"{100 * right[name] / seen[name]:.1f}" for name in seen})
     bar.close()
-    dist.barrier()
+    dist.barrier()                                    # all is written, before rank 0 reads
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -229,14 +278,34 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (--help lists all flags)\n")
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a run's folder")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    least = {"samples": 0, "max_tokens": 1, "engine_sequences": 1, "temperature": 0.0, "seed": 0,
+             "grader_workers": 0}
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            parser.error(f"--{name} must be at least {number}")
+    if not 0 < args.top_p <= 1 or args.grader_deadline <= 0:
+        parser.error("--top_p must lie in (0, 1], --grader_deadline above 0")
+    return args
+
+
+def add_flags(parser):
+    """All flags that have a default."""
+    from paper.benchmarks import BENCHMARKS
+    from paper.tables import COLUMNS
 
     def flag(name, default, help, **how):
-        how = ({"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else
-               {"type": type(default)} if default is not None and "choices" not in how else {}) | how
-        help = help if default is None else f"{help} [{default}]"
+        """Its type is the default's (a bool also gets --no-NAME), and its help ends in the default."""
+        if isinstance(default, bool):
+            how["action"] = argparse.BooleanOptionalAction
+        elif default is not None and "choices" not in how:
+            how["type"] = type(default)
+        if default is not None:
+            help = f"{help} [{default}]"
         parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **how)
 
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a run's folder")
     flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME from the hub, NAME=PATH a local "
          "copy; or PATH, a file of one's own with problem and answer; separated by commas")
     flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL", metavar="DIR")
@@ -263,14 +332,46 @@ def parse(argv=None):
     flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
          "one for the engine")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0")
-    args = parser.parse_args(argv)
-    for name, least in (("samples", 0), ("max_tokens", 1), ("engine_sequences", 1), ("temperature", 0.0),
-                        ("seed", 0), ("grader_workers", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
-    if not 0 < args.top_p <= 1 or args.grader_deadline <= 0:
-        parser.error("--top_p must lie in (0, 1], --grader_deadline above 0")
-    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    with mistakes_in_one_line("eval.py"):
+        measure(args)
+
+
+def measure(args):
+    """The whole evaluation on this rank; rank 0 writes and prints the summary."""
+    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)     # minutes: ranks end hours apart
+    say = print if rank == 0 else lambda *_: None
+    check_versions(versions(), say)
+    check_environment(device)
+    folder = locate(args)
+    config = M.load_config(folder, args.rope_theta, args.window)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
+    if rank == 0:
+        claim(args.out)
+    settle(args, folder, device, rank)
+    dist.barrier()                                    # settings.json is there, before anyone writes results
+    tensors = stored_tensors(folder)                  # says now if files are missing, and reads them later
+    kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
+    path = Path(args.out) / "results.jsonl"
+    with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
+                strict_box=args.strict_box, score_unfinished=args.score_unfinished) as grader:
+        name_unmatchable(grader, tasks, kinds, say)
+        known = known_results(path, tasks)
+        if len(known) < len(tasks):                   # else only the table is made again
+            engine = start_engine(args, config, tokenizer, device, tasks)
+            engine.sync_weights(tensors, version=0)
+            sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+            run(engine, grader, tasks, known, sampling, kinds, path, chunk_size=4 * args.engine_sequences)
+            known = known_results(path, tasks)
+            engine.close()                            # takes the process group with it
+    if rank == 0:
+        write_summary(args, tasks, known, kinds)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def locate(args):
@@ -284,9 +385,46 @@ def locate(args):
         return str(path / "hf")
     if path.is_file():
         raise ValueError(f"--model {path}: expected a folder, found a file")
-    args.out = args.out or f"out/eval/{path.resolve().name if path.exists() else path.name}"
+    name = path.resolve().name if path.exists() else path.name      # the last part of "." or of a hub name
+    args.out = args.out or f"out/eval/{name}"
     args.template = args.template or "paper"
     return fetch(args.model, "model", "--model")
+
+
+def prepare(args, tokenizer, window, say):
+    """All tasks of all benchmarks. Raises ValueError for a prompt that leaves too little of the window."""
+    from paper.benchmarks import BENCHMARKS, load_benchmark
+    tasks, seen = [], set()
+    for source in args.benchmarks.split(","):
+        name, problems = load_benchmark(source.strip(), args.seed, args.limit, say)
+        if name in seen:
+            raise ValueError(f"--benchmarks: two are called {name}; rename one file")
+        seen.add(name)
+        # No limits of length: a benchmark without some of its problems would be another one.
+        prompts = tokenize(problems, tokenizer, args.template, sys.maxsize, sys.maxsize, say)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if longest + args.max_tokens > window:
+            raise ValueError(f"{name}: a prompt of {longest} tokens and --max_tokens {args.max_tokens} "
+                             f"exceed the window of {window}: lower it, or raise --window")
+        n = args.samples
+        if not n:
+            # Sec. 5.1; at temperature 0, all samples of a problem would be the same.
+            n = BENCHMARKS[name].samples if name in BENCHMARKS and args.temperature else 1
+        say(f"{name}: {len(problems)} problems x {n}")
+        tasks += [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
+    return tasks
+
+
+def claim(out):
+    """Hold the folder --out for this process alone, until it ends; ValueError if another one does."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)                  # never closed: the lock ends with the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{out}: another evaluation is writing there; use another --out") from None
+    return lock
 
 
 SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
@@ -296,15 +434,17 @@ SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p",
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = vars(args) | environment(device) | {
-        "weights": {file.name: fingerprint(file) for file in sorted(Path(folder).glob("*.safetensors"))}}
+    settings = {**vars(args), **environment(device), "weights": {}}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        settings["weights"][file.name] = fingerprint(file)
     path = Path(args.out) / "settings.json"
     if (Path(args.out) / "results.jsonl").exists():
         known = json.loads(path.read_text()) if path.exists() else {}
-        changed = [name for name in SETTINGS if known.get(name) != settings[name]]
+        changed = [f"{name} was {known.get(name)}, is {settings[name]}" for name in SETTINGS
+                   if known.get(name) != settings[name]]
         if changed:
-            raise ValueError(f"{args.out} holds results of other settings; use another --out. " + "; ".join(
-                f"{name} was {known.get(name)}, is {settings[name]}" for name in changed))
+            raise ValueError(f"{args.out} holds results of other settings; use another --out. "
+                             + "; ".join(changed))
     if rank == 0:
         write_whole(path, json.dumps(settings, indent=2))
 
@@ -319,89 +459,37 @@ def fingerprint(file):
     return f"{size} {ends.hexdigest()[:16]}"
 
 
-def claim(out):
-    """Hold the folder --out for this process alone, until it ends; ValueError if another one does."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{out}: another evaluation is writing there; use another --out") from None
-    return lock
+def name_unmatchable(grader, tasks, kinds, say):
+    """Say which reference answers no response can match; they stay in the denominator. A collective."""
+    prompts = {}                                      # benchmark -> each of its prompts once
+    for task in tasks:
+        if task.sample == 0:
+            prompts.setdefault(task.benchmark, []).append(task.prompt)
+    for benchmark, asked in prompts.items():
+        for kind in kinds:
+            unmatchable(grader, benchmark, asked, say, kind)
 
 
-def prepare(args, tokenizer, window, say):
-    """All tasks of all benchmarks. Raises ValueError for a prompt that leaves too little of the window."""
-    tasks, seen = [], set()
-    for source in args.benchmarks.split(","):
-        name, problems = load_benchmark(source.strip(), args.seed, args.limit, say)
-        if name in seen:
-            raise ValueError(f"--benchmarks: two are called {name}; rename one file")
-        seen.add(name)
-        prompts = tokenize(problems, tokenizer, args.template, sys.maxsize, sys.maxsize, say)
-        longest = max(len(prompt.ids) for prompt in prompts)
-        if longest + args.max_tokens > window:
-            raise ValueError(f"{name}: a prompt of {longest} tokens and --max_tokens {args.max_tokens} "
-                             f"exceed the window of {window}: lower it, or raise --window")
-        n = args.samples or (BENCHMARKS[name].samples if name in BENCHMARKS and args.temperature else 1)
-        say(f"{name}: {len(problems)} problems x {n}")
-        tasks += [Task(name, prompt, k) for prompt in prompts for k in range(n)]
-    return tasks
+def start_engine(args, config, tokenizer, device, tasks):
+    """vLLM with room for the longest prompt and its response, without weights yet."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    longest = max(len(task.prompt.ids) for task in tasks)
+    return RolloutEngine(config, tokenizer, dtype, longest + args.max_tokens, args.engine_sequences,
+                         args.engine_memory, seed=args.seed)
 
 
-def measure(args):
-    """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)            # ranks end hours apart
-    say = print if rank == 0 else lambda *_: None
-    check_versions(versions(), say)
-    check_environment(device)
-    folder = locate(args)
-    config = M.load_config(folder, args.rope_theta, args.window)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
-    if rank == 0:
-        claim(args.out)
-    settle(args, folder, device, rank)
-    dist.barrier()
-    tensors = stored_tensors(folder)
-    kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
-    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    path = Path(args.out) / "results.jsonl"
-    with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
-                strict_box=args.strict_box, score_unfinished=args.score_unfinished) as grader:
-        for name in dict.fromkeys(task.benchmark for task in tasks):
-            for kind in kinds:
-                unmatchable(grader, name, [task.prompt for task in tasks
-                                           if task.benchmark == name and task.sample == 0], say, kind)
-        known = known_results(path, tasks)
-        if len(known) < len(tasks):
-            engine = RolloutEngine(
-                config, tokenizer, torch.bfloat16 if device.type == "cuda" else torch.float32,
-                max(len(task.prompt.ids) for task in tasks) + args.max_tokens, args.engine_sequences,
-                args.engine_memory, seed=args.seed)
-            engine.sync_weights(tensors, version=0)
-            run(engine, grader, tasks, known, sampling, kinds, path, chunk_size=4 * args.engine_sequences)
-            known = known_results(path, tasks)
-            engine.close()                            # takes the process group with it
-    if rank == 0:
-        rows = {}
-        for task in tasks:
-            rows.setdefault(task.benchmark, []).append(known[task.key])
-        summary = summarize(rows, kinds)
-        table = markdown(summary, args.model, kinds, departures(args, summary), args.grade_text,
-                         args.template)
-        write_whole(Path(args.out) / "summary.md", table)
-        write_whole(Path(args.out) / "summary.json", json.dumps(summary, indent=2))
-        print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def main(argv=None):
-    args = parse(argv)
-    with mistakes_in_one_line("eval.py"):
-        measure(args)
+def write_summary(args, tasks, known, kinds):
+    """summary.md and summary.json, from the row of every task; prints the table."""
+    from paper.tables import departures, markdown, summarize
+    rows = {}                                         # benchmark -> rows, in the order of --benchmarks
+    for task in tasks:
+        rows.setdefault(task.benchmark, []).append(known[task.key])
+    summary = summarize(rows, kinds)
+    notes = departures(args, summary)
+    table = markdown(summary, args.model, kinds, notes, args.grade_text, args.template)
+    write_whole(Path(args.out) / "summary.md", table)
+    write_whole(Path(args.out) / "summary.json", json.dumps(summary, indent=2))
+    print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The paper's eight (Sec. 5.1, App. B and C.2, Table A2), and GSM8K beside them:
     load_benchmark("math500", seed=0)                  from the hub, by `datasets`
     load_benchmark("gpqa=gpqa_diamond.csv", seed=0)    a local copy, in any public format
     load_benchmark("my_test.jsonl", seed=0)            one's own: problem, answer and, if any, options
-    load_benchmark("tiny:heldout", seed=0)             the built-in task of data.py
+    load_benchmark("tiny:heldout", seed=0)             the built-in task of tiny/task.py
 
     name, problems = load_benchmark("arc_c", seed=0)
     problems[0].problem     'An astronomer observes ... in rotation?\n\nA) Planetary days will ...\nB) ...\n'
@@ -20,7 +20,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Example, load_examples, parse_row, read_rows
+from data import READERS, Example, load_examples, parse_row
 from grading.answers import last_box, repair_scientific
 
 LETTERS = "ABCDEFGHIJ"
@@ -50,9 +50,12 @@ BENCHMARKS = {
     "gsm8k": Benchmark("GSM8K", 1319, 1, ("openai/gsm8k", "main", "test"), False),     # not in the paper
 }
 OTHER_COUNTS = {                                                        # what another number usually is
-    ("aime24", 90): "AIME 2022 to 2024", ("amc23", 40): "AMC 12 of 2023 alone",
+    ("aime24", 90): "AIME 2022 to 2024",
+    ("amc23", 40): "AMC 12 of 2023 alone",
     ("olympiad", 675): "Qwen2.5-Math's copy, where 15 relay problems do not say what their T is",
-    ("gpqa", 448): "gpqa_main", ("gpqa", 546): "gpqa_extended", ("gsm8k", 7473): "the train split",
+    ("gpqa", 448): "gpqa_main",
+    ("gpqa", 546): "gpqa_extended",
+    ("gsm8k", 7473): "the train split",
 }
 
 
@@ -76,57 +79,76 @@ def load_benchmark(source, seed, limit=None, log=print):
     """
     if limit is not None and limit < 1:
         raise ValueError(f"{source}: expected a limit of at least 1, found {limit}")
-    name, equals, path = str(source).partition("=")
     if str(source).startswith("tiny:"):
-        name = str(source).removeprefix("tiny:")
-        return name, [Problem(e.id, e.problem, e.answer) for e in load_examples(f"tiny:{name}")][:limit]
-    if name not in BENCHMARKS:
+        examples = load_examples(str(source))
+        problems = [Problem(example.id, example.problem, example.answer) for example in examples]
+        return str(source).removeprefix("tiny:"), problems[:limit]
+    name, equals, path = str(source).partition("=")
+    if name not in BENCHMARKS:                     # a path, which may hold a "=" of its own
         name, equals, path = Path(source).stem, True, str(source)
     expected = BENCHMARKS.get(name)
-    problems, seen = [], set()
-    for place, fallback_id, row in _read_path(path) if equals else _read_hub(name):
+    rows = _read_path(path) if equals else _read_hub(name)
+    problems, ids = [], set()
+    for place, fallback_id, row in rows:
         try:
-            if isinstance(row, ValueError):
-                raise row
             id, problem, answer, options, index = parse_problem(row)
             if options is None and expected and expected.choice:
                 raise ValueError(f"expected options, for {name} is multiple choice, found only columns "
                                  f"{', '.join(row)}; options written into the question cannot be shuffled")
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-        id = fallback_id if not id or id in seen else id
-        seen.add(id)
+        # Seeds and results go by ids, so they must differ.
+        if not id or id in ids:
+            id = fallback_id
+        ids.add(id)
         # Public files have stray blanks; in one's own, a last newline may be part of the prompt.
-        problems.append(_ask(id, problem.strip() if expected else problem, answer, options, index, seed))
+        if expected:
+            problem = problem.strip()
+        problems.append(_ask(id, problem, answer, options, index, seed))
     if not problems:
         raise ValueError(f"{source}: expected at least one row, found none")
     if expected and len(problems) != expected.count:
-        guess = OTHER_COUNTS.get((name, len(problems)), "a part of it" if len(problems) < expected.count
-                                 else "repeated problems, or other splits with it")
-        log(f"{source}: {len(problems)} problems instead of {expected.count}, probably {guess}; "
-            "the result will not compare with the paper's")
+        log(f"{source}: {len(problems)} problems instead of {expected.count}, probably "
+            f"{_guess(name, len(problems))}; the result will not compare with the paper's")
     return name, problems[:limit]
 
 
 def _ask(id, problem, answer, options, index, seed):
+    """What parse_problem found in a row -> the Problem as a model sees it, its options in a drawn order."""
     if options is None:
         repaired = repair_scientific(answer)
-        return Problem(id, problem, answer, repaired=repaired if repaired != answer else None)
+        if repaired == answer:
+            repaired = None
+        return Problem(id, problem, answer, repaired=repaired)
     order, index = shuffle(options, index, seed, id)
-    return Problem(id, with_options(problem, [options[i] for i in order]), LETTERS[index], order=order)
+    shown = [options[place] for place in order]
+    return Problem(id, with_options(problem, shown), LETTERS[index], order=order)
+
+
+def _guess(name, count):
+    """What a copy of a benchmark probably is that has not the paper's number of problems."""
+    if (name, count) in OTHER_COUNTS:
+        return OTHER_COUNTS[name, count]
+    if count < BENCHMARKS[name].count:
+        return "a part of it"
+    return "repeated problems, or other splits with it"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Where rows come from: (its place in words, an id should it have none, the row or a ValueError).
 
 def _read_hub(name):
+    """The rows of a benchmark on the Hugging Face hub."""
     repo, config, split = BENCHMARKS[name].hub
     try:
-        from datasets import load_dataset             # only needed here
+        # Only needed here: who has local copies needs no such package.
+        from datasets import load_dataset
         rows = load_dataset(repo, config, split=split)
     except Exception as error:                        # the hub's errors share no useful base class
-        gated = ("It is gated: accept its terms there and log in with a token. Its authors ask that it is "
-                 "not republished, so no copy comes with this code. " if name == "gpqa" else "")
+        gated = ""
+        if name == "gpqa":
+            gated = ("It is gated: accept its terms there and log in with a token. Its authors ask that it "
+                     "is not republished, so no copy comes with this code. ")
         raise FileNotFoundError(f"{name}: cannot read {repo} from the hub ({type(error).__name__}: "
                                 f"{str(error)[:200]}). {gated}For a local copy pass {name}=PATH") from error
     for number, row in enumerate(rows, 1):
@@ -134,13 +156,16 @@ def _read_hub(name):
 
 
 def _read_path(path):
+    """The rows of a file, or of every file in a folder, in the order of their paths."""
     if not path or not Path(path).exists():
         raise FileNotFoundError(f"{path or 'no path'}: neither a benchmark nor a file or folder; expected "
                                 "NAME, NAME=PATH (a local copy) or PATH (one's own problems), with NAME one "
                                 f"of {', '.join(BENCHMARKS)}")
     path = Path(path)
-    readers = {".jsonl": read_rows, ".parquet": read_rows, ".json": _json_rows, ".csv": _csv_rows}
-    files = sorted(f for f in path.rglob("*") if f.suffix in readers) if path.is_dir() else [path]
+    readers = {**READERS, ".json": _read_json, ".csv": _read_csv}
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in readers)
     if not files or files[0].suffix not in readers:
         raise ValueError(f"{path}: expected {', '.join(readers)} or a folder of such files, "
                          f"found {path.suffix or 'none inside'}")
@@ -150,7 +175,8 @@ def _read_path(path):
             yield f"{file}, row {number}", f"{own}/{number}", row
 
 
-def _json_rows(file):
+def _read_json(file):
+    """(number, row) of a file that is one JSON list."""
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -161,12 +187,15 @@ def _json_rows(file):
     yield from enumerate(rows, 1)
 
 
-def _csv_rows(file):
+def _read_csv(file):
+    """(number, row or a ValueError) of a CSV file with a header."""
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:      # drops a byte order mark
             for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
-                ragged = None in row or None in row.values()            # DictReader's marks
-                yield number, ValueError("expected as many fields as the header has") if ragged else row
+                # DictReader's marks: under the key None what is too much, as the value None what lacks.
+                if None in row or None in row.values():
+                    row = ValueError("expected as many fields as the header has")
+                yield number, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable CSV file ({error}); download it again") from error
 
@@ -188,17 +217,26 @@ def parse_problem(row):
 
     With options, `answer` is the letter of answer_index, before any shuffle. Columns may be in any case.
     ValueError says what was expected and found.
+
+    >>> parse_problem({"question_id": 70, "question": "Which?", "options": ["a", "b"], "answer": "B"})
+    ('70', 'Which?', 'B', ['a', 'b'], 1)
     """
     if not isinstance(row, dict) or "reward_model" in row:
-        example, options, index = parse_row(row), None, None
-    else:
-        row = {str(column).strip().lower(): value for column, value in row.items() if value is not None}
-        options, index = _options(row)
-        example = parse_row({
-            "id": next((row[c] for c in ("id", "unique_id", "question_id", "record id") if c in row), None),
-            "problem": row.get("problem", row.get("question")),
-            "answer": _answer(row) if options is None else LETTERS[index]})
-    problem = example.problem if options is None else example.problem.strip()   # a last newline may matter
+        example = parse_row(row)
+        return example.id, example.problem, example.answer.strip(), None, None
+    row = {str(column).strip().lower(): value for column, value in row.items() if value is not None}
+    options, index = _options(row)
+    id = None
+    for column in ("id", "unique_id", "question_id", "record id"):
+        if column in row:
+            id = row[column]
+            break
+    answer = _answer(row) if options is None else LETTERS[index]
+    # What is left is data.py's plain schema: it checks the texts, and writes numbers as text.
+    example = parse_row({"id": id, "problem": row.get("problem", row.get("question")), "answer": answer})
+    problem = example.problem
+    if options is not None:
+        problem = problem.strip()      # else a last newline may matter
     return example.id, problem, example.answer.strip(), options, index
 
 
@@ -223,7 +261,9 @@ def _options(row):
     """(options, index of the right one), (None, None) where there are none. Checks that they agree."""
     index = letter = None
     if "correct answer" in row:
-        options, index = [row["correct answer"], *(row.get(f"incorrect answer {i}") for i in "123")], 0
+        options, index = [row["correct answer"]], 0
+        for number in "123":
+            options.append(row.get(f"incorrect answer {number}"))
     elif "answerkey" in row:
         choices = row["choices"] if isinstance(row.get("choices"), dict) else {}
         options, labels = choices.get("text"), choices.get("label") or []
@@ -237,13 +277,20 @@ def _options(row):
         raise ValueError("expected answerKey beside choices, or options and answer_index")
     else:
         return None, None
-    if not (isinstance(options, list) and 2 <= len(options) <= len(LETTERS)
-            and all(isinstance(option, str) and option.strip() for option in options)):
+    return _checked(options, index, letter)
+
+
+def _checked(options, index, letter):
+    """(options without stray blanks, the right one's index). index, letter: what the row says of it, or None;
+    ValueError unless one of them does, and both agree."""
+    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS) or not all(
+            isinstance(option, str) and option.strip() for option in options):
         raise ValueError(f"expected a list of 2 to {len(LETTERS)} options, each a text (letters A to "
                          f"{LETTERS[-1]}), found {str(options)[:80]}")
     letters = list(LETTERS[:len(options)])
     if index is None and letter in letters:
         index = letters.index(letter)
+    # type(), not isinstance: True would pass for 1.
     if type(index) is not int or index not in range(len(options)) or letter not in (None, letters[index]):
         raise ValueError(f"expected answer_index 0 to {len(options) - 1}, or answer A to {letters[-1]}, or "
                          f"both in agreement, found answer_index {index!r} and answer {letter!r}")
@@ -254,10 +301,15 @@ def _options(row):
 # Multiple choice.
 
 def shuffle(options, answer_index, seed, id):
-    """-> (order, the answer's index after it): shown option j is options[order[j]]. Uniform over orders."""
+    """-> (order, the answer's index after it): shown option j is options[order[j]]. Uniform over orders.
+
+    >>> shuffle("abcd", 0, 0, "arc_c/0")
+    ([1, 2, 3, 0], 3)
+    """
     rng = random.Random(f"{seed}/{id}")
     # Not rng.shuffle: Python promises only that random() stays the same in later versions.
-    order = sorted(range(len(options)), key=lambda _: rng.random())
+    keys = [rng.random() for _ in options]
+    order = sorted(range(len(options)), key=lambda place: keys[place])
     return order, order.index(answer_index)
 
 
@@ -267,4 +319,5 @@ def with_options(question, options):
     >>> with_options("2+2=?", ["4", "5"])
     '2+2=?\n\nA) 4\nB) 5\n'
     """
-    return f"{question}\n\n" + "".join(f"{letter}) {option}\n" for letter, option in zip(LETTERS, options))
+    lines = [f"{letter}) {option}\n" for letter, option in zip(LETTERS, options)]
+    return f"{question}\n\n" + "".join(lines)

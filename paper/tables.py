@@ -2,6 +2,9 @@
 
     estimate([[1, 0], [1, 1]])      # 2 samples to each of 2 problems
     # {"accuracy": 0.75, "stderr": 0.25, "stderr_samples": 0.25, "pass@2": 1.0, "pass@2/stderr": 0.0}
+
+    summary = summarize({"math500": rows of results.jsonl, ...}, ["oat", "math-verify"])
+    print(markdown(summary, "out/srft", ["oat", "math-verify"], departures(args, summary)))
 """
 from collections import Counter
 
@@ -9,11 +12,22 @@ import numpy as np
 
 from paper.benchmarks import BENCHMARKS
 
+# ----------------------------------------------------------------------------------------------------------
+# Estimates.
+
 
 def pass_at_k(correct, n, k):
     """The unbiased estimate of P(one of k samples is correct) from `correct` of n: 1 - C(n-c, k) / C(n, k)
-    (Chen et al. 2021, Eq. 1, https://arxiv.org/abs/2107.03374), as a product that cannot overflow."""
-    return 1.0 - float(np.prod([(n - correct - i) / (n - i) for i in range(k)]))
+    (Chen et al. 2021, Eq. 1, https://arxiv.org/abs/2107.03374), as a product that cannot overflow.
+
+    C(n-c, k) / C(n, k) is the chance that k samples drawn from the n are all wrong: the i-th is, after i
+    wrong ones, with chance (n - c - i) / (n - i).
+
+    >>> pass_at_k(1, 4, 2)
+    0.5
+    """
+    all_wrong = np.prod([(n - correct - i) / (n - i) for i in range(k)])
+    return 1.0 - float(all_wrong)
 
 
 def estimate(rewards):
@@ -28,14 +42,26 @@ def estimate(rewards):
     """
     rewards = np.asarray(rewards, np.float64)
     problems, n = rewards.shape
-    spread = lambda values: float(np.std(values, ddof=1) / np.sqrt(problems)) if problems > 1 else None
-    share = rewards.mean(1)
-    found = {"accuracy": float(share.mean()), "stderr": spread(share), "stderr_samples":
-             float(np.sqrt((share * (1 - share)).sum() / (n - 1)) / problems) if n > 1 else None}
-    for k in [2 ** i for i in range(1, n.bit_length())]:
+    share = rewards.mean(1)                                # (P,): p_i, of each problem's samples
+    found = {"accuracy": float(share.mean()), "stderr": standard_error(share), "stderr_samples": None}
+    if n > 1:
+        # n zeros and ones with mean p have the unbiased variance p (1 - p) n / (n - 1), their mean an n-th.
+        variance = (share * (1 - share)).sum() / (n - 1)
+        found["stderr_samples"] = float(np.sqrt(variance) / problems)
+    k = 2
+    while k <= n:
         passed = [pass_at_k(correct, n, k) for correct in rewards.sum(1)]
-        found |= {f"pass@{k}": float(np.mean(passed)), f"pass@{k}/stderr": spread(passed)}
+        found[f"pass@{k}"] = float(np.mean(passed))
+        found[f"pass@{k}/stderr"] = standard_error(passed)
+        k *= 2
     return found
+
+
+def standard_error(values):
+    """Of the mean of one value a problem: standard deviation / sqrt(P); None for a single problem."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def verdict(row, kind):
@@ -43,8 +69,39 @@ def verdict(row, kind):
     return row["verdicts"].get("choice") or row["verdicts"][kind]
 
 
+def summarize(rows, kinds):
+    """Rows of results.jsonl (benchmark -> list, each with samples 0..n-1 of every problem) -> for each
+    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts.
+
+    kinds: the verifiers, the first of which counts for the paper's table. "oat/repaired", where a row of the
+    benchmark has it, is a view of its own: OAT's verdict by either spelling of the reference.
+    """
+    summary = {}
+    for name, part in rows.items():
+        # Problem by problem, so that rewards in this order are a (P, n) matrix.
+        part = sorted(part, key=lambda row: (row["id"], row["sample"]))
+        n = part[-1]["sample"] + 1
+        one = {"problems": len(part) // n, "samples": n,
+               "truncated": float(np.mean([not row["finished"] for row in part])),
+               "response_len": float(np.mean([row["tokens"] for row in part]))}
+        views = list(kinds)
+        if any("oat/repaired" in row["verdicts"] for row in part):
+            views.append("oat/repaired")
+        for view in views:
+            rewards, reasons = [], Counter()
+            for row in part:
+                # Where the reference needed no repair, or the problem is multiple choice: one for all views.
+                seen = row["verdicts"].get(view) or verdict(row, kinds[0])
+                rewards.append(seen["reward"])
+                reasons[seen["reason"]] += 1
+            one[view] = estimate(np.reshape(rewards, (-1, n)))
+            one[view]["reasons"] = dict(reasons)
+        summary[name] = one
+    return summary
+
+
 # ----------------------------------------------------------------------------------------------------------
-# The tables.
+# What the paper printed.
 
 # Table 2, of which only rows that its authors measured themselves; App. B says which.
 COLUMNS = ("aime24", "amc23", "math500", "minerva", "olympiad", "arc_c", "gpqa", "mmlu_pro")
@@ -66,93 +123,161 @@ TABLE_A1 = {            # the base model with other templates, in the order of c
 GROUPS = {"Avg. of the five": COLUMNS[:5], "Avg. of the three": COLUMNS[5:]}   # in-, out-of-distribution
 
 
-def summarize(rows, kinds):
-    """Rows of results.jsonl (benchmark -> list, each with samples 0..n-1 of every problem) -> for each
-    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts."""
-    summary = {}
-    for name, part in rows.items():
-        part = sorted(part, key=lambda row: (row["id"], row["sample"]))
-        n = 1 + part[-1]["sample"]
-        views = list(kinds) + ["oat/repaired"] * any("oat/repaired" in row["verdicts"] for row in part)
-        by = {view: [row["verdicts"].get(view) or verdict(row, kinds[0]) for row in part] for view in views}
-        summary[name] = {
-            "problems": len(part) // n, "samples": n,
-            "truncated": float(np.mean([not row["finished"] for row in part])),
-            "response_len": float(np.mean([row["tokens"] for row in part])),
-        } | {view: estimate(np.reshape([v["reward"] for v in vs], (-1, n)))
-             | {"reasons": dict(Counter(v["reason"] for v in vs))} for view, vs in by.items()}
-    return summary
-
-
-def percent(estimates, name="accuracy"):
-    error = estimates["stderr" if name == "accuracy" else f"{name}/stderr"]
-    return f"{100 * estimates[name]:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
-
+# ----------------------------------------------------------------------------------------------------------
+# Markdown.
 
 def markdown(summary, label, kinds, notes, text="after_think", template="paper"):
-    """The summary as Markdown: beside Table 2, then in detail, then every departure from the protocol."""
-    shown = [name for name in COLUMNS if name in summary] + [n for n in summary if n not in COLUMNS]
-    groups = {title: names for title, names in GROUPS.items() if all(name in summary for name in names)}
-    title = lambda name: BENCHMARKS[name].title if name in BENCHMARKS else name
-    lines = ["| model | " + " | ".join([*map(title, shown), *groups]) + " |",
-             "|---" * (1 + len(shown) + len(groups)) + "|"]
-    for kind in kinds:
-        cells = [percent(summary[name][kind]) for name in shown]
-        cells += [f"{100 * np.mean([summary[name][kind]['accuracy'] for name in names]):.1f}"
-                  for names in groups.values()]
-        lines.append(f"| **{label}** ({kind}) | " + " | ".join(cells) + " |")
-    rows = {f"{model} (paper)": figures for model, figures in TABLE_2.items()}
-    if template in ("none", "qwen-math"):
-        rows = {f"Qwen2.5-Math, --template {name} (paper, Table A1)": TABLE_A1[name]
-                for name in (template, "paper")} | rows
-    for model, figures in rows.items() if set(shown) & set(COLUMNS) else ():
-        paper = dict(zip(COLUMNS, figures))
-        cells = [f"{paper[name]:.1f}" if name in paper else "" for name in shown]
-        cells += [f"{np.mean([paper[name] for name in names]):.1f}" if names[0] in paper else ""
-                  for names in groups.values()]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    lines += ["", "| benchmark | problems | metric | verifier | % | pass@n % | truncated % | tokens | "
-              "verdicts |", "|---" * 9 + "|"]
-    for name in shown:
-        one = summary[name]
-        n, best = one["samples"], f"pass@{2 ** (one['samples'].bit_length() - 1)}"
-        for view in [view for view in (*kinds, "oat/repaired") if view in one]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(one[view]["reasons"].items()))
-            lines.append(
-                f"| {title(name)} | {one['problems']} | {f'avg@{n}' if n > 1 else 'pass@1'} | {view} | "
-                f"{percent(one[view])} | {best + ': ' + percent(one[view], best) if n > 1 else ''} | "
-                f"{100 * one['truncated']:.1f} | {one['response_len']:.0f} | {reasons} |")
-    lines += ["", "± is the standard error over problems, the samples' noise included. Graded was " + {
-        "whole": "all of a response.", "after_think": "what follows the last </think>, or all without one.",
-        "require_think": "what follows the last </think>."}[text] + " math-verify is the reward of training: "
-        "Math-Verify with its known slips repaired (grading/answers.py)."]
-    if "amc23" in summary:
-        lines[-1] += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
-    if any(name in summary for name in COLUMNS[5:]):
-        lines[-1] += " Multiple choice is graded by its letter, whatever the verifier."
-    if any("oat/repaired" in one for one in summary.values()):
-        lines[-1] += (" oat/repaired also accepts references such as 4.5e33 written as LaTeX; the paper's "
-                      "figure is probably plain oat's.")
-    lines += ["", "Not as in the paper:", ""] * bool(notes) + [f"* {note}" for note in notes]
+    """The summary as Markdown: beside Table 2, then in detail, then every departure from the protocol.
+
+    label: the model's name in the table. notes: what `departures` returns. text, template: as eval.py's
+    --grade_text and --template were.
+    """
+    shown = [name for name in COLUMNS if name in summary]           # the paper's in its order, then one's own
+    shown += [name for name in summary if name not in COLUMNS]
+    lines = beside_table_2(summary, shown, label, kinds, template)
+    lines.append("")
+    lines += detail(summary, shown, kinds)
+    lines.append("")
+    lines.append(footnote(summary, text))
+    if notes:
+        lines += ["", "Not as in the paper:", ""]
+    for note in notes:
+        lines.append(f"* {note}")
     return "\n".join(lines) + "\n"
 
 
+def table_row(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def title(name):
+    """Of a benchmark: its heading in Table 2, or the name of one's own file."""
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def percent(estimates, name="accuracy"):
+    """A share with its standard error, in percent: "59.5 ± 1.2"."""
+    error = estimates["stderr" if name == "accuracy" else f"{name}/stderr"]
+    cell = f"{100 * estimates[name]:.1f}"
+    if error is not None:
+        cell += f" ± {100 * error:.1f}"
+    return cell
+
+
+def beside_table_2(summary, shown, label, kinds, template):
+    """Lines of a table: this model by each verifier, then the paper's rows. A column for each benchmark in
+    `shown`, and an average of each of GROUPS all of whose benchmarks were measured."""
+    groups = [group for group in GROUPS if all(name in summary for name in GROUPS[group])]
+    heads = ["model"]
+    for name in shown:
+        heads.append(title(name))
+    heads += groups
+    lines = [table_row(heads), "|---" * len(heads) + "|"]
+
+    for kind in kinds:
+        cells = [f"**{label}** ({kind})"]
+        for name in shown:
+            cells.append(percent(summary[name][kind]))
+        for group in groups:
+            accuracies = [summary[name][kind]["accuracy"] for name in GROUPS[group]]
+            cells.append(f"{100 * np.mean(accuracies):.1f}")
+        lines.append(table_row(cells))
+
+    if not set(shown) & set(COLUMNS):
+        return lines                       # of one's own problems the paper says nothing
+    for model, figures in paper_rows(template).items():
+        paper = dict(zip(COLUMNS, figures))                  # Table A1 has the first five only
+        cells = [model]
+        for name in shown:
+            cells.append(f"{paper[name]:.1f}" if name in paper else "")
+        for group in groups:
+            names = GROUPS[group]
+            known = names[0] in paper
+            cells.append(f"{np.mean([paper[name] for name in names]):.1f}" if known else "")
+        lines.append(table_row(cells))
+    return lines
+
+
+def paper_rows(template):
+    """{name of a row: its figures in the order of COLUMNS}: Table 2 and, for another template than the
+    paper's, what Table A1 has of that one and of the paper's."""
+    rows = {}
+    if template in ("none", "qwen-math"):
+        for name in (template, "paper"):
+            rows[f"Qwen2.5-Math, --template {name} (paper, Table A1)"] = TABLE_A1[name]
+    for model, figures in TABLE_2.items():
+        rows[f"{model} (paper)"] = figures
+    return rows
+
+
+def detail(summary, shown, kinds):
+    """Lines of a table with a row for each benchmark and verifier."""
+    heads = ["benchmark", "problems", "metric", "verifier", "%", "pass@n %", "truncated %", "tokens",
+             "verdicts"]
+    lines = [table_row(heads), "|---" * len(heads) + "|"]
+    for name in shown:
+        one = summary[name]
+        n = one["samples"]
+        for view in (*kinds, "oat/repaired"):
+            if view not in one:
+                continue
+            metric, passed = "pass@1", ""
+            if n > 1:
+                most = 2 ** (n.bit_length() - 1)             # the largest k that `estimate` has
+                metric = f"avg@{n}"
+                passed = f"pass@{most}: " + percent(one[view], f"pass@{most}")
+            reasons = [f"{count} {reason}" for reason, count in sorted(one[view]["reasons"].items())]
+            lines.append(table_row([
+                title(name), str(one["problems"]), metric, view, percent(one[view]), passed,
+                f"{100 * one['truncated']:.1f}", f"{one['response_len']:.0f}", ", ".join(reasons)]))
+    return lines
+
+
+GRADED = {"whole": "all of a response.",
+          "after_think": "what follows the last </think>, or all without one.",
+          "require_think": "what follows the last </think>."}
+
+
+def footnote(summary, text):
+    """How to read the two tables."""
+    said = (f"± is the standard error over problems, the samples' noise included. Graded was {GRADED[text]} "
+            "math-verify is the reward of training: Math-Verify with its known slips repaired "
+            "(grading/answers.py).")
+    if "amc23" in summary:
+        said += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
+    if any(name in summary for name in COLUMNS[5:]):
+        said += " Multiple choice is graded by its letter, whatever the verifier."
+    if any("oat/repaired" in one for one in summary.values()):
+        said += (" oat/repaired also accepts references such as 4.5e33 written as LaTeX; the paper's "
+                 "figure is probably plain oat's.")
+    return said
+
+
 def departures(args, summary):
-    """What keeps these figures from the paper's protocol (Sec. 5.1, App. B), one sentence each."""
-    notes = [f"--{name} {getattr(args, name)}, the paper: {paper}" for name, paper in
-             (("temperature", 0.6), ("max_tokens", 8192), ("template", "paper"))
-             if getattr(args, name) != paper]
-    notes += [f"--{name} {getattr(args, name)}; the paper is silent, public code: {public}" for name, public
-              in (("top_p", 1.0), ("score_unfinished", True)) if getattr(args, name) != public]
+    """What keeps these figures from the paper's protocol (Sec. 5.1, App. B), one sentence each.
+
+    args: eval.py's flags. summary: of `summarize`.
+    """
+    notes = []
+    for name, paper in {"temperature": 0.6, "max_tokens": 8192, "template": "paper"}.items():
+        if getattr(args, name) != paper:
+            notes.append(f"--{name} {getattr(args, name)}, the paper: {paper}")
+    for name, public in {"top_p": 1.0, "score_unfinished": True}.items():
+        if getattr(args, name) != public:
+            notes.append(f"--{name} {getattr(args, name)}; the paper is silent, public code: {public}")
     if not args.strict_box:
         notes.append("--no-strict_box: Math-Verify took its answer from all of the text")
     for name, one in summary.items():
-        expected = BENCHMARKS.get(name)
-        if expected and one["problems"] != expected.count:
+        if name not in BENCHMARKS:
+            continue
+        expected = BENCHMARKS[name]
+        if one["problems"] != expected.count:
             notes.append(f"{expected.title}: {one['problems']} problems, the paper: {expected.count}")
-        if expected and one["samples"] != expected.samples:
+        if one["samples"] != expected.samples:
             notes.append(f"{expected.title}: {one['samples']} samples a problem, the paper: "
                          f"{expected.samples}")
     if "gsm8k" in summary:
         notes.append("GSM8K is not a benchmark of the paper")
-    return notes + (["no verdict of the OAT-Grader"] if args.grader == "math-verify" else [])
+    if args.grader == "math-verify":
+        notes.append("no verdict of the OAT-Grader")
+    return notes
