@@ -23,8 +23,8 @@ def opt(default, group, help, choices=None):
 class Method:
     """What a paradigm trains on, which flags of the objective it heeds, and what the paper sets for it."""
     rollouts: bool        # samples G rollouts a prompt
-    demos: str            # where demonstrations are: in the rollouts' "group" (Eq. 6); "beside" it, without an
-    #                       advantage; "none"; only for prompts whose rollouts all "failed"
+    demos: str            # where demonstrations are: in the rollouts' "group" (Eq. 6); "beside" it, with no
+    #                       advantage; "none"; or only for prompts whose rollouts all "failed"
     heeds: tuple = ()
     flags: dict = field(default_factory=dict)
 
@@ -40,7 +40,8 @@ METHODS = {
         "std_in_advantage", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
         "eq12_advantage", "entropy_coef", "kl_coef", "reference", "tis_cap", "demo_in_group")),
     "sft": Method(rollouts=False, demos="beside", flags=SFT),
-    "sft_kl": Method(rollouts=False, demos="beside", heeds=("kl_coef", "reference"), flags={**SFT, "kl_coef": 0.2}),
+    "sft_kl": Method(rollouts=False, demos="beside", heeds=("kl_coef", "reference"),
+                     flags={**SFT, "kl_coef": 0.2}),
     "grpo": Method(rollouts=True, demos="none", heeds=(*EQ_3, *TRUNCATION)),
     "sft+rl": Method(rollouts=True, demos="beside", heeds=(*EQ_3, *TRUNCATION)),
     "luffy": Method(rollouts=True, demos="group", heeds=(*EQ_3, "demo_in_group", "demo_shaping"),

@@ -4,24 +4,23 @@
     torchrun --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny  # a laptop's CPU, in minutes
     python srft.py --dry_run                                                  # the memory plan, nothing else
 
-Read it from the top: the objective (group_advantage, srft_loss), one optimizer update (update_policy), the
-rollouts of a step (augmented_groups), and the training loop that joins them (train). Start, end and checks
-come after.
+Read it from the top: the objective (group_advantage, srft_loss), one optimizer update (backward_micro_batch,
+update_policy), the sequences of a step (augmented_groups), and the loop that joins them (train). Then come
+start and end.
 
-Where the paper leaves something open, this is what the defaults do (docs/decisions.md has all, and why):
+Where the paper leaves something open, the defaults do this (docs/decisions.md has all of it, and why):
 
-1. The demonstration joins the 8 rollouts in one group of 9 (Eq. 6 is a union).
+1. The demonstration joins the 8 rollouts in one group of 9: Eq. 6 is a union.
 2. Each response's sum over tokens is divided by its length, in all four terms (the normalizer of Eq. 3), so
-   that 0.5 of Eq. 8 and 0.1 of Eq. 12 are on one scale.
+   that the 0.5 of Eq. 8 and the 0.1 of Eq. 12 are on one scale.
 3. H in the weights is the mean entropy of the sequence's own response tokens, without gradient.
-4. Both sums of Eq. 12 are divided by all rollouts: it is one expectation over rollouts, right and wrong ones.
-5. One update a step, so rollouts are on-policy (Eq. 11), and no ratio to an older policy is needed.
-6. Rollout tokens carry a truncated importance weight pi/pi_engine: the engine's numbers are not the trainer's.
+4. Both sums of Eq. 12 are divided by all rollouts: it is one expectation, over right and wrong ones.
+5. One update a step: rollouts are of the policy that they train (Eq. 11), so there is no ratio to an older
+   one.
+6. Rollout tokens carry a truncated importance weight pi/pi_engine: the engine computes with other kernels.
 """
 import json
 import math
-import signal
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -31,26 +30,39 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import model as M
 from config import METHODS, asks_for_the_papers_loss, check_config, parse_args, sequences_per_prompt
-from data import Order, load_examples, tokenize
-from eval import Sampling, evaluate, unmatchable
-from reward import Grader, Verdict
+from data import Order, load_prompts, unmatchable
+from eval import Sampling, evaluate
+from reward import FAILED, Grader
 from rollout import RolloutEngine, check_environment
-from support.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from support.device import memory_gb, peak_flops, to_device
-from support.processes import (Ranks, fetch, hang_watch, init_distributed, mistakes_in_one_line, phase,
-                               seed_everything, set_timeouts, start_profiler, write_profile)
+from support.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from support.device import memory_gb, peak_flops, read_once
+from support.health import Health, check_engine
+from support.metrics import Tally, shown_on_the_bar, summarize
+from support.processes import (
+    Ranks,
+    anyone,
+    fetch,
+    finish_step_on_signals,
+    hang_watch,
+    init_distributed,
+    mistakes_in_one_line,
+    phase,
+    seed_everything,
+    set_timeouts,
+    start_profiler,
+    write_profile,
+)
 from support.runlog import RunLog, read_rows
 from support.versions import check_versions, environment, versions
 
-
 # ----------------------------------------------------------------------------------------------------------
 # The objective.
+
 
 def group_advantage(reward, group, use_std=True, eps=1e-6):
     """Eq. 7: A_k = (r_k - mean(r)) / (std(r) + eps) over the sequences of k's group (Eq. 2 if it has no
@@ -61,22 +73,22 @@ def group_advantage(reward, group, use_std=True, eps=1e-6):
     >>> group_advantage(torch.tensor([1., 0., 0., 1.]), torch.tensor([0, 0, 1, 1]))
     tensor([ 1.0000, -1.0000, -1.0000,  1.0000])
     """
-    # In float64: where all rewards of a group are equal, A must be 0, and a mean rounded to float32 may be
-    # off by 1e-8, which the division by eps would magnify.
-    r = reward.double()
+    # In float64: where all rewards of a group are equal, A must be 0. A mean rounded to float32 may be off by
+    # 1e-8, and the division by eps would make 1e-2 of that.
+    rewards = reward.double()
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
-    mean = torch.zeros(len(count), dtype=r.dtype, device=r.device).index_add_(0, index, r) / count
-    centred = r - mean[index]
+    mean = rewards.new_zeros(len(count)).index_add_(0, index, rewards) / count                  # (groups,)
+    centred = rewards - mean[index]                                                             # (B,)
     if not use_std:
         return centred.to(reward.dtype)
-    variance = torch.zeros_like(mean).index_add_(0, index, centred**2) / count
+    variance = rewards.new_zeros(len(count)).index_add_(0, index, centred**2) / count           # (groups,)
     return (centred / (variance.sqrt()[index] + eps)).to(reward.dtype)
 
 
 def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout, tis=None):
-    """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12), on one micro-batch.
+    """Eq. 13: L_SRFT = L_SFT^demo (Eq. 8) + L_RL^demo (Eq. 9) + L_RL^self-rollout (Eq. 12), on a micro-batch.
 
-    With <x>_i = (1/|y_i|) sum_t x_{i,t} and H_i = <H_{i,t}>, gradient stopped:
+    With <x>_i = (1/|y_i|) sum_t x_{i,t} and H_i = <H_{i,t}>, gradient stopped, its terms are
 
         sft_demo   (1/n_demo)    sum over demonstrations    0.5 exp(-H_i) <-log pi>_i         Eq. 8
         rl_demo   -(1/n_demo)    sum over demonstrations    A_i <pi>_i                        Eq. 9, 10
@@ -89,45 +101,48 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     reward     (B,)  R(x, y) of Eq. A2: 1.0 correct, 0.0 not
     advantage  (B,)  A of Eq. 7, over the group of rollouts and demonstration
     is_demo    (B,)  bool
-    n_demo, n_rollout   sequences of each kind in the WHOLE optimizer update, over all ranks and micro-batches:
-                        so the terms and gradients of micro-batches simply add up
-    tis        (B,T) truncated importance weights pi/pi_engine of rollout tokens; None: none
+    n_demo, n_rollout   sequences of each kind in the WHOLE optimizer update, of all ranks and micro-batches,
+                        so that terms and gradients of micro-batches simply add up
+    tis        (B,T) truncated importance weights pi/pi_engine, 1 on demonstrations; None: none
 
-    Returns (terms, weights): the four scalars above with graph, whose sum is the loss, and "w_sft", "w_rl",
-    (B,) without graph. Needs torch alone.
+    Returns (terms, weights): the four scalars with graph, whose sum is the loss; "w_sft" and "w_rl", (B,),
+    without. Needs torch alone.
     """
     is_demo = is_demo.bool()
+    correct = ~is_demo & (reward > 0)
+    wrong = ~is_demo & ~correct
+    # Padding is overwritten: multiplied by a mask of 0, a nan that stands there would stay one.
     mask = mask.to(logp.dtype)
-    length = mask.sum(1).clamp(min=1)                          # (B,) |y_i|
-    # A nan on padding would survive a product with 0, so padding is overwritten.
     log_pi = logp.masked_fill(mask == 0, 0.0)
-    entropy = entropy.detach().masked_fill(mask == 0, 0.0)
+    entropy = entropy.masked_fill(mask == 0, 0.0)
+    length = mask.sum(1).clamp(min=1)                                                           # (B,) |y_i|
 
-    def mean(x):                                               # <x>_i: (B,T) -> (B,)
+    def mean(x):
+        """<x>_i of each sequence, (B,T) -> (B,)."""
         return (x * mask).sum(1) / length
 
-    def average(x, which, n):                                  # (1/n) sum over the sequences `which` of x_i
+    def average(x, which, n):
+        """(1/n) sum of x over the sequences `which`, (B,), (B,) bool -> scalar. n is 0 where none exists."""
         return torch.where(which, x, 0.0).sum() / max(n, 1)
 
-    # The weights are numbers, not functions of theta: with a gradient, SRFT would also train H itself.
-    H = mean(entropy)                                          # (B,)
-    w_sft = 0.5 * torch.exp(-H)                                # Eq. 8: where pi is unsure, imitate less
-    w_rl = 0.1 * torch.exp(H)                                  # Eq. 12: where pi is sure, reinforce less
-    # Eq. 10: the behaviour policy of a demonstration is unknown, so pi_beta = 1 and the ratio is pi itself.
-    # No clip: where pi is small, its gradient pi * grad log pi vanishes by itself.
-    ratio = log_pi.exp()
-    # Eq. 11-12 take the log-likelihood of what the engine sampled, on this policy (see TIS in the module).
+    # The weights scale the gradient and have none themselves: else the policy could lower its loss by its
+    # entropy alone.
+    H = mean(entropy.detach())                                                                  # (B,)
+    w_sft = 0.5 * torch.exp(-H)            # Eq. 8: an unsure policy imitates less
+    w_rl = 0.1 * torch.exp(H)              # Eq. 12: a policy grown sure reinforces itself less
+    # Eq. 10: nobody knows the policy that wrote the demonstration, so pi_beta = 1 and the ratio is pi itself,
+    # below 1 everywhere. Eq. 9's clip to [1 - eps, 1 + eps] would cut nearly all of it: the paper omits it.
+    ratio = log_pi.exp()                                                                        # (B,T)
+    # Rollouts are samples of the engine's policy. Times pi/pi_engine, their mean is that of samples of pi.
     score = log_pi
     if tis is not None:
         score = log_pi * tis.masked_fill(mask == 0, 0.0)
-    correct = ~is_demo & (reward > 0)
-    wrong = ~is_demo & ~correct
 
     terms = {
-        "sft_demo": average(mean(w_sft[:, None] * -log_pi), is_demo, n_demo),                   # Eq. 8
-        "rl_demo": average(-advantage * mean(ratio), is_demo, n_demo),                          # Eq. 9
-        "rl_pos": average(-mean(w_rl[:, None] * score), correct, n_rollout),     # Eq. 12: reward +1, pull up
-        "rl_neg": average(+mean(score), wrong, n_rollout),                       # Eq. 12: reward -1, push down
+        "sft_demo": average(mean(w_sft[:, None] * -log_pi), is_demo, n_demo),            # Eq. 8
+        "rl_demo": average(-advantage * mean(ratio), is_demo, n_demo),                   # Eq. 9
+        "rl_pos": average(-mean(w_rl[:, None] * score), correct, n_rollout),             # Eq. 11: reward +1
+        "rl_neg": average(+mean(score), wrong, n_rollout),                               # Eq. 11: reward -1
     }
     return terms, {"w_sft": w_sft, "w_rl": w_rl}
 
@@ -143,138 +158,99 @@ def load_objective(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # One optimizer update: forward, loss, backward; clip; AdamW.
 
-@dataclass
-class Tally:
-    """What micro-batches and ranks measure, to be added up."""
-    losses: Counter = field(default_factory=Counter)   # loss term -> its value
-    sums: Counter = field(default_factory=Counter)     # numbers of sequences, sums over sequences
-    drift: Counter = field(default_factory=Counter)    # rank of an engine -> sum of |log pi - log pi_engine|
-    tokens: Counter = field(default_factory=Counter)   # rank of an engine -> rollout tokens that it sampled
-    worst: float = 0.0                                 # the largest |log pi - log pi_engine|
-
-    def plus(self, other):
-        """Both together, as a new one."""
-        total = Tally(worst=float(np.maximum(self.worst, other.worst)))         # nan, if one of them is
-        for name in ("losses", "sums", "drift", "tokens"):
-            counter = getattr(total, name)
-            counter.update(getattr(self, name))                    # Counter.update adds, key by key
-            counter.update(getattr(other, name))
-        return total
-
-
-def pad(rows, device):
-    """Lists of different lengths -> (B,T) float tensor, zeros on the right."""
-    rows = [torch.as_tensor(np.asarray(row, np.float32)) for row in rows]
-    return to_device(pad_sequence(rows, batch_first=True), device)
-
-
-def column(sequences, name, device):
-    """One number of each sequence -> (B,) float tensor."""
-    return to_device([float(getattr(s, name)) for s in sequences], device, torch.float32)
-
-
-def loss_inputs(sequences, device):
-    """What the loss asks of the data, not of the policy: mask (B,T), reward, advantage, is_demo (B,), and
-    log pi_engine (B,T), which is 0 on demonstrations: no engine has sampled them."""
-    masks, engine_logps = [], []
-    for s in sequences:
-        masks.append(np.ones(len(s.response)))
-        engine_logps.append(np.zeros(len(s.response)) if s.is_demo else s.engine_logp)
-    return (pad(masks, device), column(sequences, "reward", device), column(sequences, "advantage", device),
-            column(sequences, "is_demo", device).bool(), pad(engine_logps, device))
-
-
 def backward_micro_batch(policy, objective, sequences, asked, n_demo, n_rollout, reference, cfg, device):
     """Forward, loss and backward of one packed micro-batch; gradients add up in `policy`. Returns its Tally.
 
     sequences: list of model.Sequence, at most cfg.micro_batch_tokens together; [] where this rank has fewer
-    micro-batches than others. objective: srft_loss, or one of paper/, which asks for further inputs: asked.
-    n_demo, n_rollout: as in srft_loss. reference: frozen model.Policy for a KL, or None. A collective: FSDP2
-    gathers the weights of each block from all ranks just before forward and backward need them.
+    micro-batches than others. objective: srft_loss, or one of paper/ with the further inputs that it asks
+    for: asked. n_demo, n_rollout: as in srft_loss. reference: frozen model.Policy for a KL, or None. A
+    collective: FSDP2 gathers the weights of each block from all ranks before its forward and its backward.
     """
     # The host runs ahead of a GPU and queues work for it. Whatever asks for a number's value waits until the
-    # queue is empty, and the GPU then waits for the host. So all copies to the device come before the forward,
-    # what the host knows it counts itself, and everything else is read in one transfer at the end.
+    # queue is empty, and the GPU then waits for the host. So all copies to the device come before the
+    # forward, what the host knows it counts itself, and all else is read in one transfer at the end.
     batch = M.collate(sequences, device)
-    inputs = loss_inputs(sequences, device) if sequences else None
+    inputs = M.loss_inputs(sequences, device)
     features = None
     if reference is not None:
         with torch.no_grad():
             features = reference(batch, features=True)
     logp, entropy, kl = policy(batch, cfg.temperature, bool(cfg.entropy_coef), features)        # (B,T) each
     if not sequences:
-        (logp.sum() * 0).backward()       # nothing to learn, but other ranks wait in this backward's collectives
+        (logp.sum() * 0).backward()          # nothing to learn, but other ranks wait in its collectives
         return Tally()
-    mask, reward, advantage, is_demo, engine_logp = inputs
 
+    mask, is_demo = inputs["mask"], inputs["is_demo"]                                           # (B,T), (B,)
     with torch.no_grad():
-        # log pi - log pi_engine is 0 but for numerics: other kernels, bf16. pi/pi_engine, capped, weighs each
-        # rollout token so that its expectation is that of a sample from pi. A log pi that is not finite is
-        # the trainer's own trouble: it is left out here, and ends in a gradient that is skipped.
+        # Trainer and engine run different kernels, on a GPU in bf16: pi/pi_engine corrects for that. It is
+        # cut at the cap, since no single token may outweigh a batch. A log pi that is not finite is the
+        # trainer's own trouble: it is left out here, and ends in a gradient that is skipped.
         logp_old = asked.get("logp_old", logp.detach())
         compared = (mask > 0) & ~is_demo[:, None] & logp_old.isfinite()
-        difference = torch.where(compared, logp_old - engine_logp, 0.0)                         # (B,T)
+        difference = torch.where(compared, logp_old - inputs.pop("engine_logp"), 0.0)           # (B,T) nats
         importance = difference.exp()                                # 1 on demonstrations and on padding
-        tis = importance.clamp(max=cfg.tis_cap) if cfg.tis_cap else None
+    tis = importance.clamp(max=cfg.tis_cap) if cfg.tis_cap else None
     if kl is not None:
-        asked = asked | {"kl": kl}
+        asked = {**asked, "kl": kl}
     terms, weights = objective(
-        logp=logp, entropy=entropy, mask=mask, reward=reward, advantage=advantage, is_demo=is_demo,
-        n_demo=n_demo, n_rollout=n_rollout, tis=tis, **asked)
+        logp=logp, entropy=entropy, n_demo=n_demo, n_rollout=n_rollout, tis=tis, **inputs, **asked)
     sum(terms.values()).backward()                                                              # Eq. 13
 
     with torch.no_grad():
-        h = (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)                                  # (B,) H_i
-        measured = {"h_demo": torch.where(is_demo, h, 0.0).sum(),
-                    "h_rollout": torch.where(is_demo, 0.0, h).sum(), "worst": difference.abs().max()}
-        if cfg.tis_cap:
-            measured["capped"] = (importance > cfg.tis_cap).sum()
-        counted = {"w_sft": is_demo, "w_rl": ~is_demo & (reward > 0)}       # the sequences that a weight is for
+        H = (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)                                  # (B,)
+        correct = ~is_demo & (inputs["reward"] > 0)
+        sums = {}
         for name, weight in weights.items():
-            measured[name] = torch.where(counted[name], weight, 0.0).sum()
-        losses, measured, differences = read_once(terms, measured, difference.abs().sum(1))
-    worst = measured.pop("worst")
-    return Tally(Counter(losses), Counter(measured), worst=worst).plus(count(sequences, differences))
+            sums[name] = torch.where(is_demo if name == "w_sft" else correct, weight, 0.0).sum()
+        sums["entropy/demo"] = torch.where(is_demo, H, 0.0).sum()
+        sums["entropy/rollout"] = torch.where(is_demo, 0.0, H).sum()
+        sums["tis/capped"] = (importance > (cfg.tis_cap or math.inf)).sum()
+        difference = difference.abs()
+        rows = torch.cat([difference.max()[None], difference.sum(1)])
+        losses, sums, (worst, *differences) = read_once(terms, sums, rows)
+    return tally_of(sequences, losses, sums, worst, differences)
 
 
-def read_once(terms, scalars, rows):
-    """(name -> float, name -> float, list of floats) of two dictionaries of scalar tensors and a (B,) tensor,
-    by one read of the device."""
-    numbers = torch.stack([x.detach().float() for x in (*terms.values(), *scalars.values())])
-    numbers = torch.cat([numbers, rows]).tolist()
-    after = len(terms) + len(scalars)
-    return dict(zip(terms, numbers)), dict(zip(scalars, numbers[len(terms):])), numbers[after:]
+def tally_of(sequences, losses, sums, worst, differences):
+    """The Tally of a micro-batch: what the device measured, and how many sequences or tokens it was of.
 
-
-def count(sequences, differences):
-    """The Tally of what the host knows. differences: sum of |log pi - log pi_engine| of each sequence."""
-    tally = Tally()
+    losses, sums: name -> float. worst: of |log pi - log pi_engine|. differences: its sum, for each sequence.
+    """
+    tally = Tally(losses=Counter(losses), sums=Counter(sums), worst=worst)
+    demos = rollouts = correct = 0
     for s, difference in zip(sequences, differences):
         if s.is_demo:
-            tally.sums["demos"] += 1
+            demos += 1
             continue
-        tally.sums["rollouts"] += 1
-        tally.sums["correct"] += s.reward > 0
+        rollouts += 1
+        correct += s.reward > 0
         tally.drift[s.engine] += difference
         tally.tokens[s.engine] += len(s.response)
+    counts = {"w_sft": demos, "w_rl": correct, "entropy/demo": demos, "entropy/rollout": rollouts,
+              "tis/capped": tally.tokens.total()}
+    for name in sums:
+        tally.counts[name] = counts[name]
     return tally
 
 
 def backward(objective, policy, micro_batches, asked, n_demo, n_rollout, reference, cfg, device):
-    """Forward, loss and backward of an update's micro-batches on this rank -> their Tally. Gradients are sums,
-    over micro-batches and ranks, of terms already divided by global counts, so they are the same for every
-    split. A collective: every rank must have as many micro-batches."""
+    """Forward, loss and backward of an update's micro-batches on this rank -> their Tally.
+
+    Gradients are sums, over micro-batches and ranks, of terms that are divided by global counts already: they
+    are the same for every split. A collective: every rank must have as many micro-batches.
+    """
     tally = Tally()
-    for i, (sequences, inputs) in enumerate(zip(micro_batches, asked), start=1):
+    for i, (sequences, further) in enumerate(zip(micro_batches, asked), start=1):
         M.accumulate(policy, last=i == len(micro_batches))
-        tally = tally.plus(backward_micro_batch(
-            policy, objective, sequences, inputs, n_demo, n_rollout, reference, cfg, device))
+        found = backward_micro_batch(
+            policy, objective, sequences, further, n_demo, n_rollout, reference, cfg, device)
+        tally = tally.plus(found)
     return tally
 
 
 def update_policy(policy, optimizer, tally, grad_clip):
-    """Clip, AdamW. The gradients are there, `tally` is what this rank measured on the way. Returns the update's
-    metrics, of all ranks; None for the mean over sequences that it has none of. A collective.
+    """Clip, AdamW. The gradients are there already; `tally` is what this rank measured on the way. Returns
+    the update's metrics, of all ranks. A collective.
 
     An update whose gradient is not finite is skipped: AdamW's moments would never forget it.
     """
@@ -282,27 +258,7 @@ def update_policy(policy, optimizer, tally, grad_clip):
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, tally)
-    total = Tally()
-    for part in everyone:
-        total = total.plus(part)
-
-    def mean(name, n):
-        return total.sums[name] / n if n else None
-
-    sums, tokens = total.sums, total.tokens.total()
-    metrics = {f"loss/{name}": value for name, value in total.losses.items()}
-    if "w_sft" in sums:
-        metrics |= {"w_sft": mean("w_sft", sums["demos"]), "w_rl": mean("w_rl", sums["correct"])}
-    of_engines = [total.drift[engine] / n for engine, n in total.tokens.items() if n]
-    return metrics | {
-        "entropy/demo": mean("h_demo", sums["demos"]), "entropy/rollout": mean("h_rollout", sums["rollouts"]),
-        "engine/logp_diff_mean": total.drift.total() / tokens if tokens else None,
-        "engine/logp_diff_rank": float(np.max(of_engines)) if tokens else None,
-        "engine/logp_diff_max": total.worst if tokens else None,
-        "tis/capped": mean("capped", tokens), "grad_norm": norm}
+    return {**tally.of_all_ranks().metrics(), "grad_norm": norm}
 
 
 def learning_rate(cfg, step):
@@ -317,9 +273,6 @@ def learning_rate(cfg, step):
 # ----------------------------------------------------------------------------------------------------------
 # The sequences of one step: rollouts, rewards, demonstrations, advantages.
 
-FAILED = ("timeout", "killed")          # reasons of a verdict that say nothing about the response
-
-
 @dataclass
 class Answered:
     """A step's prompts with their responses, of one rank or of all."""
@@ -332,34 +285,38 @@ class Answered:
 def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
     """This rank's rollouts, each graded as soon as it ends: grading hides behind the decoding of longer ones.
 
-    prompts: the step's, list of data.Prompt; this rank answers those at `places` (a range). demo_rewards: the
-    demonstrations whose reward is known; others are graded beside the rollouts.
-    Returns (place -> its Rollouts; verdicts: (place, k) of the k-th rollout of a prompt, or the id of an
-    example for its demonstration -> Verdict; the time when generation ended).
+    prompts: the step's, list of data.Prompt; this rank answers those at `places` (a range). demo_rewards: of
+    the demonstrations whose reward is known; others are graded beside the rollouts.
+    Returns (place -> list of Rollout; verdicts; the time when generation ended). verdicts: (place, k) of the
+    k-th rollout of a prompt, or the id of an example for its demonstration, -> Verdict.
     """
     n_rollouts, n_demos = sequences_per_prompt(cfg)
-    submitted = []                  # what each verdict will be of: the grader answers in the order of submission
+    submitted = []             # what each verdict will be of: the grader answers in the order of submission
     for place in places:
-        example = prompts[place].example
-        if n_demos and prompts[place].demo and example.id not in demo_rewards and example.id not in submitted:
+        example, has_demo = prompts[place].example, n_demos and prompts[place].demo
+        if has_demo and example.id not in demo_rewards and example.id not in submitted:
             grader.submit([example.demo], [example.answer])
             submitted.append(example.id)
 
-    def grade_finished(ended):      # the engine calls it after every decoding step; often nothing has ended
+    def grade_finished(ended):
+        """The engine calls it after every decoding step. Often nothing has ended; the grader then only hands
+        out what waits."""
         for i, k, rollout in ended:
             place = places[i]
             grader.submit([rollout.text], [prompts[place].example.answer], [rollout.finished])
             submitted.append((place, k))
-        grader.submit()             # lets the workers go on, where nothing is new
+        grader.submit()
 
     rollouts = [[] for _ in places]
     if n_rollouts:
-        # What a prompt yields depends on (seed, step, its place in the step), not on the number of ranks or on
-        # what went before: a resumed run draws the same rollouts. The weights must be those of the last step.
+        # What a prompt yields depends on (seed, step, its place in the step) alone: not on the number of
+        # ranks, nor on what went before, so a resumed run draws the same rollouts.
         seeds = np.random.SeedSequence([cfg.seed, step]).generate_state(len(prompts), np.uint64).tolist()
         rollouts = engine.generate(
             [prompts[place].ids for place in places], n_rollouts, cfg.temperature, cfg.max_response_tokens,
-            [seeds[place] for place in places], version=step - 1, on_step=grade_finished)
+            [seeds[place] for place in places],
+            version=step - 1,              # an error if the engine holds other weights than the last step's
+            on_step=grade_finished)
     generated = time.monotonic()
     phase("grade", step)
     return dict(zip(places, rollouts)), dict(zip(submitted, grader.collect())), generated
@@ -372,12 +329,11 @@ def demonstration(prompt, place=0, reward=0.0):
 
 
 def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
-    """Eq. 6: for each prompt of the step its 8 rollouts of the current policy and its demonstration, as the
-    method has them, with their rewards (Eq. A2). Each rank answers its share of the prompts, then all exchange.
+    """Eq. 6: to each prompt of the step its 8 rollouts of the current policy and its demonstration, as the
+    method has them, with their rewards (Eq. A2). Each rank answers its share, then all exchange.
 
     prompts, demo_rewards: as in sample_and_grade, the same on every rank. ranks: support.processes.Ranks.
-    Returns (Answered, the same on every rank but for samples' order; time when generation ended on this one).
-    A collective.
+    Returns (Answered, the same on every rank; the time when generation ended on this one). A collective.
     """
     places = range(len(prompts) * ranks.rank // ranks.world, len(prompts) * (ranks.rank + 1) // ranks.world)
     rollouts, verdicts, generated = sample_and_grade(
@@ -398,16 +354,19 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
     grading, known = Counter(), {}
     for key, verdict in verdicts.items():
         grading.update({verdict.reason: 1, "ms": verdict.ms})
-        if isinstance(key, str) and verdict.reason not in FAILED:      # a demonstration: graded once and for all
+        if isinstance(key, str) and verdict.reason not in FAILED:    # a demonstration, graded once for all
             known[key] = verdict.reward
     samples = sample_rows(prompts, rollouts, verdicts, step, cfg.log_samples if ranks.rank == 0 else 0)
     phase("exchange", step)
+    # Every rank needs all rewards of a group (Eq. 7) and all lengths to pack. Tokens, no tensors: a few MB.
     everyone = [None] * ranks.world
-    dist.all_gather_object(everyone, Answered(sequences, samples, grading, known))   # tokens, no tensors: a few MB
+    dist.all_gather_object(everyone, Answered(sequences, samples, grading, known))
     total = Answered([], [], Counter(), {})
     for part in everyone:
-        total = Answered(total.sequences + part.sequences, total.samples + part.samples,
-                         total.grading + part.grading, total.demo_rewards | part.demo_rewards)
+        total.sequences.extend(part.sequences)
+        total.samples.extend(part.samples)
+        total.grading.update(part.grading)
+        total.demo_rewards.update(part.demo_rewards)
     return total, generated
 
 
@@ -419,14 +378,15 @@ def sample_rows(prompts, rollouts, verdicts, step, count):
                 "answer": example.answer, "response": response, "reward": verdict.reward,
                 "reason": verdict.reason}
 
-    keys = sorted((key for key in verdicts if isinstance(key, tuple)), key=lambda key: (key[1], key[0]))
-    rows = []
-    for place, k in keys[:count]:
-        rows.append(row(prompts[place].example, rollouts[place][k].text, verdicts[place, k], demo=False))
-    examples = {prompts[place].example.id: prompts[place].example for place in rollouts}
-    for key, verdict in verdicts.items():
-        if isinstance(key, str) and not verdict.reward:
-            rows.append(row(examples[key], examples[key].demo, verdict, demo=True))
+    rows, examples = [], {prompts[place].example.id: prompts[place].example for place in rollouts}
+    n_rollouts = max((len(group) for group in rollouts.values()), default=0)
+    for k in range(n_rollouts):
+        for place, group in rollouts.items():
+            if len(rows) < count:
+                rows.append(row(prompts[place].example, group[k].text, verdicts[place, k], demo=False))
+    for id, example in examples.items():
+        if id in verdicts and not verdicts[id].reward:
+            rows.append(row(example, example.demo, verdicts[id], demo=True))
     return rows
 
 
@@ -477,13 +437,12 @@ class Run:
 
 def train(cfg, run):
     """SRFT, step by step, as in Sec. 4.3. Returns the last step's metrics."""
-    stopping = finish_step_on_signals(run.ranks.rank)
     rank, world, device, mesh = run.ranks
-    objective, progress = load_objective(cfg), run.progress
+    objective, progress, health = load_objective(cfg), run.progress, Health()
     order = Order(len(run.prompts), cfg.seed, progress.position)
-    health = Health()
-    bar = tqdm(total=cfg.steps, initial=progress.step, desc=cfg.method, disable=rank != 0, dynamic_ncols=True)
+    stopping = finish_step_on_signals()
     metrics, stop, first = {}, False, progress.step + 1
+    bar = tqdm(total=cfg.steps, initial=progress.step, desc=cfg.method, disable=rank != 0, dynamic_ncols=True)
     if progress.step == 0:
         run.log.write({"step": 0} | evaluation(cfg, run, 0))
     for step in range(first, cfg.steps + 1):
@@ -491,55 +450,36 @@ def train(cfg, run):
         phase("rollout", step)
         clock = [time.monotonic()]
 
-        # 1. The step's prompts, the same on every rank. A prompt is known by its place among them.
+        # 1. The step's prompts, the same on every rank: 128. From here on, a prompt is its place among them.
         indices = order.take(cfg.prompts_per_step)
-        prompts = [run.prompts[i] for i in indices]
+        prompts = [run.prompts[index] for index in indices]
 
-        # 2. Rollouts from the engine, each graded when it ends; the demonstration joins its group (Eq. 6).
-        #    The paper's run: 128 prompts x (8 rollouts + 1 demonstration) = 1,152 sequences.
+        # 2. Rollouts, each graded when it ends; the demonstration joins its group (Eq. 6).
+        #    128 prompts x (8 rollouts + 1 demonstration) = 1,152 sequences.
         answered, generated = augmented_groups(
             prompts, step, cfg, run.engine, run.grader, progress.demo_rewards, run.ranks)
-        demo_rewards = progress.demo_rewards | answered.demo_rewards
+        demo_rewards = {**progress.demo_rewards, **answered.demo_rewards}
         clock += [generated, time.monotonic()]
         memory = [memory_gb(device)]
 
-        # 3. Advantages (Eq. 7), and a share of the prompts for each update: by default one update, on all.
+        # 3. Advantages (Eq. 7), and the sequences of each update: by default there is one, on all of them.
         phase("train", step)
         run.engine.sleep()                                # the GPU's memory is for training now
         sequences = with_advantages(answered.sequences, cfg)
-        shares = [[] for _ in range(cfg.updates_per_rollout)]
-        for s in sequences:
-            shares[s.group % cfg.updates_per_rollout].append(s)
-        failed = progress.failed
-        if METHODS[cfg.method].demos == "failed":
-            from paper.baselines import failed_prompts
-            failed = failed + failed_prompts(run.prompts, indices, sequences)
-            if len(failed) >= cfg.prompts_per_step:       # a step's worth: one more update, on demonstrations
-                now, failed = failed[:cfg.prompts_per_step], failed[cfg.prompts_per_step:]
-                shares.append([demonstration(run.prompts[i]) for i in now])
+        shares, failed = divide(cfg, run.prompts, indices, sequences, progress.failed)
 
-        # 4. Pack into micro-batches of at most 16,384 tokens, without padding, and deal them to the ranks like
-        #    cards: of 1,152 sequences of 2,000 tokens each of 8 ranks gets 18 micro-batches. Their number is a
-        #    multiple of the ranks, since all must run as many forwards and backwards.
-        packs = []
-        for share in shares:
-            micro_batches = M.pack(share, cfg.micro_batch_tokens, multiple_of=world,
-                                   cost=lambda sequence: run.policy.flops([sequence]))
-            packs.append(micro_batches[rank::world])
-        # Before the first update: what only other readings and methods ask for, such as log pi_old.
-        asked = [[{} for _ in micro_batches] for micro_batches in packs]
-        if objective is not srft_loss:
-            asked = [objective.before_update(run.policy, micro_batches, share, device)
-                     for micro_batches, share in zip(packs, shares)]
+        # 4. Pack into micro-batches of at most 16,384 tokens, without padding, and deal them to the ranks.
+        #    1,152 sequences of 2,000 tokens are 2.3 million: 18 micro-batches for each of 8 ranks.
+        micro_batches, asked = deal(cfg, run, objective, shares)
 
-        # 5. Forward, loss (Eq. 13) and backward of each micro-batch; clip; AdamW.
+        # 5. Forward, loss (Eq. 13) and backward of each micro-batch; then clip, and AdamW.
         for parameters in run.optimizer.param_groups:
             parameters["lr"] = learning_rate(cfg, step)
         updates, norms = [], {}
-        for share, micro_batches, inputs in zip(shares, packs, asked):
-            n_demo = sum(s.is_demo for s in share)        # of all ranks: every rank has the whole share
+        for share, batches, further in zip(shares, micro_batches, asked):
+            n_demo = sum(s.is_demo for s in share)        # of all ranks: each holds the whole share
             add_gradients = partial(
-                backward, policy=run.policy, micro_batches=micro_batches, asked=inputs, n_demo=n_demo,
+                backward, policy=run.policy, micro_batches=batches, asked=further, n_demo=n_demo,
                 n_rollout=len(share) - n_demo, reference=run.reference, cfg=cfg, device=device)
             if cfg.term_gradients and step % cfg.term_gradients == 0 and not updates:
                 from paper.readings import term_gradient_norms
@@ -549,7 +489,7 @@ def train(cfg, run):
         clock.append(time.monotonic())
         memory.append(memory_gb(device))
 
-        # 6. Send the new weights to the engine, as the version that the next step asks for.
+        # 6. Send the new weights to the engine, under the version that the next step will ask for.
         phase("sync", step)
         stop = anyone(bool(stopping))                     # ranks may get the signal in different steps
         # Who is told to stop has minutes: they are for the checkpoint.
@@ -563,26 +503,29 @@ def train(cfg, run):
             phase("write profile", step)
             write_profile(profiler, Path(cfg.out) / "profile")
         phase("log", step)
-        skipped = progress.skipped + sum(not math.isfinite(update["grad_norm"]) for update in updates)
+        grad_norms = [update["grad_norm"] for update in updates]
+        skipped = progress.skipped + sum(not math.isfinite(norm) for norm in grad_norms)
         progress = Progress(step, skipped, order.position, failed, demo_rewards)
-        metrics = {"step": step} | summarize(cfg, run, sequences, answered.grading, updates, clock) | norms
-        metrics |= {"steps_skipped": skipped, "lr": learning_rate(cfg, step),
+        metrics = {"step": step, **summarize(sequences, len(prompts), answered.grading, updates, clock)}
+        metrics |= {**norms, "steps_skipped": skipped, "lr": learning_rate(cfg, step),
+                    "perf/mfu": utilization(run, sequences, seconds=clock[3] - clock[2]),
                     "perf/peak_memory_gb": max(memory)}
-        trouble = health.look(metrics, updates, answered.grading, prompts)
+        trouble = health.look(metrics, grad_norms, answered.grading, [p.example.id for p in prompts])
         if evaluate_now and not trouble:
             metrics |= evaluation(cfg, run, step)
         run.log.write(metrics, answered.samples, last=step == cfg.steps)
-        show_progress(bar, metrics)
+        bar.set_postfix(shown_on_the_bar(metrics), refresh=False)
+        bar.update()
         if trouble:
             raise RuntimeError(trouble)
         phase("checkpoint", step)
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            state = asdict(progress) | {"data": [cfg.data, len(run.prompts), cfg.seed]}
+            state = {**asdict(progress), "data": [cfg.data, len(run.prompts), cfg.seed]}
             save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
             break
         if step == first:
-            set_timeouts(mesh, cfg.hang_minutes)          # compiled and warm: from now on no phase takes hours
+            set_timeouts(mesh, cfg.hang_minutes)          # all is compiled: from now on no phase takes hours
     bar.close()
     if not stop:
         phase("export", cfg.steps)
@@ -591,34 +534,58 @@ def train(cfg, run):
     return metrics
 
 
-def finish_step_on_signals(rank):
-    """From now on SIGTERM and Ctrl-C only fill the list that this returns; the loop looks at it once a step."""
-    received = []
+def divide(cfg, data, indices, sequences, failed):
+    """(the sequences of each of a step's updates; the prompts that wait, for ReLIFT).
 
-    def stop_soon(number, _):
-        received.append(number)
-        if received.count(signal.SIGINT) > 2:             # torchrun passes a Ctrl-C on: it may come twice
-            raise KeyboardInterrupt
-        if rank == 0 and len(received) == 1:
-            print(f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint", flush=True)
-
-    signal.signal(signal.SIGTERM, stop_soon)
-    signal.signal(signal.SIGINT, stop_soon)
-    return received
-
-
-def anyone(flag):
-    """True on every rank if `flag` is on any. A collective."""
-    found = torch.tensor(float(flag))
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    data: all training prompts. indices: of the step's prompts in it. failed: indices of prompts that all
+    rollouts failed, and whose demonstrations wait until there is a step's worth of them.
+    """
+    shares = [[] for _ in range(cfg.updates_per_rollout)]
+    for s in sequences:
+        shares[s.group % cfg.updates_per_rollout].append(s)            # a group stays together
+    if METHODS[cfg.method].demos == "failed":
+        from paper.baselines import failed_prompts
+        failed = failed + failed_prompts(data, indices, sequences)
+        now = failed[:cfg.prompts_per_step]
+        if len(now) == cfg.prompts_per_step:
+            shares.append([demonstration(data[index]) for index in now])
+            failed = failed[len(now):]
+    return shares, failed
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Evaluation and metrics.
+def deal(cfg, run, objective, shares):
+    """Two lists with an entry for each update: this rank's micro-batches, lists of model.Sequence; and for each
+    of those the further inputs that the objective asks for, {} for srft_loss. A collective.
+
+    Rank r gets micro-batches r, r + ranks, ..., like cards. All get as many, since they meet in the collectives
+    of every forward and backward, and alike ones side by side, by the cost in FLOPs.
+    """
+    def cost(sequence):
+        return run.policy.flops([sequence])
+
+    micro_batches, asked = [], []
+    for share in shares:
+        packed = M.pack(share, cfg.micro_batch_tokens, multiple_of=run.ranks.world, cost=cost)
+        micro_batches.append(packed[run.ranks.rank::run.ranks.world])
+    for share, mine in zip(shares, micro_batches):
+        further = [{} for _ in mine]
+        if objective is not srft_loss:            # such as log pi_old, before the first update changes pi
+            further = objective.before_update(run.policy, mine, share, run.ranks.device)
+        asked.append(further)
+    return micro_batches, asked
+
+
+def utilization(run, sequences, seconds):
+    """perf/mfu: the model FLOPs of training on them over what the cards could do in that time; None on a CPU,
+    and on a card that is not listed."""
+    if run.ranks.device.type != "cuda":
+        return None
+    _, peak = peak_flops(torch.cuda.get_device_name(run.ranks.device))
+    return run.policy.flops(sequences) / (seconds * run.ranks.world * peak) if peak else None
+
 
 def evaluation(cfg, run, step):
-    """The metrics of all held-out sets (Sec. 5.1, at training's own length). A collective."""
+    """Accuracy, length and entropy on each held-out set, as metrics. A collective."""
     if not run.heldout:
         return {}
     compare_engine(cfg, run, step)
@@ -631,131 +598,6 @@ def evaluation(cfg, run, step):
         found[f"eval_len/{name}"] = result["tokens"]
         found[f"eval_entropy/{name}"] = result["entropy"]
     return found
-
-
-def mean_of(values):
-    """Of what is there; None if nothing is: a method without such sequences, an update without that kind."""
-    values = [float(value) for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def summarize(cfg, run, sequences, grading, updates, clock):
-    """The step's metrics from its sequences and updates; docs/metrics.md defines each.
-
-    clock: when the step began, and when generation, exchange, training and the weight sync ended.
-    """
-    rollouts = [s for s in sequences if not s.is_demo]
-    demos = [s for s in sequences if s.is_demo]
-    solved, asked = np.zeros(cfg.prompts_per_step), np.zeros(cfg.prompts_per_step)
-    for s in rollouts:
-        solved[s.group] += s.reward
-        asked[s.group] += 1
-    metrics = {
-        "reward/mean": mean_of(s.reward for s in rollouts),
-        "reward/demo_mean": mean_of(s.reward for s in demos),
-        "reward/all_correct": mean_of(solved == asked) if rollouts else None,
-        "reward/all_wrong": mean_of(solved == 0) if rollouts else None,
-        "response_len/mean": mean_of(len(s.response) for s in rollouts),
-        "response_len/max": max((len(s.response) for s in rollouts), default=None),
-        "response_len/truncated": mean_of(not s.finished for s in rollouts),
-        "grader/timeouts": sum(grading[reason] for reason in FAILED),
-        "perf/grader_ms": grading["ms"] / max(1, gradings(grading))}
-    for reason in ("no_box", "unclosed", "truncated", "parse_fail"):
-        metrics[f"grader/{reason}"] = grading[reason]
-    # With several updates a step, each metric is their mean; of the worst difference, the worst.
-    names = dict.fromkeys(name for update in updates for name in update)
-    for name in names:
-        metrics[name] = mean_of(update.get(name) for update in updates)
-    worst = [update["engine/logp_diff_max"] for update in updates]
-    metrics["engine/logp_diff_max"] = max((x for x in worst if x is not None), default=None)
-    difference = metrics["engine/logp_diff_rank"]
-    metrics["engine/mismatch"] = None if difference is None else int(not difference <= MISMATCH_WARNS)
-
-    rollout, grade, training, sync = np.diff(clock).tolist()
-    total = clock[-1] - clock[0]
-    metrics |= {"time/rollout": rollout, "time/grade": grade, "time/train": training, "time/sync": sync,
-                "time/step": total, "perf/tokens_per_s": sum(map(len, sequences)) / total, "perf/mfu": None}
-    if run.ranks.device.type == "cuda":
-        _, peak = peak_flops(torch.cuda.get_device_name(run.ranks.device))
-        if peak:
-            metrics["perf/mfu"] = run.policy.flops(sequences) / (training * run.ranks.world * peak)
-    return metrics
-
-
-def gradings(grading):
-    """How many: all counts but the milliseconds."""
-    return grading.total() - grading["ms"]
-
-
-def show_progress(bar, metrics):
-    """One more step on the progress bar, with what a person looks at first."""
-    shown = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
-             "loss": "loss/sft"}
-    found = {}
-    for name, key in shown.items():
-        if metrics.get(key) is not None:
-            found[name] = f"{metrics[key]:.3g}"
-    bar.set_postfix(found, refresh=False)
-    bar.update()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Is the run still worth its machine?
-
-# Nats: mean of |log p(engine) - log p(trainer)| over the rollout tokens of one rank's engine, the highest of
-# all ranks, so that one bad engine is not lost among 64. bf16 gives about 0.01 at 7B, the tiny model with its
-# weights times 1.2 gives 0.17. Checked at every step: each follows a transfer of weights of its own, on a GPU
-# into memory that was given away in between, and importance weights would hide a bad one.
-MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
-
-
-def mismatch(difference, where):
-    """What is wrong where an engine samples from another policy than the trainer trains."""
-    return (f"engine and trainer disagree: |log p(engine) - log p(trainer)| is {difference:.3f} nats on "
-            f"average {where}, at the rank where it is highest (warning above {MISMATCH_WARNS}, end above "
-            f"{MISMATCH_STOPS}). The engine serves other weights, another RoPE or another temperature than "
-            "the trainer; check --rope_theta, --window and the vllm version")
-
-
-class Health:
-    """Looks at every step, warns on rank 0, and says when to stop."""
-
-    def __init__(self):
-        self.skipped_in_a_row, self.warned = 0, False
-
-    def look(self, metrics, updates, grading, prompts):
-        """What to stop for, or "". The same on every rank."""
-        bad = sum(not math.isfinite(update["grad_norm"]) for update in updates)
-        self.skipped_in_a_row = self.skipped_in_a_row + bad if bad == len(updates) else 0
-        warn_of_grader(metrics, grading)
-        difference = metrics["engine/logp_diff_rank"]
-        if difference is not None and not difference <= MISMATCH_WARNS:         # nan is a mismatch, too
-            said = mismatch(difference, f"over the rollouts of step {metrics['step']}")
-            if not difference <= MISMATCH_STOPS:
-                return f"{said}. This step has no checkpoint: --resume goes on from the last one"
-            if not self.warned:
-                warn(f"{said}. A small model in bf16 may be that noisy")
-            self.warned = True                                                  # once a run
-        if self.skipped_in_a_row >= 5:
-            return (f"the gradient was not finite {self.skipped_in_a_row} times in a row; the last batch held "
-                    f"{[prompt.example.id for prompt in prompts]}. Lower --lr, or look at samples.jsonl.")
-        return ""
-
-
-def warn(text):
-    """On rank 0, above the progress bar."""
-    if dist.get_rank() == 0:
-        tqdm.write(f"WARNING: {text}", file=sys.stderr)
-
-
-def warn_of_grader(metrics, grading):
-    """Others trained for days on rewards that were 0 because grading had broken down."""
-    failed, total = metrics["grader/timeouts"], gradings(grading)
-    if metrics["reward/mean"] != 0 or failed <= 0.005 * total:
-        return
-    warn(f"every reward is 0, and {failed} of {total:.0f} gradings were given up: the grader may be at fault, "
-         "not the policy. Look at the reasons in samples.jsonl and at the load of this machine; raise "
-         "--grader_deadline or --grader_workers")
 
 
 @torch.no_grad()
@@ -773,93 +615,98 @@ def compare_engine(cfg, run, version):
     sequences = [M.Sequence(prompt, group[0].tokens) for prompt, group in zip(prompts, groups)]
     logp, *_ = run.policy(M.collate(sequences, run.ranks.device), cfg.temperature)              # (8,T)
     run.policy.reshard()               # a forward without backward leaves the root gathered
-    ours = np.concatenate([row[:len(s.response)] for row, s in zip(logp.cpu().numpy(), sequences)])
-    theirs = np.concatenate([group[0].logprobs for group in groups])
-    difference = torch.tensor(float(np.abs(ours - theirs).mean())).nan_to_num(nan=np.inf)
-    dist.all_reduce(difference, dist.ReduceOp.MAX)
-    if difference > MISMATCH_STOPS:
-        raise RuntimeError(mismatch(difference.item(), f"before the evaluation of step {version}"))
+    ours = [row[:len(s.response)] for row, s in zip(logp.cpu().numpy(), sequences)]
+    theirs = [group[0].logprobs for group in groups]
+    check_engine(ours, theirs, f"before the evaluation of step {version}")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Start and end.
 
 def setup(cfg):
-    """Everything before the first step -> Run: processes, data, sharded policy, engine, grader; with --resume,
-    the state of the newest whole checkpoint. A collective."""
+    """Everything before the first step -> Run: processes, data, sharded policy, engine, grader; with
+    --resume, the state of the newest whole checkpoint. A collective."""
     ranks = init_distributed(cfg.device)
+    device, out = ranks.device, Path(cfg.out)
     say = print if ranks.rank == 0 else lambda *_: None
     check_versions(versions(), say)
-    check_environment(ranks.device)
-    checkpoint = find_checkpoint(cfg, ranks.world, say)
+    check_environment(device)
+    if not cfg.resume and (out / "metrics.jsonl").exists():
+        raise ValueError(f"{out} already holds a run: pass --resume to continue it, or another --out")
+    checkpoint = find_checkpoint(out / "checkpoints", say) if cfg.resume else None
     folder = fetch(cfg.model, "model", "--model")
     config = M.load_config(folder, cfg.rope_theta, cfg.window)
     check_config(cfg, ranks.world, config.max_position_embeddings)
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
-    name_the_card(ranks.device, say)
+    name_the_card(device, say)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # First of all the slow starters: its workers import sympy while the model is loaded.
+    # The grader before the model: its processes start while that is loaded.
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, grader, say)
     phase("load model")
-    policy = load_model(cfg, folder, config, ranks)
-    reference = load_reference(cfg, folder, config, ranks) if cfg.kl_coef else None
+    policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
+    M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    reference = load_reference(cfg, folder, config, ranks) if cfg.kl_coef else None
+    # The engine after the policy: it takes its share of the memory that is free then.
     phase("start engine")
-    dtype = M.compute_dtype(ranks.device)
+    dtype = M.compute_dtype(device)
     engine = RolloutEngine(
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
-        cfg.engine_memory, cfg.engine_eager or ranks.device.type == "cpu", cfg.seed)
+        cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
     seed_everything(cfg.seed + ranks.rank)
     phase("load checkpoint")
-    progress = Progress()
-    if checkpoint:
-        progress = restore(cfg, checkpoint, policy, optimizer, len(prompts), say)
-    if 0 < cfg.profile <= progress.step and ranks.rank == 0:
-        print(f"--profile {cfg.profile}: that step is done, so there will be no trace", file=sys.stderr)
+    progress = restore(cfg, checkpoint, policy, optimizer, len(prompts), say) if checkpoint else Progress()
+    if 0 < cfg.profile <= progress.step:
+        say(f"--profile {cfg.profile}: that step is done, so there will be no trace")
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
-    if ranks.rank == 0:
-        write_config(cfg, ranks, progress.step if checkpoint else None)
-    log = RunLog(Path(cfg.out), ranks.rank == 0, progress.step if checkpoint else -1)
+    log = RunLog(out, ranks.rank == 0, progress.step if checkpoint else -1)
+    log.write_settings({**asdict(replace(cfg, resume=False)), "ranks": ranks.world, **environment(device)})
     return Run(ranks=ranks, tokenizer=tokenizer, prompts=prompts, heldout=heldout, policy=policy,
-               reference=reference, optimizer=optimizer, engine=engine, grader=grader, progress=progress, log=log)
-
-
-def find_checkpoint(cfg, world, say):
-    """(path, manifest) of the checkpoint to resume, or None. A collective. ValueError: --out holds a run that
-    is not to be resumed, or ranks see different files there."""
-    out, checkpoint = Path(cfg.out), None
-    if cfg.resume:
-        checkpoint = newest_checkpoint(out / "checkpoints", say)
-    elif (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} already holds a run: pass --resume to continue it, or another --out")
-    found = [None] * world
-    dist.all_gather_object(found, checkpoint and str(checkpoint[0]))
-    if len(set(found)) > 1:
-        raise ValueError(f"ranks see different checkpoints ({found}): --out must lie on a shared file system")
-    return checkpoint
+               reference=reference, optimizer=optimizer, engine=engine, grader=grader, progress=progress,
+               log=log)
 
 
 def name_the_card(device, say):
-    """Say which GPU runs this and what perf/mfu is a share of."""
+    """Which GPU this is, and what perf/mfu is a share of."""
     if device.type != "cuda":
         return
     name = torch.cuda.get_device_name(device)
     card, peak = peak_flops(name)
-    if card:
+    if peak:
         say(f"{name}: perf/mfu is of {peak / 1e12:.0f} TFLOP/s, {card}'s dense bf16 peak")
     else:
         say(f"{name}: peak FLOP/s not listed in support.device.PEAK_FLOPS, so no perf/mfu")
 
 
-def load_model(cfg, folder, config, ranks):
-    """The policy, sharded over all ranks, after a check that it sees packed sequences apart. A collective."""
-    policy = M.load_policy(folder, config, ranks.mesh, ranks.device, cfg.activation_checkpointing, cfg.offload)
-    M.check_packing(policy, ranks.device, config.vocab_size)
-    return policy
+def load_data(cfg, tokenizer, grader, say):
+    """-> (the training prompts, name -> held-out prompts). A collective.
+
+    A training prompt whose reference answer nothing can match is left out: every right response would count
+    as wrong, and Eq. 12 would push it down. In a held-out set it is named and stays in the denominator.
+    """
+    phase("load data")
+    prompts, heldout = load_prompts(cfg.data, "--data", tokenizer, cfg, say), {}
+    for source in filter(None, cfg.eval_data.split(",")):
+        name = Path(source).stem.removeprefix("tiny:")
+        if name in heldout:
+            raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
+        heldout[name] = load_prompts(source, "--eval_data", tokenizer, cfg, say)
+        unmatchable(grader, f"--eval_data {name}", heldout[name], say)
+    reasons = unmatchable(grader, "--data", prompts, say)
+    # A check that ran out of time proves nothing, and would differ after a resume: its prompt stays.
+    prompts = [prompt for i, prompt in enumerate(prompts) if reasons.get(i) in (None, *FAILED)]
+    if not prompts:
+        raise ValueError("--data: no reference answer can be matched; is `answer` the final answer alone?")
+    if not METHODS[cfg.method].rollouts:
+        prompts = [prompt for prompt in prompts if prompt.demo]
+        if not prompts:
+            raise ValueError("--data: no example has a demonstration (`solution`), and --method "
+                             f"{cfg.method} learns from nothing else")
+    return prompts, heldout
 
 
 def load_reference(cfg, folder, config, ranks):
@@ -876,77 +723,27 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def load_data(cfg, tokenizer, grader, say):
-    """-> (the training prompts, name -> held-out prompts). A collective.
-
-    A training prompt whose reference answer nothing can match is left out: every right response would count as
-    wrong, and Eq. 12 would push it down. In a held-out set it is named and stays in the denominator.
-    """
-    phase("load data")
-    prompts, heldout = load_prompts(cfg, cfg.data, "--data", tokenizer, say), {}
-    for source in filter(None, cfg.eval_data.split(",")):
-        name = Path(source).stem.removeprefix("tiny:")
-        if name in heldout:
-            raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
-        heldout[name] = load_prompts(cfg, source, "--eval_data", tokenizer, say)
-        unmatchable(grader, f"--eval_data {name}", heldout[name], say)
-    reasons = unmatchable(grader, "--data", prompts, say)
-    # A check that ran out of time proves nothing, and would differ after a resume: its prompt stays.
-    prompts = [prompt for i, prompt in enumerate(prompts) if reasons.get(i) in (None, *FAILED)]
-    if not prompts:
-        raise ValueError("--data: no reference answer can be matched; is `answer` the final answer alone?")
-    if not METHODS[cfg.method].rollouts:
-        prompts = [prompt for prompt in prompts if prompt.demo]
-        if not prompts:
-            raise ValueError("--data: no example has a demonstration (`solution`), and --method "
-                             f"{cfg.method} learns from nothing else")
-    return prompts, heldout
-
-
-def load_prompts(cfg, source, flag, tokenizer, say):
-    """One data set -> list of data.Prompt. A collective: of each node one rank downloads."""
-    path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
-    examples = load_examples(path, cfg.skip_bad_rows, say)
-    if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
-        examples = [replace(example, demo=None) for example in examples]
-    return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens, say)
-
-
 def restore(cfg, checkpoint, policy, optimizer, n_prompts, say):
     """Put weights and optimizer back to where `checkpoint` (path, manifest) was written -> its Progress. A
     collective. ValueError: it was trained on other data, or by another method or template."""
-    path = checkpoint[0]
-    state = load_checkpoint(*checkpoint, policy, optimizer)
-    data = [cfg.data, n_prompts, cfg.seed]
-    if state["data"] != data:
-        raise ValueError(f"{path}: was trained on {state['data']} (data, prompts, seed), now {data}; resume "
-                         "with the run's own flags")
-    before, said = json.loads((Path(cfg.out) / "config.json").read_text()), f"resumed {path}"
-    for name, now in asdict(cfg).items():
-        then = before.get(name, now)
-        if name == "resume" or then == now:
-            continue
-        if name in ("method", "template"):
-            raise ValueError(f"{cfg.out}: was trained with --{name} {then}; resume with that, or start another "
-                             "run from a model of its own, --model DIR")
-        said += f"\n  with --{name} {now}, until now {then}"
+    path, manifest = checkpoint
+    state = load_checkpoint(path, manifest, policy, optimizer)
+    then, now = state.pop("data"), [cfg.data, n_prompts, cfg.seed]
+    if then != now:
+        raise ValueError(f"{path}: was trained on {then} (data, prompts, seed), now {now}; resume with the "
+                         "run's own flags")
+    settings, said = json.loads((Path(cfg.out) / "config.json").read_text()), f"resumed {path}"
+    for name, now in asdict(replace(cfg, resume=False)).items():
+        then = settings.get(name, now)
+        if then != now and name in ("method", "template"):
+            raise ValueError(f"{cfg.out}: was trained with --{name} {then}; resume with that, or start "
+                             "another run from a model of its own, --model DIR")
+        if then != now:
+            said += f"\n  with --{name} {now}, until now {then}"
     for parameters in optimizer.param_groups:                 # flags win over what the checkpoint recorded
         parameters["weight_decay"] = cfg.weight_decay
     say(said)
-    del state["data"]
     return Progress(**state)
-
-
-def write_config(cfg, ranks, resumed):
-    """config.json: all fields, versions, machine, commit. resumed: the step that this start goes on from, or
-    None; what held until then, if anything has changed, is kept as config-until-STEP.json."""
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    fields = asdict(replace(cfg, resume=False)) | {"ranks": ranks.world} | environment(ranks.device)
-    settings = json.dumps(fields, indent=2)
-    if resumed is not None and (out / "config.json").read_text() != settings:
-        (out / "config.json").replace(out / f"config-until-{resumed}.json")
-    (out / "config.json").write_text(settings)
 
 
 def finish(cfg, run, exported):
@@ -962,7 +759,7 @@ def finish(cfg, run, exported):
         print(f"stopped; the checkpoint is in {cfg.out}/checkpoints, continue with --resume")
         return
     rows = read_rows(Path(cfg.out) / "metrics.jsonl")
-    for name in sorted({key for row in rows for key in row if key.startswith("eval/")}):
+    for name in sorted({name for row in rows for name in row if name.startswith("eval/")}):
         values = {row["step"]: row[name] for row in rows if name in row}
         first, last = min(values), max(values)
         before = f"step {first}" if first else "base"

@@ -16,8 +16,16 @@ srft.py loads this file only when a flag asks for it.
 """
 import torch
 
-from paper.readings import (Inputs, average, before_update, counts, importance_ratio, sequence_mean, shaped,
-                            srft_loss)
+from paper.readings import (
+    Inputs,
+    average,
+    before_update,
+    counts,
+    importance_ratio,
+    sequence_mean,
+    shaped,
+    srft_loss,
+)
 
 
 def clipped_surrogate(inputs, clip_eps):

@@ -89,7 +89,7 @@ def shaped(probability, gamma):
 
 
 def importance_ratio(inputs):
-    """pi / pi_old of each token, (B,T). Before the first update pi_old is pi: a ratio of 1 with a gradient."""
+    """pi / pi_old of each token, (B,T). Before the first update it is 1, with the gradient of log pi."""
     logp_old = inputs.logp.detach() if inputs.logp_old is None else inputs.logp_old
     return (inputs.logp - logp_old).exp()
 
@@ -148,7 +148,7 @@ def srft_loss(inputs, cfg):
         "sft_demo": average(mean(w_sft * -x.logp), x.is_demo, n_demo),                          # Eq. 8
         "rl_demo": average(-x.advantage * mean(ratio), x.is_demo, n_demo),                      # Eq. 9
         "rl_pos": average(-sign * mean(w_rl * score), correct, n_rollout),                      # Eq. 12, left
-        "rl_neg": average(-sign * mean(score), wrong, n_rollout),                               # Eq. 12, right
+        "rl_neg": average(-sign * mean(score), wrong, n_rollout),                              # Eq. 12, right
     }
     if cfg.entropy_coef:
         terms["entropy"] = -cfg.entropy_coef * average(mean(x.entropy), ~x.is_demo, n_rollout)
@@ -203,7 +203,7 @@ def before_update(policy, micro_batches, sequences, cfg, device):
 
 
 def entropy_quantile(micro_batches, entropies, quantile):
-    """That quantile of H_t over the rollout tokens of all ranks, in nats; 0 if there are none. A collective."""
+    """That quantile of H_t over the rollout tokens of all ranks, in nats; 0 without any. A collective."""
     mine = [np.empty(0, np.float32)]
     for batch, entropy in zip(micro_batches, entropies):
         for s, h in zip(batch, entropy):

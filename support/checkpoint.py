@@ -128,6 +128,17 @@ def newest_checkpoint(folder, log=print):
     return None
 
 
+def find_checkpoint(folder, log=print):
+    """newest_checkpoint, the same on every rank. A collective. ValueError if ranks see different ones."""
+    checkpoint = newest_checkpoint(folder, log)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, checkpoint and str(checkpoint[0]))
+    if len(set(everyone)) > 1:
+        raise ValueError(f"ranks see different checkpoints ({everyone}): --out must lie on a shared file "
+                         "system")
+    return checkpoint
+
+
 def load_checkpoint(path, manifest, policy, optimizer):
     """Restore weights, optimizer and RNGs in place; returns the saved `state`. Works on another number of
     ranks, where RNGs (which nothing in a step depends on) restart from the seed. A collective. Raises

@@ -73,6 +73,26 @@ def to_device(numbers, device, dtype=None):
     return tensor.to(device, non_blocking=True)
 
 
+def read_once(*parts):
+    """Numbers on the device as floats, by one read. Each part is a dictionary of scalar tensors, or (n,).
+
+    A read makes the host wait for all that it has queued, so one is better than many.
+
+    >>> read_once({"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, torch.tensor([3.0, 4.0]))
+    [{'a': 1.0, 'b': 2.0}, [3.0, 4.0]]
+    """
+    flat = []
+    for part in parts:
+        values = torch.stack(list(part.values())) if isinstance(part, dict) else part
+        flat.append(values.detach().float())
+    numbers = iter(torch.cat(flat).tolist())
+    found = []
+    for part in parts:
+        taken = [next(numbers) for _ in range(len(part))]
+        found.append(dict(zip(part, taken)) if isinstance(part, dict) else taken)
+    return found
+
+
 def memory_gb(device):
     """GB of the GPU in use, by whomever (torch's own count would include vLLM's sleeping pages); on CPU the
     most that this process has had resident."""

@@ -18,6 +18,7 @@ import faulthandler
 import json
 import os
 import random
+import signal
 import socket
 import sys
 import threading
@@ -141,6 +142,30 @@ def fetch(name, repo_type, flag):
             f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). Without network, pass "
             "local paths: --model DIR (config, tokenizer, safetensors) and --data FILE-or-DIR.")
     return folder
+
+
+def finish_step_on_signals():
+    """From now on SIGTERM and Ctrl-C only fill the list that this returns; the training loop looks at it once
+    a step. A third Ctrl-C interrupts at once."""
+    received = []
+
+    def stop_soon(number, _):
+        received.append(number)
+        if received.count(signal.SIGINT) > 2:             # torchrun passes a Ctrl-C on: it may come twice
+            raise KeyboardInterrupt
+        if dist.get_rank() == 0 and len(received) == 1:
+            print(f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint", flush=True)
+
+    signal.signal(signal.SIGTERM, stop_soon)
+    signal.signal(signal.SIGINT, stop_soon)
+    return received
+
+
+def anyone(flag):
+    """True on every rank if `flag` is on any. A collective."""
+    found = torch.tensor(float(flag))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def seed_everything(seed):

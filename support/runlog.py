@@ -81,6 +81,7 @@ class RunLog:
     def __init__(self, run, active, step):
         """Rows after `step`, which a resumed run is about to write again, are cut off first. -1: all rows."""
         self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
+        self.step = step
         if not active:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -91,6 +92,16 @@ class RunLog:
             self.board = SummaryWriter(self.run, purge_step=step + 1)
         except ImportError:
             pass
+
+    def write_settings(self, settings):
+        """config.json: `settings`. What held until now, if a resume has changed any, becomes
+        config-until-STEP.json."""
+        if not self.active:
+            return
+        file, text = self.run / "config.json", json.dumps(settings, indent=2)
+        if self.step >= 0 and file.read_text() != text:
+            file.replace(self.run / f"config-until-{self.step}.json")
+        file.write_text(text)
 
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
