@@ -360,7 +360,7 @@ def _stop(why):
 def _watch(done):
     """The watch's thread: wait for this rank to hang, or for another to hang or fail."""
     while not done.wait(_tick()):
-        if time.monotonic() - _here.since > _here.limit or _ask("check", ["stop"]):
+        if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["stop"])):
             why = _stop(f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
                         "(--hang_minutes; longer until the first step is done)")
             if why.startswith("HANG"):
