@@ -554,11 +554,11 @@ def divide(cfg, data, indices, sequences, failed):
 
 
 def deal(cfg, run, objective, shares):
-    """Two lists with an entry for each update: this rank's micro-batches, lists of model.Sequence; and for each
-    of those the further inputs that the objective asks for, {} for srft_loss. A collective.
+    """Two lists with an entry for each update: this rank's micro-batches, lists of model.Sequence; and for
+    each of those the further inputs that the objective asks for, {} for srft_loss. A collective.
 
-    Rank r gets micro-batches r, r + ranks, ..., like cards. All get as many, since they meet in the collectives
-    of every forward and backward, and alike ones side by side, by the cost in FLOPs.
+    Micro-batches are dealt like cards: rank r gets r, r + ranks, ... All get as many, since they meet in the
+    collectives of every forward and backward; and alike ones, by cost in FLOPs, run side by side.
     """
     def cost(sequence):
         return run.policy.flops([sequence])
