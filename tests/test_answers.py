@@ -1,6 +1,6 @@
 r"""grading/answers.py: what equals what in training, and which letter a response settles on.
 
-    pytest tests/test_graders.py            # 5 s; only harmless texts, so the graders are called directly
+    pytest tests/test_answers.py            # 5 s; only harmless texts, so the graders are called directly
 """
 import time
 
@@ -25,8 +25,9 @@ def reason(*args, **options):
 # ---- Letters -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dress", [
-    "%s", "(%s)", "%s.", "%s)", "[%s]", "$%s$", " %s ", "{%s}", "**%s**", r"\text{%s}", r"\text{(%s)}", r"\mathrm{%s}",
-    r"\textbf{%s}", r"\textbf{(%s)}\ 204", r"\text{%s) Planetary days will become longer.}", "%s: longer days",
+    "%s", "(%s)", "%s.", "%s)", "[%s]", "$%s$", " %s ", "{%s}", "**%s**", r"\text{%s}", r"\text{(%s)}",
+    r"\mathrm{%s}", r"\textbf{%s}", r"\textbf{(%s)}\ 204", r"\text{%s) Planetary days will become longer.}",
+    "%s: longer days",
     r"\text{%s. }4.5\times10^{3}", "Option %s", r"\text{Option %s}", "The answer is %s.", "Answer: %s",
     r"(\text{%s})", r"\(%s\)"])
 def test_a_letter_counts_in_every_usual_dress(dress):
@@ -37,7 +38,8 @@ def test_a_letter_counts_in_every_usual_dress(dress):
 
 @pytest.mark.parametrize("dress", [
     "the answer is %s", "The answer is (%s).", "**Answer: %s**", "**Answer:** %s", "Answer: $%s$",
-    "Final answer: [%s]", "The correct option is %s.", "So option %s is correct.", "the correct choice is **%s**",
+    "Final answer: [%s]", "The correct option is %s.", "So option %s is correct.",
+    "the correct choice is **%s**",
     "The answer is:\n\n%s", r"The answer is \textbf{(%s)}", r"the answer is $\mathbf{%s}$",
     "The answer is %s, the rest is too short.",
     "The answer is %s and I am sure.",
@@ -50,7 +52,8 @@ def test_without_a_box_a_letter_counts_where_it_is_called_the_answer(dress):
 @pytest.mark.parametrize("text, letter", [
     (r"\boxed{C) P(A) = 0.5}", "C"), (r"\boxed{B) 20 J.}", "B"), (r"\boxed{\text{D) } 25^\circ C.}", "D"),
     (r"\boxed{A. Hepatitis B.}", "A"), (r"\boxed{A) not this. It is D}", None),
-    ("The correct answer is C. Option D is incorrect.", "C"), ("The answer is (C) because option A is wrong.", "C"),
+    ("The correct answer is C. Option D is incorrect.", "C"),
+    ("The answer is (C) because option A is wrong.", "C"),
     ("Answer: I think D", None), ('The answer is "C".', "C"), ("The answer is A since it is.", "A")])
 def test_letters_in_the_options_text_or_of_other_options_do_not_count(text, letter):
     assert choice_letter(text) == letter
@@ -64,7 +67,8 @@ def test_a_box_without_exactly_one_letter_is_no_choice(box):
 
 
 @pytest.mark.parametrize("text", [
-    "", "I do not know", "(A) or (C)", "A planet rotates faster.", "the answer is a planet", "The answer is AC.",
+    "", "I do not know", "(A) or (C)", "A planet rotates faster.", "the answer is a planet",
+    "The answer is AC.",
     "the answer is D's", r"it is \boxed{C", r"The answer is B, so \boxed{C", "the answer is k",
     "The answer is (A) or (C).", "Answer: A, C", "The answer is A and C.", "The answer is both A and C.",
     "Answer: A/C"])
@@ -76,7 +80,8 @@ def test_prose_without_exactly_one_letter_is_no_choice(text):
     ("A planet rotates faster after an impact, so option B is correct.", "B"),
     ("The answer is A? No, the answer is B.", "B"),
     (r"The answer is A. \boxed{B}", "B"), (r"\boxed{B}. The answer is A.", "B"),
-    (r"The answer is A. \boxed{3}", None), (r"\boxed{A} no, \boxed{B}", "B"), (r"\boxed{A} no, \boxed{B or C}", None)])
+    (r"The answer is A. \boxed{3}", None), (r"\boxed{A} no, \boxed{B}", "B"),
+    (r"\boxed{A} no, \boxed{B or C}", None)])
 def test_the_last_statement_counts_and_a_box_beats_prose(text, letter):
     assert choice_letter(text) == letter
 
@@ -93,7 +98,8 @@ def test_a_choice_is_judged_by_its_letter(response, want):
 # ---- Boxes -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, content", [
-    (r"so $\boxed{42}$.", "42"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{}", ""), (r"\boxed {5}", "5"),
+    (r"so $\boxed{42}$.", "42"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{}", ""),
+    (r"\boxed {5}", "5"),
     (r"\boxed{\{1,2\}} and }", r"\{1,2\}"), (r"\boxed{\{}", r"\{"), (r"\boxed{1} no, \boxed{2}", "2"),
     (r"\boxed{\boxed{3}}", "3"), ("\\boxed{4\n} \\boxed", "4\n"), (r"\boxed{x\\}", r"x\\")])
 def test_the_last_box_ends_at_its_own_brace(text, content):
@@ -101,7 +107,8 @@ def test_the_last_box_ends_at_its_own_brace(text, content):
 
 
 @pytest.mark.parametrize("text, why", [
-    ("", "no_box"), ("42", "no_box"), (r"\boxed 5", "no_box"), (r"\fbox{5}", "no_box"), (r"\boxed{", "unclosed"),
+    ("", "no_box"), ("42", "no_box"), (r"\boxed 5", "no_box"), (r"\fbox{5}", "no_box"),
+    (r"\boxed{", "unclosed"),
     (r"\boxed{\frac{1}{2}", "unclosed"), (r"\boxed{1} so \boxed{2", "unclosed"), (r"\boxed{\{x", "unclosed"),
     (r"\boxed{x\}", "unclosed")])
 def test_a_missing_or_unclosed_last_box_has_no_content(text, why):
@@ -125,7 +132,8 @@ def test_what_is_no_float_is_left_alone(text):
 
 
 @pytest.mark.parametrize("answer, bare", [
-    ("$x$", "x"), (" $x$\n", "x"), ("x+$ $y", "x+ y"), ("$x$ and $y$", "$x$ and $y$"), ("x", "x"), (r"\$5", r"\$5"),
+    ("$x$", "x"), (" $x$\n", "x"), ("x+$ $y", "x+ y"), ("$x$ and $y$", "$x$ and $y$"), ("x", "x"),
+    (r"\$5", r"\$5"),
     ("$", "$"), ("$$", "")])
 def test_dollars_around_an_answer_go(answer, bare):
     assert undollar(answer) == bare
@@ -138,17 +146,20 @@ SCIENTIFIC = [r"4.5 \times 10^{33}", r"45 \times 10^{32}", r"4.5\cdot10^{33}", "
 RIGHT = [(text, "4.5e33") for text in SCIENTIFIC] + [
     ("2.88×10⁻¹⁹", "2.88e-19"), ("4.5e33", r"4.5 \times 10^{33}"),
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{99}}"), ("2^{-99}", r"\frac{1}{2^{99}}"), ("1/2^99", "1/2^99"),
-    ("0.0", "0"), ("0", "-0"), ("1-1", "0"), (r"\sin(2\pi)", "0"), (r"\sqrt{2}\sqrt{2}-2", "0"), ("0", r"\sin(2\pi)"),
+    ("0.0", "0"), ("0", "-0"), ("1-1", "0"), (r"\sin(2\pi)", "0"), (r"\sqrt{2}\sqrt{2}-2", "0"),
+    ("0", r"\sin(2\pi)"),
     ("0.001", r"\frac{1}{1000}"), ("0.333333", r"\frac13"),
     ("１２３", "123"), ("\u0661\u0662\u0663", "123"), ("𝟒𝟐", "42"), ("½", "0.5"), ("2½", "2.5"),
     ("90°", "90"), ("90º", r"90^\circ"),
     ("4\u200b2\u200b", "42"), ("\ufeff42", "42"), ("x²", "x^2"), ("10⁻³", "0.001"),
     (r"58\,500", "58500"), (r"58\,500", "58,500"), (r"58{,}500", "58500"), ("58,500", "58500"),
     (r"1\,234\,567", "1234567"),
-    ("42.", "42"), ("42,", "42"), ("42~", "42"), ("42 ~.", "42"), (r"42\ ", "42"), ("42;", "42"), ("42。", "42"),
-    ("42...", "42"), ("2516_8", "2516_8"), ("2516_{8}", "2516_8"), ("2516_{ 8 }", "2516_8"), ("2516", "2516_8"),
+    ("42.", "42"), ("42,", "42"), ("42~", "42"), ("42 ~.", "42"), (r"42\ ", "42"), ("42;", "42"),
+    ("42。", "42"), ("42...", "42"),
+    ("2516_8", "2516_8"), ("2516_{8}", "2516_8"), ("2516_{ 8 }", "2516_8"), ("2516", "2516_8"),
     ("2516_{10}", "2516"), ("x_1", "x_1"),
-    ("3√13", r"3\sqrt{13}"), ("3√(13)", r"3\sqrt{13}"), ("１／２", "0.5"), ("–5", "-5"), ("−5", "-5"), ("2·3", "6"),
+    ("3√13", r"3\sqrt{13}"), ("3√(13)", r"3\sqrt{13}"), ("１／２", "0.5"), ("–5", "-5"), ("−5", "-5"),
+    ("2·3", "6"),
     ("0.001667", r"\frac{1}{600}"), (r"\$36", r"\$36"), ("$36$", "36"), (r"x \neq 5", r"x \ne 5"),
     ("C", "C"), ("c", "C"), ("(C)", "C"), (r"\text{C) longer days}", "C"), (r"\textbf{(C)}\ 204", "C"),
     ("Option I", "I"), ("E", "E"),
@@ -159,10 +170,12 @@ WRONG = [
     (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"), ("1/2^98", "1/2^99"),
     *((rf"{no} 5", "5") for no in [r"\neq", r"\ne", r"\neg", r"x \not=", r"6\equiv"]),
     ("A) or B", "A"), ("A: B", "A"), ("C) or maybe (D)", "C"),
-    ("0.0000001", "0"), (r"\frac{1}{2^{99}}", "0"), ("0.0033", r"\frac{1}{300}"), ("(10^{-9}, 1)", "(10^{-8}, 1)"),
+    ("0.0000001", "0"), (r"\frac{1}{2^{99}}", "0"), ("0.0033", r"\frac{1}{300}"),
+    ("(10^{-9}, 1)", "(10^{-8}, 1)"),
     ("１２４", "123"), ("½", "2"), (r"58\,501", "58500"), (r"0{,}250", "250"), (r"4\,5", "45"), ("x³", "x^2"),
     ("2516_9", "2516_8"), ("2516_{9}", "2516_8"), ("2516_{ 9 }", "2516_8"), ("2516_8", "2516"),
-    ("2516_{10}", "2516_8"), ("x_2", "x_1"), ("D", "C"), ("A, C", "C"), (r"\text{B) longer days}", "C"), ("1", "I"),
+    ("2516_{10}", "2516_8"), ("x_2", "x_1"), ("D", "C"), ("A, C", "C"), (r"\text{B) longer days}", "C"),
+    ("1", "I"),
     ("no", "yes"), ("", "5"), ("(2,5)", "[2,5)"), ("(5,2)", "(2,5)")]
 
 

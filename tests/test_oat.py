@@ -1,4 +1,4 @@
-r"""grading/oat.py: what equals what under the OAT-Grader, right or not, and that no answer takes more than its time.
+r"""grading/oat.py: what equals what under the OAT-Grader, right or not, and that none takes over its time.
 
     pytest tests/test_oat.py                # half a minute, most of it waiting for bombs
 """
@@ -58,7 +58,8 @@ def test_without_a_closed_box_written_exactly_there_is_no_answer(text):
 
 
 def test_extraction_does_not_load_sympy():
-    code = "import sys; from grading import oat; assert oat.extract(r'\\boxed{1}') == '1'; print('sympy' in sys.modules)"
+    code = ("import sys; from grading import oat; assert oat.extract(r'\\boxed{1}') == '1'; "
+            "print('sympy' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n"
 

@@ -67,7 +67,7 @@ def gone(pid, patience_s=5.0):
 
 
 def start_in_time(grader):
-    """Waits for both workers; returns the seconds. Skips where others use the CPUs: the bounds do not hold there."""
+    """Waits for both workers; returns the seconds. Skips where others use the CPUs: no bound holds there."""
     start = time.monotonic()
     while not all(worker.ready for worker in grader._pool):
         grader.grade(["1"] * 2, ["1"] * 2)
@@ -91,7 +91,8 @@ def signal_the_worker_of_item_0(grader, signum, delay_s=0.3):
 # ---- The reward of Eq. A2 ----------------------------------------------------------------------
 
 RIGHT = [
-    (r"The answer: $\boxed{1/2}$.", "0.5"), (r"\boxed{0.5}", r"\frac{1}{2}"), ("It is 41, no: \\boxed{42}", "42"),
+    (r"The answer: $\boxed{1/2}$.", "0.5"), (r"\boxed{0.5}", r"\frac{1}{2}"),
+    ("It is 41, no: \\boxed{42}", "42"),
     (r"\boxed{\dfrac{14}{3}}", "14/3"), (r"\[\boxed{2\sqrt{3}}\]", r"\sqrt{12}"), (r"\boxed{\pi}", r"\pi"),
     (r"so $x = \boxed{x+1}$", "1+x"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{1,000}", "1000"),
     (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", "\\begin{pmatrix}\n1 \\\\ 2\n\\end{pmatrix}"),
@@ -159,7 +160,8 @@ def test_misuse_raises_and_an_empty_batch_does_not(grader):
 # ---- What counts is a choice -------------------------------------------------------------------
 
 def test_without_a_strict_box_an_answer_without_a_box_counts(grader):
-    responses = ["The answer is 42.", "It is 41.", boxed("42"), r"\boxed{42} or rather \boxed{4", "I do not know"]
+    responses = ["The answer is 42.", "It is 41.", boxed("42"), r"\boxed{42} or rather \boxed{4",
+                 "I do not know"]
     assert reasons(grader.grade(responses, ["42"] * 5)) == ["no_box", "no_box", "ok", "unclosed", "no_box"]
     with Grader(workers=1, strict_box=False) as loose:
         assert reasons(loose.grade(responses, ["42"] * 5)) == ["ok", "wrong", "ok", "ok", "no_box"]
@@ -167,7 +169,8 @@ def test_without_a_strict_box_an_answer_without_a_box_counts(grader):
 
 
 @pytest.mark.parametrize("text, want", [
-    ("after_think", ["ok", "wrong", "no_box", "ok", "no_box"]), ("whole", ["ok", "wrong", "ok", "ok", "no_box"]),
+    ("after_think", ["ok", "wrong", "no_box", "ok", "no_box"]),
+    ("whole", ["ok", "wrong", "ok", "ok", "no_box"]),
     ("require_think", ["ok", "wrong", "no_box", "unclosed", "unclosed"])])
 def test_what_is_graded_is_what_follows_the_thought_or_everything(text, want):
     responses = [r"<think>\boxed{1}</think>\boxed{42}", r"<think>\boxed{42}</think>\boxed{1}",
@@ -210,7 +213,8 @@ def test_an_unknown_kind_or_text_is_refused(grader):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_verdict_tells_what_was_extracted_and_what_was_tried_in_few_words(grader, kind):
-    responses = [boxed("C"), boxed("D"), boxed(r"C" + r"+\text{no, C}" * 2000), boxed("😀" * 3000), "", r"\boxed{C"]
+    responses = [boxed("C"), boxed("D"), boxed(r"C" + r"+\text{no, C}" * 2000), boxed("😀" * 3000), "",
+                 r"\boxed{C"]
     verdicts = grader.grade(responses, ["C"] * 6, kind=kind)
     assert [v.extracted for v in verdicts[:2]] == ["C", "D"] and all(v.trace for v in verdicts[:2])
     assert reasons(verdicts)[:2] == ["ok", "wrong"] and {v.reason for v in verdicts} <= KNOWN - {"killed"}
@@ -225,7 +229,9 @@ def test_every_verdict_tells_what_was_extracted_and_what_was_tried_in_few_words(
     ("math-verify", [r"\frac{", "", r"\text{", " ", "{", r"\boxed{}", "$$", "~"]),
     ("oat", [r"\frac{", r"\text{", "{", "", " ", r"\boxed{}"]), ("choice", ["5", "AC", "", r"\frac{", "K"])])
 def test_check_names_the_references_that_cannot_be_matched_and_no_other(grader, kind, bad):
-    good = ["A", "J"] if kind == "choice" else ["5", r"\frac{1}{2}", "$x$", "4.5e33", "C", "x+$ $y", r"\text{yes}"]
+    good = ["5", r"\frac{1}{2}", "$x$", "4.5e33", "C", "x+$ $y", r"\text{yes}"]
+    if kind == "choice":
+        good = ["A", "J"]
     answers = [good[0], *bad, *good[1:]]
     found = grader.check(answers, kind)
     assert sorted(found) == list(range(1, 1 + len(bad))) and "ok" not in found.values()
@@ -257,14 +263,15 @@ def test_the_floats_of_minerva_are_matched_by_their_latex_spelling_and_by_no_zer
 
 @pytest.fixture(scope="module")
 def case_file():
-    """(cases, kind -> verdicts, seconds): the 750 cases graded once by each kind. (One worker takes twice as long.)"""
+    """(cases, kind -> verdicts, seconds): the 750 cases graded once by each kind. (One worker takes twice as
+    long.)"""
     cases, start = rows("grader_cases"), time.monotonic()
     finished = {"math-verify": ["truncated" not in case["note"] for case in cases]}
     verdicts = {}
     for kind, text in [("math-verify", "after_think"), ("oat", "whole"), ("choice", "after_think")]:
         with Grader(kind, workers=2, deadline_s=2.0, text=text) as grader:
-            verdicts[kind] = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases],
-                                          finished.get(kind))
+            verdicts[kind] = grader.grade([case["response"] for case in cases],
+                                          [case["gold"] for case in cases], finished.get(kind))
     return cases, verdicts, time.monotonic() - start
 
 
@@ -296,7 +303,8 @@ def test_bombs_empty_and_truncated_responses_of_the_case_file_never_earn_anythin
     truncated = ["truncated" in case["note"] for case in cases]
     assert sum(bomb) > 50 and sum(empty) >= 3 and sum(truncated) >= 7
     for kind, verdicts in case_file[1].items():
-        assert not any(v.reward for v, is_bomb, is_empty in zip(verdicts, bomb, empty) if is_bomb or is_empty), kind
+        for verdict, is_bomb, is_empty in zip(verdicts, bomb, empty):
+            assert not (verdict.reward and (is_bomb or is_empty)), kind
     assert {v.reason for v, cut in zip(case_file[1]["math-verify"], truncated) if cut} == {"truncated"}
 
 
@@ -325,7 +333,8 @@ def test_the_case_file_is_graded_in_time(case_file):
 @pytest.mark.slow
 @needs_data
 def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math_verify():
-    cases = random.Random(0).sample([case for case in rows("grader_cases") if case["math_verify"] != "HANG"], 100)
+    recorded = [case for case in rows("grader_cases") if case["math_verify"] != "HANG"]
+    cases = random.Random(0).sample(recorded, 100)
     with Grader(workers=2, deadline_s=4.0, strict_box=False) as grader:
         verdicts = grader.grade([case["response"] for case in cases], [case["gold"] for case in cases])
     assert sum(v.reward == float(case["math_verify"]) for v, case in zip(verdicts, cases)) >= 95
@@ -336,8 +345,8 @@ def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math
 @needs_data
 def test_two_workers_grade_300_responses_a_second():
     answers = [row["answer"] for row in rows("math500")] * 2
-    responses = ["Therefore, we get the following. " * 30 + boxed(text) for text in answers[:500]]
-    responses += ["Therefore, we get the following. " * 30 + boxed(text) for text in answers[1:500] + answers[:1]]
+    right, wrong = answers[:500], answers[1:500] + answers[:1]
+    responses = ["Therefore, we get the following. " * 30 + boxed(text) for text in right + wrong]
     rates, load = [], os.getloadavg()[0]
     with Grader(workers=2) as grader:
         grader.grade(responses[:20], answers[:20])
@@ -353,10 +362,12 @@ def test_two_workers_grade_300_responses_a_second():
 
 @pytest.mark.parametrize("cgroup, files, cpus", [
     ("0::/", {}, 8),
-    ("0::/", {"cpu.max": "250000 100000"}, 2),                                                 # a container's own view
-    ("0::/", {"cpu.max": "max 100000"}, 8), ("0::/", {"cpu.max": "50000 100000"}, 1), ("0::/", {"cpu.max": "9900000 100000"}, 8),
+    ("0::/", {"cpu.max": "250000 100000"}, 2),                                      # a container's own view
+    ("0::/", {"cpu.max": "max 100000"}, 8), ("0::/", {"cpu.max": "50000 100000"}, 1),
+    ("0::/", {"cpu.max": "9900000 100000"}, 8),
     ("0::/../../x", {"cpu.max": "250000 100000"}, 2),
-    ("0::/slurm/job", {"slurm/cpu.max": "300000 100000", "slurm/job/cpu.max": "max 100000"}, 3),      # a parent's quota binds
+    # A parent's quota binds:
+    ("0::/slurm/job", {"slurm/cpu.max": "300000 100000", "slurm/job/cpu.max": "max 100000"}, 3),
     ("3:cpu,cpuacct:/docker/x", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
     ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8), (None, {}, 8)])
 def test_a_quota_of_a_control_group_counts_as_fewer_cpus(cgroup, files, cpus, tmp_path, monkeypatch):
@@ -421,7 +432,7 @@ def test_64_hostile_responses_change_no_other_reward_and_keep_the_time_bound(tmp
 
 
 def hostile_strings(n, seed=0):
-    """Noise of many sorts: unicode, braces, code, formulas, terminal codes, broken surrogates; long ones, too."""
+    """Noise of many sorts: unicode, braces, code, formulas, terminal codes, lone surrogates; long ones."""
     rng = random.Random(seed)
 
     def some(words, most):
@@ -433,15 +444,17 @@ def hostile_strings(n, seed=0):
     def nested():
         return r"\frac{1+" * (k := rng.randint(1, 300)) + "x" + "}{2}" * k
 
-    latex = [r"\sqrt", r"\int", r"\sum", r"\left(", r"\right]", "{", "}", "_", "^", r"\begin{pmatrix}", r"\end{cases}",
-             "&", r"\\", "x", "1", r"\frac", r"\boxed{"]
+    latex = [r"\sqrt", r"\int", r"\sum", r"\left(", r"\right]", "{", "}", "_", "^", r"\begin{pmatrix}",
+             r"\end{cases}", "&", r"\\", "x", "1", r"\frac", r"\boxed{"]
     code = ["__import__('os')", ".system('id')", "lambda: 0", "eval(", "exec(", "print", ")", "\n", ";", "="]
     sorts = [unicode, nested, lambda: some("{}{}()[]\\$", 80), lambda: some(latex, 25), lambda: some(code, 9),
              lambda: some("0123456789.,+-*/^e !", 40), lambda: some("xyz01+-*^()=<>!|&", 40),
-             lambda: some("\0\a\b\r\x1b\x7f\u200b\u202e7", 30), lambda: some(["\ud800", "\udfff", "5", "é", "😀"], 30),
+             lambda: some("\0\a\b\r\x1b\x7f\u200b\u202e7", 30),
+             lambda: some(["\ud800", "\udfff", "5", "é", "😀"], 30),
              lambda: "\x1b[31m5\x1b[2J\x1b]0;" + some("ab;", 9) + "\a",
              lambda: some(["1 ", "x+", r"\cdot ", "9", "()", r"\text{a}"], 5) * rng.randint(1000, 20_000)]
-    frames = ["%s", r"\boxed{%s}", r"$\boxed{%s}$", r"</think>\boxed{%s", "The answer is %s.", r"\boxed{5}%s\boxed{%s"]
+    frames = ["%s", r"\boxed{%s}", r"$\boxed{%s}$", r"</think>\boxed{%s", "The answer is %s.",
+              r"\boxed{5}%s\boxed{%s"]
     return [rng.choice(frames).replace("%s", rng.choice(sorts)()) for _ in range(n)]
 
 
@@ -451,7 +464,9 @@ def test_1000_hostile_strings_change_no_verdict_of_200_ordinary_pairs(kind):
     rng, letters = random.Random(1), "ABCDEFGHIJ"
     items = [(text, rng.choice(["5", "C", text[:300]]), None) for text in hostile_strings(1000)]
     for i in range(100):
-        right, wrong = (letters[i % 10], letters[(i + 1) % 10]) if kind == "choice" else (f"{i}.5", f"{i + 1}.5")
+        right, wrong = f"{i}.5", f"{i + 1}.5"
+        if kind == "choice":
+            right, wrong = letters[i % 10], letters[(i + 1) % 10]
         items += [(boxed(right), right, 1.0), (boxed(wrong), right, 0.0)]
     rng.shuffle(items)
     with Grader(kind, workers=2, deadline_s=2.0) as grader:
@@ -466,8 +481,8 @@ def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000
     n, peaks, done = 20_000, {}, threading.Event()
     bombs = ["2^{10^9}", "(10^9)!", "9**9**9**9", "9^{9^{9^{9}}}", "2^{-10^{10}}", "1e999999999",
              r"\binom{10^9}{5\cdot 10^8}", "(" * n + "1" + ")" * n, "{" * n + "1" + "}" * n,
-             r"\frac{1}{" * 5000 + "1" + "}" * 5000, r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{10^9}", "(x+1)^{10^6}",
-             "(1+x)^{10^6} - 1", "10^{10^{8}}", r"\prod_{n=1}^{10^8} n"]
+             r"\frac{1}{" * 5000 + "1" + "}" * 5000, r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{10^9}",
+             "(x+1)^{10^6}", "(1+x)^{10^6} - 1", "10^{10^{8}}", r"\prod_{n=1}^{10^8} n"]
 
     def watch():
         while not done.wait(0.01):
@@ -482,8 +497,9 @@ def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000
     with Grader(workers=2, deadline_s=4.0, memory_mb=memory_mb) as grader:
         threading.Thread(target=watch, daemon=True).start()
         try:
+            responses, answers = [boxed(bomb) for bomb in bombs], ["5"] * len(bombs)
             for kind in ("math-verify", "oat"):
-                assert not any(rewards(grader.grade([boxed(bomb) for bomb in bombs], ["5"] * len(bombs), kind=kind)))
+                assert not any(rewards(grader.grade(responses, answers, kind=kind)))
         finally:
             done.set()
     assert len(peaks) >= 2 and 20_000 < max(peaks.values()) <= memory_mb * 1024, peaks
@@ -495,7 +511,8 @@ def test_the_time_bound_holds_when_every_response_must_be_killed():
         late = max(0.0, start_in_time(grader) - 0.7)            # a spare is late by as much
         start = time.monotonic()
         verdicts = grader.grade([SLOW] * 8, ["5"] * 8)
-        assert time.monotonic() - start < (1.0 + late) * 8 / 2 + 2      # without spares, 0.7 s more for every kill
+        # Without spares, it would be 0.7 s more for every kill.
+        assert time.monotonic() - start < (1.0 + late) * 8 / 2 + 2
         assert reasons(verdicts) == ["timeout"] * 8
         assert len(grader._pool) <= 4                           # at most one spare a worker
 
@@ -515,7 +532,9 @@ def test_submitted_responses_are_graded_while_other_work_goes_on_and_collected_i
             grader.submit([boxed(str(i))], [str(i - i % 2)], [i % 5 > 0])
             grader.submit()
         poll(grader)                                            # nothing but submit gets them graded
-        assert reasons(grader.collect()) == ["truncated" if i % 5 == 0 else "wrong" if i % 2 else "ok" for i in range(40)]
+        want = ["wrong" if i % 2 else "ok" for i in range(40)]
+        want[::5] = ["truncated"] * 8
+        assert reasons(grader.collect()) == want
         assert grader.collect() == []
         assert reasons(grader.grade([boxed("1"), boxed("2")], ["1", "1"])) == ["ok", "wrong"]
 
@@ -538,7 +557,7 @@ def test_a_worker_whose_reply_waited_for_a_busy_parent_is_no_suspect():
         before = os.getpriority(os.PRIO_PROCESS, worker.proc.pid)
         for _ in range(2):
             grader.submit([boxed("5")], ["5"])
-            time.sleep(1.5)                                     # a long decoding step: over half of the deadline
+            time.sleep(1.5)                                 # a long decoding step: over half of the deadline
         assert reasons(grader.collect()) == ["ok"] * 2
         assert grader._pool == [worker] and os.getpriority(os.PRIO_PROCESS, worker.proc.pid) == before
 
@@ -597,7 +616,7 @@ def test_workers_killed_while_idle_lose_nothing():
 
 
 def test_an_interrupted_grade_leaves_no_stale_verdict_behind():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job starts with it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored in a background job
     with Grader(workers=1) as grader:
         grader.grade(["1"], ["1"])
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -670,14 +689,14 @@ STRANGER = "raise ImportError('a stranger')"
 
 
 def graded_elsewhere(project, env, cwd, python=sys.executable):
-    """What a Grader made of the files in `project` says, from an interpreter that finds them however `env` is."""
+    """What a Grader made of the files in `project` says, in another interpreter."""
     script = (f"import sys\nsys.path.insert(0, {str(project)!r})\nfrom reward import Grader\n"
               "responses, answers = [r'\\boxed{A}', r'\\boxed{B}'], ['A', 'A']\n"
               "with Grader(workers=1) as grader:\n"
               "    for kind in ('math-verify', 'oat', 'choice'):\n"
               "        print(*[v.reason for v in grader.grade(responses, answers, kind=kind)])\n")
-    done = subprocess.run([python, "-c", script], env=os.environ | env, cwd=cwd, text=True, capture_output=True,
-                          timeout=120)
+    done = subprocess.run([python, "-c", script], env=os.environ | env, cwd=cwd, text=True,
+                          capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -709,8 +728,9 @@ def test_a_worker_takes_no_file_of_the_project_for_a_package_and_no_package_for_
 def test_a_worker_finds_the_packages_that_lie_in_the_folder_of_the_project(copied):
     """As where all was installed into one folder."""
     import math_verify
-    python = sys._base_executable
-    if subprocess.run([python, "-c", "import math_verify"], env={}, cwd="/", capture_output=True).returncode == 0:
+    python = sys._base_executable                               # without this environment's packages
+    bare = subprocess.run([python, "-c", "import math_verify"], env={}, cwd="/", capture_output=True)
+    if bare.returncode == 0:
         pytest.skip("outside of this environment there is a math_verify, too")
     for package in Path(math_verify.__file__).parents[1].iterdir():
         (copied / package.name).symlink_to(package)
@@ -755,13 +775,15 @@ def run(rogue_file):
 
 
 @pytest.mark.parametrize("code", [
-    "__import__('socket').socket()", "__import__('subprocess').run(['touch', FILE])", "os.system('touch ' + FILE)",
-    "os.popen('touch ' + FILE)", "os.fork()", "os.posix_spawn('/bin/touch', ['touch', FILE], {})",
+    "__import__('socket').socket()", "__import__('subprocess').run(['touch', FILE])",
+    "os.system('touch ' + FILE)", "os.popen('touch ' + FILE)", "os.fork()",
+    "os.posix_spawn('/bin/touch', ['touch', FILE], {})",
     "os.execv('/bin/true', ['x'])", "os.kill(os.getppid(), 0)", "__import__('ctypes').CDLL(None)",
     "__import__('ctypes').string_at(0, 1)",
     "open(FILE, 'w')", "open(FILE, 'a')", "open(FILE, 'x')", "open(KEPT, 'r+')", "os.open(FILE, os.O_CREAT)",
-    "os.mkdir(FILE)", "os.symlink('a', FILE)", "os.remove(KEPT)", "os.rename(KEPT, FILE)", "os.truncate(KEPT, 0)",
-    "os.chmod(KEPT, 0)", "__import__('shutil').rmtree(KEPT)", "__import__('shutil').copy(KEPT, FILE)",
+    "os.mkdir(FILE)", "os.symlink('a', FILE)", "os.remove(KEPT)", "os.rename(KEPT, FILE)",
+    "os.truncate(KEPT, 0)", "os.chmod(KEPT, 0)", "__import__('shutil').rmtree(KEPT)",
+    "__import__('shutil').copy(KEPT, FILE)",
     "os.open(KEPT, os.O_TRUNC)", "__import__('sqlite3').connect(FILE)"])
 def test_code_that_runs_in_a_worker_can_open_no_socket_process_library_or_file(run, tmp_path, code):
     file, kept = tmp_path / "file", tmp_path / "kept"
@@ -783,7 +805,8 @@ def test_a_worker_cannot_take_more_memory_than_it_has(run):
 
 
 def test_a_trace_too_long_for_a_reply_is_cut_and_the_verdict_arrives(run):
-    for length in [0, 1, *range(130, 170), 300]:                # around the limit of a reply: 4 * 300 * 6 + 6 * length
+    # Around the limit of a reply: 4 * 300 * 6 + 6 * length.
+    for length in [0, 1, *range(130, 170), 300]:
         verdict = run(f"['\u00e9' * 300] * 4 + ['\u00e9' * {length}]")
         assert verdict.reason == "ok" and len(verdict.trace) in (0, 5)
     assert run("['x' * 10**6] * 10**4").trace == ["x" * 300] * 20 and run("['\u00e9' * 300] * 20").trace == []
@@ -811,10 +834,12 @@ def test_code_in_a_response_is_not_executed(tmp_path, strict_box):
         "__import__('os').system('touch FILE')", '__import__("os").system("touch FILE")', "open('FILE', 'w')",
         "eval(\"open('FILE', 'w')\")", "exec(\"open('FILE', 'w')\")", "(lambda: open('FILE', 'w'))()",
         "[open(f, 'w') for f in ['FILE']]", "sympify(\"__import__('os').system('touch FILE')\")",
-        "().__class__.__base__.__subclasses__()[0]; open('FILE', 'w')", "Symbol('x').__init__.__globals__['os']",
-        "1 if open('FILE', 'w') else 2", "x=open('FILE','w')", "f'{open(\"FILE\", \"w\")}'", "$(touch FILE)"]]
+        "().__class__.__base__.__subclasses__()[0]; open('FILE', 'w')",
+        "Symbol('x').__init__.__globals__['os']", "1 if open('FILE', 'w') else 2", "x=open('FILE','w')",
+        "f'{open(\"FILE\", \"w\")}'", "$(touch FILE)"]]
     responses = [frame.replace("%s", code) for code in codes
-                 for frame in ["%s", r"\boxed{%s}", r"$\boxed{\text{%s}}$", "The answer is $%s$.", r"\boxed{(%s, 1)}"]]
+                 for frame in ["%s", r"\boxed{%s}", r"$\boxed{\text{%s}}$", "The answer is $%s$.",
+                               r"\boxed{(%s, 1)}"]]
     with Grader(workers=2, strict_box=strict_box) as grader:
         for kind in KINDS:
             for answers in (["5"] * len(responses), [text[:300] for text in responses]):
@@ -825,8 +850,8 @@ def test_code_in_a_response_is_not_executed(tmp_path, strict_box):
 # ---- Why did this response earn nothing? -------------------------------------------------------
 
 def explained(*args, stdin=""):
-    return subprocess.run([sys.executable, ROOT / "reward.py", *map(str, args)], input=stdin, capture_output=True,
-                          text=True, timeout=120)
+    return subprocess.run([sys.executable, ROOT / "reward.py", *map(str, args)], input=stdin,
+                          capture_output=True, text=True, timeout=120)
 
 
 def test_the_command_line_says_what_was_extracted_and_compared_and_the_verdict(tmp_path):
