@@ -1,7 +1,7 @@
 """The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it
 shows.
 
-    python -m paper.figures respond --model BASE --data FILE --out base.jsonl   # a response each, for the rest
+    python -m paper.figures respond --model BASE --data FILE --out base.jsonl   # responses, for the others
     python -m paper.figures fig2a --base BASE --tuned out/srft --data FILE      # one response, by tokens (A1)
     python -m paper.figures fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
     python -m paper.figures fig3  --references base=base.jsonl R1=r1.jsonl QwQ=qwq.jsonl --runs SRFT=out/srft

@@ -2,6 +2,7 @@
 
     pytest tests/test_data.py
 """
+import doctest
 import json
 import random
 import re
@@ -13,9 +14,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import data
-from tiny import task
 from data import Example, Order, load_examples, render, tokenize
-from tiny.task import draw_terms
+from tiny import task
+from tiny.task import draw_terms, write_response
 
 GOOD = {"problem": "1+1=?", "answer": "2", "solution": "<think>\n</think>\n\\boxed{2}"}
 quiet = dict(log=lambda *_: None)
@@ -30,7 +31,8 @@ def openr1(problem="1+1=?", answer="2", demo="<think>\n</think>\n2", index=0):
     """A row in the schema of Openr1-Math-46k-8192."""
     return {"data_source": "math", "ability": "math", "extra_info": {"index": index, "split": "default"},
             "prompt": [{"role": "system", "content": "You think."}, {"role": "user", "content": problem}],
-            "target": [{"role": "assistant", "content": demo}], "reward_model": {"ground_truth": answer, "style": "rule"}}
+            "target": [{"role": "assistant", "content": demo}],
+            "reward_model": {"ground_truth": answer, "style": "rule"}}
 
 
 def jsonl(path, *rows):
@@ -44,12 +46,19 @@ def parquet(path, *rows):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Readers.
 
+@pytest.mark.parametrize("module", [data, task], ids=["data", "tiny/task"])
+def test_the_inputs_and_outputs_in_the_docstrings_are_true(module):
+    failed, tried = doctest.testmod(module)
+    assert tried and not failed
+
+
 @pytest.mark.parametrize("write, name", [(parquet, "d.parquet"), (jsonl, "d.jsonl")])
-@pytest.mark.parametrize("row", [openr1("p", "7", "d"), {"problem": "p", "answer": "7", "solution": "d"},
-                                 {"question": "p", "answer": "7", "solution": "d"}], ids=["openr1", "problem", "question"])
+@pytest.mark.parametrize("row", [
+    openr1("p", "7", "d"), {"problem": "p", "answer": "7", "solution": "d"},
+    {"question": "p", "answer": "7", "solution": "d"}], ids=["openr1", "problem", "question"])
 def test_both_schemas_are_read_from_both_formats(tmp_path, write, name, row):
     [example] = load_examples(write(tmp_path / name, row))
     assert (example.problem, example.answer, example.demo) == ("p", "7", "d")
@@ -61,8 +70,9 @@ def test_numbers_are_accepted_as_answers(tmp_path, value, text):
     assert load_examples(jsonl(tmp_path / "e.jsonl", openr1(answer=value)))[0].answer == text
 
 
-@pytest.mark.parametrize("row", [{"problem": "p", "answer": "1"}, {"problem": "p", "answer": "1", "solution": None},
-                                 openr1() | {"target": None}])
+@pytest.mark.parametrize("row", [
+    {"problem": "p", "answer": "1"}, {"problem": "p", "answer": "1", "solution": None},
+    openr1() | {"target": None}])
 def test_a_demonstration_is_optional(tmp_path, row):
     assert load_examples(jsonl(tmp_path / "d.jsonl", row))[0].demo is None
 
@@ -99,7 +109,8 @@ BAD_ROWS = {
     json.dumps(openr1() | {"reward_model": None}).encode(): "'reward_model' to hold ground_truth",
     json.dumps(openr1(answer="")).encode(): "'ground_truth': ''",
     json.dumps(openr1() | {"prompt": "p"}).encode(): "'prompt' to be a list of {role, content}",
-    json.dumps(openr1() | {"prompt": [{"role": "system", "content": "s"}]}).encode(): "user message in 'prompt'",
+    json.dumps(openr1() | {"prompt": [{"role": "system", "content": "s"}]}).encode():
+        "user message in 'prompt'",
     json.dumps(openr1(demo="")).encode(): "message in 'target'",
     json.dumps(openr1() | {"target": ["d"]}).encode(): "'target' to be a list of {role, content}",
 }
@@ -110,13 +121,15 @@ def test_a_bad_row_is_named_by_file_and_row_with_what_was_expected_or_skipped_an
     path, said = jsonl(tmp_path / "d.jsonl", GOOD, bad, GOOD, bad), []
     with pytest.raises(ValueError, match=re.escape(f"{path}, row 2: ")) as error:
         load_examples(path)
-    assert BAD_ROWS[bad] in str(error.value) and "expected" in str(error.value) and "--skip_bad_rows" in str(error.value)
+    assert BAD_ROWS[bad] in str(error.value) and "expected" in str(error.value)
+    assert "--skip_bad_rows" in str(error.value)
     assert len(load_examples(path, skip_bad_rows=True, log=said.append)) == 2
-    assert len(said) == 1 and said[0].startswith(f"{path}: skipped 2 bad rows, 2 remain; the first: {path}, row ")
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}: skipped 2 bad rows, 2 remain; the first: {path}, row 2: ")
 
 
 def test_a_bad_parquet_row_is_named_by_its_number_in_the_file(tmp_path):
-    path = parquet(tmp_path / "d.parquet", *[GOOD] * 1500, GOOD | {"answer": None})          # in the second batch of rows
+    path = parquet(tmp_path / "d.parquet", *[GOOD] * 1500, GOOD | {"answer": None})     # in the second batch
     with pytest.raises(ValueError, match=re.escape(f"{path}, row 1501: ")):
         load_examples(path)
 
@@ -131,15 +144,17 @@ def test_a_damaged_parquet_file_is_named(tmp_path, damage):
         load_examples(path)
 
 
-@pytest.mark.parametrize("name, error", [("none.jsonl", FileNotFoundError), ("d.csv", ValueError), ("empty.jsonl", ValueError),
-                                         ("folder", ValueError), ("bad.jsonl", ValueError), ("empty.parquet", ValueError)])
+@pytest.mark.parametrize("name, error", [
+    ("none.jsonl", FileNotFoundError), ("d.csv", ValueError), ("empty.jsonl", ValueError),
+    ("folder", ValueError), ("bad.jsonl", ValueError), ("empty.parquet", ValueError)])
 def test_a_path_that_yields_no_example_is_an_error_that_names_it(tmp_path, name, error):
     (tmp_path / "d.csv").write_text("problem,answer\n")
     (tmp_path / "folder").mkdir()
     jsonl(tmp_path / "empty.jsonl")
     jsonl(tmp_path / "bad.jsonl", b"{")
     parquet(tmp_path / "empty.parquet", GOOD)
-    pyarrow.parquet.write_table(pyarrow.parquet.read_table(tmp_path / "empty.parquet").slice(0, 0), tmp_path / "empty.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "empty.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(error, match=re.escape(str(tmp_path / name))):
         load_examples(tmp_path / name, skip_bad_rows=True, **quiet)
 
@@ -152,29 +167,34 @@ def a_folder_with_two_files_of_one_stem(tmp_path):
 
 
 @pytest.mark.parametrize("write", [
-    lambda p: jsonl(p / "d.jsonl", GOOD, GOOD), lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": i} for i in "ab")),
+    lambda p: jsonl(p / "d.jsonl", GOOD, GOOD),
+    lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": i} for i in "ab")),
     lambda p: jsonl(p / "d.jsonl", openr1(index=3), openr1(index=4)),
     lambda p: parquet(p / "d.parquet", openr1("1+1=?", index=-1), openr1("1+2=?", index=-1)),
     lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": None} for _ in range(2))),
-    lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": "a"} for _ in range(2))), a_folder_with_two_files_of_one_stem],
-    ids=["no id", "own ids", "index", "index -1 throughout", "null ids", "repeated ids", "same file name in two folders"])
+    lambda p: jsonl(p / "d.jsonl", *(GOOD | {"id": "a"} for _ in range(2))),
+    a_folder_with_two_files_of_one_stem],
+    ids=["no id", "own ids", "index", "index -1 throughout", "null ids", "repeated ids",
+         "same file name in two folders"])
 def test_every_example_has_an_id_of_its_own(tmp_path, write):
     write(tmp_path)
     assert len({e.id for e in load_examples(tmp_path)}) == 2
 
 
-@pytest.mark.parametrize("row", [GOOD | {"solution": ["d"]}, GOOD | {"solution": {"text": "d"}}, GOOD | {"answer": float("nan")},
-                                 GOOD | {"solution": float("nan")}], ids=str)
+@pytest.mark.parametrize("row", [
+    GOOD | {"solution": ["d"]}, GOOD | {"solution": {"text": "d"}}, GOOD | {"answer": float("nan")},
+    GOOD | {"solution": float("nan")}], ids=str)
 def test_a_demonstration_of_another_type_or_a_nan_is_an_error(tmp_path, row):
     with pytest.raises(ValueError, match="row 1"):
         load_examples(jsonl(tmp_path / "d.jsonl", row))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Templates.
 
 @pytest.mark.parametrize("template", [t for t in data.TEMPLATES if t != "tokenizer"])
-@pytest.mark.parametrize("question", ["1+1=?", r"Let $S = \{1, 2\}$, find \frac{1}{2}.", "{question} {answer} {0} {}", "{{x}}"])
+@pytest.mark.parametrize("question", ["1+1=?", r"Let $S = \{1, 2\}$, find \frac{1}{2}.",
+                                      "{question} {answer} {0} {}", "{{x}}"])
 def test_each_template_holds_the_question_once_as_it_is(template, question):
     text = render(template, question)
     before, after = data.TEMPLATES[template].split("{question}")
@@ -189,29 +209,38 @@ def test_no_template_is_the_bare_question_and_an_unknown_one_is_refused_by_name(
 
 def test_the_paper_s_template_has_the_words_of_fig_a3():
     text = render("paper", "Q?")
-    for words in ("Your task is to follow a systematic, thorough reasoning process before providing the final solution.",
-                  "analyzing, summarizing, exploring, reassessing, and refining your thought process through multiple iterations.",
-                  "Structure your response into two sections: Thought and Solution.", "<think>\\n {thoughts}</think>\\n",
-                  "Each thought should include detailed analysis, brainstorming, verification, and refinement of ideas.",
-                  "provide the final, logical, and accurate answer, clearly derived from the exploration in the Thought section.",
-                  "\\boxed{ } for closed-form results like multiple choices or mathematical solutions.", "Question: Q?"):
+    for words in (
+            "Your task is to follow a systematic, thorough reasoning process before providing the final "
+            "solution.",
+            "analyzing, summarizing, exploring, reassessing, and refining your thought process through "
+            "multiple iterations.",
+            "Structure your response into two sections: Thought and Solution.",
+            "<think>\\n {thoughts}</think>\\n",
+            "Each thought should include detailed analysis, brainstorming, verification, and refinement of "
+            "ideas.",
+            "provide the final, logical, and accurate answer, clearly derived from the exploration in the "
+            "Thought section.",
+            "\\boxed{ } for closed-form results like multiple choices or mathematical solutions.",
+            "Question: Q?"):
         assert words in text
     assert text.rstrip().endswith("Answer:")
 
 
 def test_the_tokenizer_s_template_is_its_chat_template_and_its_absence_is_explained():
     chatty, plain = task.make_tokenizer(), task.make_tokenizer()
-    chatty.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}"
+    chatty.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                            "{% if add_generation_prompt %}[go]{% endif %}")
     assert render("tokenizer", "1+{1}", chatty) == "[user]1+{1}[go]"
     with pytest.raises(ValueError, match="no chat template"):
         render("tokenizer", "q", plain)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # From text to tokens.
 
 def test_prompt_and_demonstration_become_tokens_and_eos_ends_the_demonstration(tokenizer):
-    [prompt] = tokenize([Example("a", "1+1=?\n", "2", "<think>\n1+1=2\n</think>\n\\boxed{2}")], tokenizer, "none", 40, 40)
+    example = Example("a", "1+1=?\n", "2", "<think>\n1+1=2\n</think>\n\\boxed{2}")
+    [prompt] = tokenize([example], tokenizer, "none", 40, 40)
     assert tokenizer.decode(prompt.ids) == "1+1=?\n"
     assert tokenizer.decode(prompt.demo) == "<think>\n1+1=2\n</think>\n\\boxed{2}<eos>"
     assert tokenize([Example("a", "1+1=?\n", "2")], tokenizer, "none", 40, 40)[0].demo is None
@@ -242,8 +271,10 @@ def test_a_tokenizer_without_eos_is_refused():
 
 
 @pytest.mark.parametrize("template, demo, expected", [
-    ("luffy", "<think>\n1</think>", "1</think><eos>"), ("luffy", "1</think>", "1</think><eos>"),
-    ("paper", "<think>\n1</think>", "<think>\n1</think><eos>"), ("none", "<think>\n1</think>", "<think>\n1</think><eos>")])
+    ("luffy", "<think>\n1</think>", "1</think><eos>"),
+    ("luffy", "1</think>", "1</think><eos>"),
+    ("paper", "<think>\n1</think>", "<think>\n1</think><eos>"),
+    ("none", "<think>\n1</think>", "<think>\n1</think><eos>")])
 def test_a_prompt_that_opens_the_thought_takes_it_off_the_demonstration(tokenizer, template, demo, expected):
     [prompt] = tokenize([Example("a", "1=?", "1", demo)], tokenizer, template, 10_000, 40)
     assert tokenizer.decode(prompt.demo) == expected
@@ -259,11 +290,12 @@ def test_limits_include_eos_and_drop_and_count_what_is_over_them(tokenizer, max_
     if not kept:
         assert f"dropped {int(max_prompt < 4)} examples with a prompt over {max_prompt}" in said[0]
         assert f"{int(max_prompt == 4)} with a demonstration over {max_response}; 1 remain" in said[0]
-        with pytest.raises(ValueError, match=f"--max_prompt_tokens {max_prompt} and --max_response_tokens {max_response}"):
+        limits = f"--max_prompt_tokens {max_prompt} and --max_response_tokens {max_response}"
+        with pytest.raises(ValueError, match=limits):
             tokenize([example], tokenizer, "none", max_prompt, max_response, **quiet)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Order.
 
 def test_an_epoch_is_a_permutation_and_epochs_and_seeds_differ():
@@ -283,7 +315,7 @@ def test_an_order_resumed_at_any_position_continues_identically(n, k):
     assert [i for _ in range(4) for i in pieces.take(n)] == whole[:4 * n] and pieces.take(0) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The tiny task.
 
 def boxed(text):
@@ -292,9 +324,10 @@ def boxed(text):
 
 def test_the_tiny_task_is_the_same_each_time_its_splits_disjoint_and_its_answers_right():
     splits = {name: load_examples(f"tiny:{name}") for name in task.SPLITS}
-    assert all(load_examples(f"tiny:{name}") == examples == load_examples(f"tiny:{name}") for name, examples in splits.items())
+    assert all(load_examples(f"tiny:{name}") == examples for name, examples in splits.items())
     problems = [e.problem for examples in splits.values() for e in examples]
-    assert len(problems) == len(set(problems)) and len({e.id for es in splits.values() for e in es}) == len(problems)
+    ids = {e.id for examples in splits.values() for e in examples}
+    assert len(problems) == len(set(problems)) == len(ids)
     for name, examples in splits.items():
         assert len(examples) == task.SPLITS[name][0]
         for e in examples:
@@ -315,7 +348,7 @@ def test_reasoning_without_slips_ends_in_the_right_answer_and_each_line_is_true(
     rng = random.Random(0)
     for _ in range(100):
         terms = draw_terms(rng, 5)
-        text = data.write_response(terms, rng, style)
+        text = write_response(terms, rng, style)
         assert boxed(text) == str(sum(terms)) and all(0 <= sum(terms[:n]) <= 199 for n in range(1, 6))
         assert all(eval(line.replace("=", "==")) for line in text.splitlines() if "=" in line)
 
@@ -324,8 +357,9 @@ def test_the_tiny_tokenizer_returns_every_text_also_after_a_save_and_load(tokeni
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.eos_token_id == tokenizer.eos_token_id == 0 and len(loaded) == len(task.TOKENS)
-    texts = [t for name in task.SPLITS for e in load_examples(f"tiny:{name}") for t in (e.problem, e.demo or "")]
-    texts += [data.write_response([50, 60], random.Random(0), "guess"), "<think>\n</think>\n"]
+    examples = [e for name in task.SPLITS for e in load_examples(f"tiny:{name}")]
+    texts = [text for e in examples for text in (e.problem, e.demo or "")]
+    texts += [write_response([50, 60], random.Random(0), "guess"), "<think>\n</think>\n"]
     for text in texts:
         ids = loaded(text)["input_ids"]
         assert ids == tokenizer(text)["input_ids"] and loaded.unk_token_id not in ids

@@ -1,4 +1,7 @@
-"""paper/figures.py: probabilities against transformers' own, pages that a browser opens, curves of sequences and seeds."""
+"""paper/figures.py: probabilities against transformers' own, pages that a browser opens, curves.
+
+    pytest tests/test_figures.py              # -m "not slow" for those that start no process (15 s)
+"""
 import json
 import re
 import shutil
@@ -10,11 +13,11 @@ import torch
 from conftest import run
 from transformers import AutoModelForCausalLM
 
-from paper import figures as A
 from config import TINY
 from data import load_examples
-from tiny.task import make_tokenizer
+from paper import figures as A
 from support.runlog import read_rows
+from tiny.task import make_tokenizer
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
@@ -23,7 +26,8 @@ SCALE = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens
 # ----------------------------------------------------------------------------------------------------------
 # Pages.
 
-HOSTILE = ["</span><script>document.title='owned'</script>", "\n", "", "$x_1$", "&amp;", "\"'", "\u00e9\u4e2d\ufffd"]
+HOSTILE = ["</span><script>document.title='owned'</script>", "\n", "", "$x_1$", "&amp;", "\"'",
+           "\u00e9\u4e2d\ufffd"]
 
 
 def page(scale="probability", tokens=HOSTILE, title="<b>t</b>"):
@@ -42,9 +46,10 @@ def test_a_page_holds_every_token_as_text_with_both_probabilities(scale):
 
 
 def test_the_darker_the_larger_the_change_blue_for_more_and_red_for_less():
-    text = A.heatmap(list("abcd"), np.log([0.1, 0.5, 0.9, 0.5]), np.log([1.0, 0.6, 0.1, 0.5]), "probability", "t")
-    found = [tuple(map(float, rgba)) for rgba in re.findall(r"<span style=\"background:rgba\((\d+),(\d+),(\d+),([\d.]+)\);color:#\w+\" title",
-                                                            text)]
+    base, tuned = np.log([0.1, 0.5, 0.9, 0.5]), np.log([1.0, 0.6, 0.1, 0.5])
+    text = A.heatmap(list("abcd"), base, tuned, "probability", "t")
+    span = r"<span style=\"background:rgba\((\d+),(\d+),(\d+),([\d.]+)\);color:#\w+\" title"
+    found = [tuple(map(float, rgba)) for rgba in re.findall(span, text)]
     (up, small, down, same) = found
     assert up[:3] == small[:3] == A.COLOURS["up"] and down[:3] == A.COLOURS["down"]
     assert [rgba[3] for rgba in found] == pytest.approx([0.9, 0.1, 0.8, 0.0])
@@ -52,7 +57,8 @@ def test_the_darker_the_larger_the_change_blue_for_more_and_red_for_less():
 
 def test_shares_count_changes_of_either_sign():
     base, tuned = np.log([0.1, 0.9, 0.5, 0.5]), np.log([0.25, 0.3, 0.55, 0.5])
-    assert A.share(base, tuned, 0.1) == 0.5 and A.share(base, tuned, 0.5) == 0.25 and A.share(base[:0], tuned[:0], 0.1) == 0
+    assert A.share(base, tuned, 0.1) == 0.5 and A.share(base, tuned, 0.5) == 0.25
+    assert A.share(base[:0], tuned[:0], 0.1) == 0
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium or chrome on this machine")
@@ -60,10 +66,15 @@ def test_shares_count_changes_of_either_sign():
 def test_a_browser_shows_the_page_and_hostile_tokens_stay_text(tmp_path):
     text, *_ = page(tokens=[*HOSTILE, "plain", "words"])
     (tmp_path / "page.html").write_text(text)
-    browse = lambda *flags: subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,600", *flags,
-                                            f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120)
+
+    def browse(*flags):
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,600", *flags,
+                   f"file://{tmp_path}/page.html"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
     document = browse("--dump-dom").stdout
-    assert "<title>&lt;b&gt;t&lt;/b&gt;</title>" in document and document[document.index("<pre>"):].count("<span") == len(HOSTILE) + 2
+    assert "<title>&lt;b&gt;t&lt;/b&gt;</title>" in document
+    assert document[document.index("<pre>"):].count("<span") == len(HOSTILE) + 2
     browse(f"--screenshot={tmp_path}/page.png")
     from matplotlib.image import imread
     picture = imread(tmp_path / "page.png")[..., :3]
@@ -89,29 +100,37 @@ def by_transformers(folder, sequences):
 
 @pytest.mark.slow
 def test_fig2a_and_2b_show_the_probabilities_that_transformers_computes(whole_run, tmp_path):
-    tokenizer, example = make_tokenizer(), load_examples("tiny:train")
-    sequences = [(tokenizer(e.problem)["input_ids"], tokenizer(e.demo)["input_ids"] + [tokenizer.eos_token_id]) for e in example[:9]]
+    tokenizer, examples = make_tokenizer(), load_examples("tiny:train")
+    sequences = []
+    for example in examples[:9]:
+        demo = tokenizer(example.demo)["input_ids"] + [tokenizer.eos_token_id]
+        sequences.append((tokenizer(example.problem)["input_ids"], demo))
     before, after = by_transformers(TINY, sequences), by_transformers(whole_run / "hf", sequences)
-    run(["-m", "paper.figures", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train", "--out", tmp_path / "a", *SCALE])
+    run(["-m", "paper.figures", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train",
+         "--out", tmp_path / "a", *SCALE])
     found = json.loads((tmp_path / "a.json").read_text())
     np.testing.assert_allclose(found["logp_base"], before[0], atol=1e-4)
     np.testing.assert_allclose(found["logp_tuned"], after[0], atol=1e-4)
-    assert "".join(found["tokens"]) == example[0].demo + "<eos>"
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "</html>" in (tmp_path / "a.html").read_text()
+    assert "".join(found["tokens"]) == examples[0].demo + "<eos>"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "</html>" in (tmp_path / "a.html").read_text()
 
-    run(["-m", "paper.figures", "fig2b", "--base", TINY, "--tuned", f"SRFT={whole_run}", "itself=" + TINY, "--data", "tiny:train", "--limit", 9,
-         "--out", tmp_path / "b", *SCALE], ranks=2)
+    run(["-m", "paper.figures", "fig2b", "--base", TINY, "--tuned", f"SRFT={whole_run}", "itself=" + TINY,
+         "--data", "tiny:train", "--limit", 9, "--out", tmp_path / "b", *SCALE], ranks=2)
     found = json.loads((tmp_path / "b.json").read_text())
     change = np.exp(np.concatenate(after)) - np.exp(np.concatenate(before))
-    assert found["SRFT"]["tokens"] == len(change) and found["SRFT"]["mean |change|"] == pytest.approx(np.abs(change).mean(), rel=1e-3)
+    assert found["SRFT"]["tokens"] == len(change)
+    assert found["SRFT"]["mean |change|"] == pytest.approx(np.abs(change).mean(), rel=1e-3)
     assert found["SRFT"]["changed by more than 0.1"] == pytest.approx((np.abs(change) > 0.1).mean(), abs=2e-3)
-    assert sum(found["SRFT"]["share of each bin"]) == pytest.approx(1) and found["itself"]["mean |change|"] < 1e-6
+    assert sum(found["SRFT"]["share of each bin"]) == pytest.approx(1)
+    assert found["itself"]["mean |change|"] < 1e-6
 
 
 @pytest.mark.slow
 def test_fig3_measures_distances_of_checkpoints_to_what_respond_recorded(whole_run, tmp_path):
     file = tmp_path / "base.jsonl"
-    run(["-m", "paper.figures", "respond", "--model", TINY, "--data", "tiny:heldout", "--limit", 6, "--out", file, *SCALE])
+    run(["-m", "paper.figures", "respond", "--model", TINY, "--data", "tiny:heldout", "--limit", 6,
+         "--out", file, *SCALE])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 6 and len({row["id"] for row in rows}) == 6
     sequences = [(row["prompt"], row["response"]) for row in rows]
@@ -119,12 +138,15 @@ def test_fig3_measures_distances_of_checkpoints_to_what_respond_recorded(whole_r
     for row, logp in zip(rows, own):
         np.testing.assert_allclose(row["logp"], logp, atol=1e-3)
     (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    run(["-m", "paper.figures", "fig3", "--references", f"base={file}", f"two={tmp_path}/two.jsonl", f"again={file}", "--runs", f"SRFT={whole_run}",
-         "--out", tmp_path / "c", *SCALE[2:]])
+    run(["-m", "paper.figures", "fig3", "--references", f"base={file}", f"two={tmp_path}/two.jsonl",
+         f"again={file}", "--runs", f"SRFT={whole_run}", "--out", tmp_path / "c", *SCALE[2:]])
     path = json.loads((tmp_path / "c.json").read_text())["runs"]["SRFT"]
     assert [point["step"] for point in path] == [0, 4, 6] and max(path[0]["distances"]) < 1e-3
-    distance = lambda n: np.mean([np.abs(np.exp(a) - np.exp(b)).mean() for a, b in zip(tuned[:n], own)])
     tuned = by_transformers(whole_run / "hf", sequences)
+
+    def distance(n):
+        return np.mean([np.abs(np.exp(a) - np.exp(b)).mean() for a, b in zip(tuned[:n], own)])
+
     assert path[-1]["distances"] == pytest.approx([distance(6), distance(2), distance(6)], abs=1e-4)
     assert 0 < path[1]["distances"][0] != path[2]["distances"][0]
 
@@ -139,23 +161,32 @@ def write_run(folder, rows):
 
 
 def test_a_sequence_counts_its_steps_through_and_seeds_give_mean_and_range(tmp_path):
-    row = lambda step, a, **more: {"step": step, "eval/a": a, "eval/b": a + 0.2, "reward/mean": None if step == 0 else a} | more
+    def row(step, a):
+        return {"step": step, "eval/a": a, "eval/b": a + 0.2, "reward/mean": None if step == 0 else a}
+
     first = write_run(tmp_path / "first", [row(0, 0.1), {"step": 1, "reward/mean": 0.7}, row(2, 0.3)])
     second = write_run(tmp_path / "second", [row(0, 0.3), row(1, 0.5)])
-    assert A.read_curve(f"{first}+{second}", "eval/") == [(0, pytest.approx(0.2)), (2, pytest.approx(0.4)), (3, pytest.approx(0.6))]
+    assert A.read_curve(f"{first}+{second}", "eval/") == [
+        (0, pytest.approx(0.2)), (2, pytest.approx(0.4)), (3, pytest.approx(0.6))]
     assert A.read_curve(first, "reward/mean") == [(1, 0.7), (2, 0.3)]
     other = write_run(tmp_path / "other", [row(0, 0.5), row(2, 0.9), row(9, 0.0)])
     steps, mean, least, most = A.read_curves(f"{first},{other}", "eval/")
-    assert steps == [0, 2] and mean == pytest.approx([0.4, 0.7]) and least == pytest.approx([0.2, 0.4]) and most == pytest.approx([0.6, 1.0])
+    assert steps == [0, 2] and mean == pytest.approx([0.4, 0.7])
+    assert least == pytest.approx([0.2, 0.4]) and most == pytest.approx([0.6, 1.0])
 
 
 @pytest.mark.parametrize("figure", A.PANELS)
 def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, tmp_path, capsys):
-    rows = [{"step": s, "eval/x": s / 4, "eval_len/x": 9.0, "eval_entropy/x": 0.5, "reward/mean": s / 3 if s else None}
-            | {f"grad_norm/{term}": s / 4 for term in A.TERMS} for s in range(4)]
-    sft = [{k: None if k == "reward/mean" else v for k, v in row.items()} for row in rows]
+    rows = []
+    for step in range(4):
+        rows.append({"step": step, "eval/x": step / 4, "eval_len/x": 9.0, "eval_entropy/x": 0.5,
+                     "reward/mean": step / 3 if step else None})
+        for term in A.TERMS:
+            rows[-1][f"grad_norm/{term}"] = step / 4
+    sft = [row | {"reward/mean": None} for row in rows]
     runs = [write_run(tmp_path / name, r) for name, r in (("rl", rows), ("sft", sft))]
-    A.main([figure, f"RL={runs[0]}", f"SFT->RL={runs[1]}+{runs[0]},{runs[1]}+{runs[0]}", "--out", str(tmp_path / "f")])
+    sequence = f"SFT->RL={runs[1]}+{runs[0]},{runs[1]}+{runs[0]}"
+    A.main([figure, f"RL={runs[0]}", sequence, "--out", str(tmp_path / "f")])
     found = json.loads((tmp_path / "f.json").read_text())
     panel = found["rl_neg" if figure == "terms" else "accuracy"]
     assert panel["RL"]["mean"] == [0, 0.25, 0.5, 0.75] and panel["SFT->RL"]["step"] == [0, 1, 2, 3, 4, 5, 6]
@@ -163,7 +194,7 @@ def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, 
 
 
 def test_a_curve_has_one_colour_in_all_panels(tmp_path, monkeypatch):
-    sft = write_run(tmp_path / "sft", [{"step": s, "eval/x": 0.5} for s in range(3)])                # has no rewards
+    sft = write_run(tmp_path / "sft", [{"step": s, "eval/x": 0.5} for s in range(3)])       # has no rewards
     rl = write_run(tmp_path / "rl", [{"step": s, "eval/x": 0.5, "reward/mean": 0.5} for s in range(3)])
     drawn = []
     monkeypatch.setattr(A, "save_figure", lambda figure, file: drawn.extend(
@@ -174,9 +205,10 @@ def test_a_curve_has_one_colour_in_all_panels(tmp_path, monkeypatch):
 
 
 def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_is_refused(tmp_path, capsys):
-    run = write_run(tmp_path / "rl", [{"step": s, "reward/mean": 0.5} for s in range(1, 4)])         # no --eval_data
+    run = write_run(tmp_path / "rl", [{"step": s, "reward/mean": 0.5} for s in range(1, 4)])  # no --eval_data
     A.main(["fig6", f"RL={run}", "--out", str(tmp_path / "f")])
-    assert "left out" in (said := capsys.readouterr().out) and "--eval_data" in said and "reward 0.500" in said
+    said = capsys.readouterr().out
+    assert "left out" in said and "--eval_data" in said and "reward 0.500" in said
     with pytest.raises(SystemExit, match="--eval_data"):
         A.main(["fig5", f"RL={run}", "--out", str(tmp_path / "g")])
     with pytest.raises(SystemExit, match="--term_gradients"):
@@ -187,7 +219,8 @@ def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_
 @pytest.mark.parametrize("arguments, says", [
     (["fig6", "x=/no/such/run"], "/no/such/run: no metrics.jsonl"),
     (["fig6", "a=x", "a=y"], "name them LABEL=PATH"),
-    (["fig2b", "--base", TINY, "--tuned", f"A={TINY}", f"B={TINY}", "--responses", "demo", "x", "y"], "--responses: one for all"),
+    (["fig2b", "--base", TINY, "--tuned", f"A={TINY}", f"B={TINY}", "--responses", "demo", "x", "y"],
+     "--responses: one for all"),
     (["fig2a", "--base", TINY, "--tuned", TINY], "--data: which problems"),
     (["fig2a", "--base", TINY, "--tuned", TINY, "--data", "tiny:long"], "has a demonstration"),
 ])
