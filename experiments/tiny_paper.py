@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
                "CUDA_VISIBLE_DEVICES": ""}                                  # of all processes started
-import claims                                                                                   # noqa: E402
-import preloaded                                                                                # noqa: E402
-from data import Example, load_examples   # noqa: E402
-from tiny.task import SPLITS, draw_terms, write_problem, write_response   # noqa: E402
-from support.runlog import read_rows                                                                    # noqa: E402
-from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED      # noqa: E402
+import claims  # noqa: E402
+import preloaded  # noqa: E402
+from data import Example, load_examples  # noqa: E402
+from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED  # noqa: E402
+from support.runlog import read_rows  # noqa: E402
+from tiny.task import SPLITS, draw_terms, write_problem, write_response  # noqa: E402
 
 KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr",
         "time/step")

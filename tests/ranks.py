@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from updates import whole_update
 
 import model as M
 import rollout
 import srft
 from config import TINY, parse_args
 from data import load_examples, tokenize
-from tiny.task import make_tokenizer
 from reward import Grader, Verdict
 from support.processes import init_distributed
+from tiny.task import make_tokenizer
+from updates import whole_update
 
 
 def made_up_sequences():

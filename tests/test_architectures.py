@@ -8,23 +8,21 @@ import json
 import shutil
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SMALL, metrics, run
-from test_model import CPU, VOCAB, load, mesh, save_model, some_sequences, unpacked  # noqa: F401 (fixture)
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import model as M
-import srft
-import update
 from config import TINY, parse_args
+from conftest import SMALL, metrics, run
 from model import Sequence, collate
 from rollout import stored_tensors
+from test_model import CPU, VOCAB, load, mesh, save_model, some_sequences, unpacked  # noqa: F401 (fixture)
 from tiny import task
+from updates import whole_update
 
 # ruff: noqa: F811        (the fixture `mesh` is imported, and named as an argument)
 
@@ -68,11 +66,9 @@ def test_a_sound_model_passes_the_checks_of_the_start_and_one_update_changes_eve
     torch.testing.assert_close(logp, unpacked(own, sequence)[0], atol=1e-5, rtol=1e-5)
     cfg, packs = parse_args(["--preset", "tiny"]), M.pack(made_up_groups(), 100)
     policy.reshard()
-    run = SimpleNamespace(policy=policy, reference=None, device=CPU, objective=srft.OBJECTIVES["srft"],
-                          optimizer=torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.01)
     before = {name: tensor.clone() for name, tensor in M.full_parameters(policy, torch.float32)}
-    stats = update.update_policy(run, cfg, packs, update.forward_before_update(run, cfg, packs),
-                                 *update.counts(made_up_groups(), cfg.loss_norm))
+    stats = whole_update(policy, optimizer, packs, made_up_groups(), cfg, CPU)
     assert len(packs) > 1 and all(np.isfinite(x) for x in stats.values()) and stats["grad_norm"] > 0
     for name, tensor in M.full_parameters(policy, torch.float32):
         assert tensor.isfinite().all() and not torch.equal(tensor, before[name]), name

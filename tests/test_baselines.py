@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_loss import assert_equal, counts, mixed_batch, shipped, tensors
 
 from config import METHODS, Config, check_config, parse_args, sequences_per_prompt
 from paper.baselines import LOSSES, Objective, grpo_loss, luffy_loss, relift_loss
 from paper.readings import Inputs
 from srft import learning_rate
 from support.logprobs import token_kl
+from test_loss import assert_equal, counts, mixed_batch, shipped, tensors
 
 TERMS = {"sft": ["loss/sft"], "sft_kl": ["loss/sft", "loss/kl"], "grpo": ["loss/rl"], "sft+rl": ["loss/sft", "loss/rl"],
          "luffy": ["loss/rl", "loss/rl_demo"]}

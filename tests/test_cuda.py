@@ -7,28 +7,25 @@ A fake tensor has a shape and no data: whatever asks for a value, an index by a 
 is an error here and a wait for the device there. What the values are, bench/gpu.py checks on a card.
 """
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from ranks import made_up_sequences
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as M
 import srft
-import update
 from bench import plan
 from config import METHODS, TINY, parse_args
+from ranks import made_up_sequences
 from support.device import to_device
 from support.logprobs import _addmm_fp32
 
 
 @contextmanager
 def fake_gpu(method, *flags):
-    """(run, cfg, reads): what backward_micro_batch takes, on fake tensors, and the list of its reads of the
-    device."""
+    """(policy, its srft.backward_micro_batch of sequences, the list of its reads of the device), on fake tensors."""
     reads, cfg = [], parse_args(["--preset", "tiny", "--method", method, *flags])
 
     def tolist(tensor):
@@ -47,9 +44,11 @@ def fake_gpu(method, *flags):
         policy, reference = M.build_policy(config, mesh, device, bf16=True), None
         if cfg.kl_coef:
             reference = M.build_policy(config, mesh, device, bf16=True).requires_grad_(False)
-        run = SimpleNamespace(policy=policy, reference=reference, device=device,
-                              objective=srft.OBJECTIVES[method])
-        yield run, cfg, reads
+        def micro_batch(sequences, **asked):
+            return srft.backward_micro_batch(policy, srft.load_objective(cfg), sequences, asked, 2, 4, reference,
+                                             cfg, device)
+
+        yield policy, micro_batch, reads
 
 
 @pytest.mark.parametrize("flags", [
@@ -58,21 +57,20 @@ def fake_gpu(method, *flags):
     ["srft", "--demo_shaping", "0.1", "--eq12_form", "ratio"], ["grpo", "--entropy_floor", "0.1"]],
     ids=" ".join)
 def test_a_micro_batch_reads_the_device_once_whatever_the_method(flags):
-    with fake_gpu(*flags) as (run, cfg, reads):
-        found = update.backward_micro_batch(run, cfg, made_up_sequences()[:6], update.Before(), 2, 4)
-        assert len(reads) == 1 and all(p.grad is not None for p in run.policy.parameters())
-    assert found["demos"] == 1 and found["rollouts"] == 5 and found["tokens"] > 0
-    assert set(run.objective[1]) <= set(found)
+    with fake_gpu(*flags) as (policy, micro_batch, reads):
+        found = micro_batch(made_up_sequences()[:6])
+        assert len(reads) == 1 and all(p.grad is not None for p in policy.parameters())
+    assert found.counts["entropy/demo"] == 1 and found.counts["entropy/rollout"] == 5
+    assert found.losses and found.tokens.total() > 0
 
 
 def test_a_micro_batch_of_a_later_update_and_one_without_work_wait_for_nothing_either():
-    with fake_gpu("srft", "--updates_per_rollout", "2", "--entropy_level", "batch") as (run, cfg, reads):
+    with fake_gpu("srft", "--updates_per_rollout", "2", "--entropy_level", "batch") as (_, micro_batch, reads):
         sequences = made_up_sequences()[:6]
         shape = len(sequences), max(len(s.response) for s in sequences)
-        before = update.Before(torch.zeros(shape), torch.zeros(shape))
-        update.backward_micro_batch(run, cfg, sequences, before, 2, 4)
+        micro_batch(sequences, logp_old=torch.zeros(shape), step_entropy=torch.zeros(shape[0]))
         assert len(reads) == 1
-        update.backward_micro_batch(run, cfg, [], update.Before(), 2, 4)
+        micro_batch([])
         assert len(reads) == 1
 
 

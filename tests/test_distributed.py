@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, metrics, run
 from transformers import AutoModelForCausalLM
+
+from conftest import SMALL, metrics, run
 
 
 def gradients(tmp_path, budget, ranks=1, per_node=None, count=30, flags=()):

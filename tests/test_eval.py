@@ -26,10 +26,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ENV, ROOT, free_port, metrics, run, start
 
 import eval as E
 from config import TINY
+from conftest import ENV, ROOT, free_port, metrics, run, start
 from data import Example, Prompt, load_examples
 from paper import tables as scores
 from paper.benchmarks import BENCHMARKS, Problem

@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import claims as C
 import numpy as np
 import pytest
-import runs as R
-import tiny_paper as P
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import claims as C
+import runs as R
+import tiny_paper as P
 from config import TINY
+from conftest import ROOT
 from data import load_examples
 
 

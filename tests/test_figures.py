@@ -10,10 +10,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import run
 from transformers import AutoModelForCausalLM
 
 from config import TINY
+from conftest import run
 from data import load_examples
 from paper import figures as A
 from support.runlog import read_rows

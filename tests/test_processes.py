@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ENV, ROOT, SMALL, start
 
+from conftest import ENV, ROOT, SMALL, start
 from support import device, processes
 
 MINUTES = 0.04                    # 2.4 s in one phase

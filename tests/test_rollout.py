@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import metrics, run
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 import rollout
 from config import TINY
+from conftest import metrics, run
 from model import load_config
 from rollout import (
     RolloutEngine,

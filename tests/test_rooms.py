@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ENV, ROOT
 
 AT_THE_ROOT = {path.stem for path in ROOT.glob("*.py")}

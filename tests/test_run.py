@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV, ROOT, SMALL, metrics, run, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paper import figures as analysis
 import eval
-import model as M
-from support.checkpoint import newest_checkpoint
 import srft
 from config import TINY, Config, check_config, parse_args
+from conftest import ENV, ROOT, SMALL, metrics, run, start
+from paper import figures as analysis
+from support.checkpoint import newest_checkpoint
+from support.processes import Ranks
 from support.versions import TESTED, check_versions
 
 METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
@@ -317,7 +317,7 @@ def test_every_program_that_starts_an_engine_checks_its_stack_before_anything_is
 
     def started(device, *_):
         assert device == "cpu"                                                     # the flag's
-        return 0, 1, torch.device("cpu"), None
+        return Ranks(0, 1, torch.device("cpu"), None)
 
     module = {"srft": srft, "eval": eval, "analysis": analysis}[program]
     for name in ("init_distributed", "fetch", "AutoTokenizer"):

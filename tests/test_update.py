@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from updates import whole_update
 
 import model as M
 import srft
 from config import Config
 from paper import readings
 from support.logprobs import token_logprobs
+from updates import whole_update
 
 
 class Bigram(torch.nn.Module):
