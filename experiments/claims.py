@@ -26,8 +26,11 @@ class Results:
 
     def __init__(self, bench):
         self.bench, self.seeds = bench, range(10)             # all that are there, whatever was asked for now
-        self.rows = {(name, seed): read_rows(bench.known(name, seed) / "metrics.jsonl")
-                     for name in RUNS for seed in self.seeds if bench.done(name, seed)}
+        self.rows = {}
+        for name in RUNS:
+            for seed in self.seeds:
+                if bench.done(name, seed):
+                    self.rows[name, seed] = read_rows(bench.known(name, seed) / "metrics.jsonl")
 
     def each(self, name, value):
         """{seed: value(rows)}"""
@@ -35,7 +38,9 @@ class Results:
 
     def final(self, name, metric="accuracy"):
         """{seed: accuracy at the end}, in percent: held out, long, or the mean of the two."""
-        return self.each(name, lambda rows: 100 * float(np.mean([rows[-1][key] for key in METRICS[metric]])))
+        def at_the_end(rows):
+            return 100 * float(np.mean([rows[-1][key] for key in METRICS[metric]]))
+        return self.each(name, at_the_end)
 
     def minus(self, a, b, metric="accuracy"):
         """The interval of `final` of a minus that of b."""
@@ -47,25 +52,36 @@ class Results:
         run, found = RUNS[name], {}
         first = RUNS[run.start].steps if run.start else 0
         for seed, rows in self.each(name, lambda rows: rows).items():
-            before = [(row["step"], row) for row in self.rows.get((run.start, seed), [])]
-            rows = before + [(first + row["step"], row) for row in rows]
-            reached = (step for step, row in rows
-                       if step % 8 == 0 and "eval/long" in row and percent(row) >= level)
-            found[seed] = next(reached, first + run.steps + 8)
+            course = []                                       # (step of the sequence, row)
+            for row in self.rows.get((run.start, seed), []):
+                course.append((row["step"], row))
+            for row in rows:
+                course.append((first + row["step"], row))
+            found[seed] = first + run.steps + 8
+            for step, row in course:
+                if step % 8 == 0 and "eval/long" in row and percent(row) >= level:
+                    found[seed] = step
+                    break
         return found
 
     def figure(self, name, value):
         """{seed: value(what the JSON of figure NAME-SEED says)}"""
-        files = {seed: self.bench.results / f"{name}-{seed}.json" for seed in self.seeds}
-        return {seed: value(json.loads(file.read_text())) for seed, file in files.items() if file.exists()}
+        found = {}
+        for seed in self.seeds:
+            file = self.bench.results / f"{name}-{seed}.json"
+            if file.exists():
+                found[seed] = value(json.loads(file.read_text()))
+        return found
 
     def distance(self, label, step=None):
         """{seed: Fig. 3's distance to the base model after a step, by default the last}, in points."""
-        def of(found):
+        def at_step(found):
             path = found["runs"][label]
-            at = path[-1]["step"] if step is None else step
-            return 100 * next(point for point in path if point["step"] == at)["distances"][0]
-        return self.figure("fig3", of)
+            wanted = path[-1]["step"] if step is None else step
+            for point in path:
+                if point["step"] == wanted:
+                    return 100 * point["distances"][0]
+        return self.figure("fig3", at_step)
 
 
 def percent(row):
@@ -80,9 +96,16 @@ def entropy(row):
 
 def gradient_share(rows, terms, half):
     """Percent that terms have of the sum of all four terms' gradient norms, in half 0 or 1 of the steps."""
-    measured = [row for row in rows
-                if "grad_norm/sft_demo" in row and (row["step"] > rows[-1]["step"] / 2) == half]
-    total = lambda terms: sum(row[f"grad_norm/{term}"] for row in measured for term in terms)
+    middle = rows[-1]["step"] / 2
+    measured = [row for row in rows if "grad_norm/sft_demo" in row and (row["step"] > middle) == half]
+
+    def total(some):
+        found = 0
+        for row in measured:
+            for term in some:
+                found += row[f"grad_norm/{term}"]
+        return found
+
     return 100 * total(terms) / total(TERMS)
 
 
@@ -90,8 +113,12 @@ def interval(values):
     """(mean, half width of its 95 % interval by Student's t, seeds); the half width is None for one seed."""
     values = list(values)
     n = len(values)
-    half = T_95[n] * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else None
-    return (float(np.mean(values)) if n else None), half, n
+    if not n:
+        return None, None, 0
+    half = None
+    if n > 1:
+        half = T_95[n] * float(np.std(values, ddof=1)) / n**0.5
+    return float(np.mean(values)), half, n
 
 
 def difference(a, b):
@@ -100,24 +127,34 @@ def difference(a, b):
 
 
 def negative(found):
-    return tuple(-x if i == 0 and x is not None else x for i, x in enumerate(found))
+    """The interval of the number with the opposite sign."""
+    mean, half, n = found
+    return (None if mean is None else -mean), half, n
 
 
 def verdict(mean, half, least=0.0):
     """The rule: "x > least" holds if the whole 95 % interval lies above, does not if all of it lies below."""
     if half is None:
         return "cannot tell"
-    return "holds" if mean - half > least else "does not hold" if mean + half < least else "cannot tell"
+    if mean - half > least:
+        return "holds"
+    if mean + half < least:
+        return "does not hold"
+    return "cannot tell"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Tables.
 
-def shown(mean, half, n=None, digits=1):
+def shown(found, digits=1):
+    """An interval as text: "9.2 \u00b1 1.0"."""
+    mean, half, _ = found
     if mean is None:
         return "-"
-    half = f" \u00b1 {half:.{digits}f}" if half is not None else ""
-    return f"{round(mean, digits) + 0.0:.{digits}f}{half}"
+    text = f"{round(mean, digits) + 0.0:.{digits}f}"            # + 0.0: not "-0.0"
+    if half is not None:
+        text += f" \u00b1 {half:.{digits}f}"
+    return text
 
 
 def of(n):
@@ -127,52 +164,87 @@ def of(n):
 def table(results, title, runs):
     """Markdown: accuracy at the end of each run, mean and 95 % interval over seeds."""
     lines = [f"**{title}**", "", "| run | held-out | long | mean | lr | seeds |", "|---|---|---|---|---|---|"]
-    start = [results.each(name, lambda rows: rows[0]) for name in runs if not RUNS[name].start]
-    start = max(start, key=len, default={})                         # the base model, by each seed's draws
-    if start:
-        held, longer = ([100 * row[f"eval/{split}"] for row in start.values()]
-                        for split in ("heldout", "long"))
-        means = [percent(row) for row in start.values()]
-        cells = [shown(*interval(values)) for values in (held, longer, means)]
-        lines.append(f"| base | {' | '.join(cells)} | | {len(start)} |")
+    base = base_row(results, runs)
+    if base:
+        lines.append(base)
     for name in runs:
-        if results.final(name):
-            cells = [shown(*interval(results.final(name, metric).values())) for metric in METRICS]
-            configs = [results.bench.known(name, seed) / "config.json" for seed in results.final(name)]
-            rates = sorted({json.loads(file.read_text())["lr"] for file in configs})
-            cells += [" / ".join(f"{rate:g}" for rate in rates), str(len(configs))]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        finals = results.final(name)
+        if not finals:
+            continue
+        cells = [name]
+        for metric in METRICS:
+            cells.append(shown(interval(results.final(name, metric).values())))
+        rates = set()
+        for seed in finals:
+            config = json.loads((results.bench.known(name, seed) / "config.json").read_text())
+            rates.add(config["lr"])
+        cells.append(" / ".join(f"{rate:g}" for rate in sorted(rates)))
+        cells.append(str(len(finals)))
+        lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
 
+def base_row(results, runs):
+    """The base model's line of a table: step 0 of the run that most seeds are known of; "" without any."""
+    start = {}                                                      # seed -> row, by each seed's draws
+    for name in runs:
+        found = results.each(name, lambda rows: rows[0])
+        if not RUNS[name].start and len(found) > len(start):
+            start = found
+    if not start:
+        return ""
+    heldout = [100 * row["eval/heldout"] for row in start.values()]
+    longer = [100 * row["eval/long"] for row in start.values()]
+    means = [percent(row) for row in start.values()]
+    cells = ["base", shown(interval(heldout)), shown(interval(longer)), shown(interval(means))]
+    return f"| {' | '.join(cells)} | | {len(start)} |"
+
+
+def table_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
 # ----------------------------------------------------------------------------------------------------------
-# Claims and questions.
+# Claims of the paper's text, in its order. Those with `later` came after results had been seen: a dagger.
 
 def claims(results):
     """[(claim, figure, verdict)] of the paper's text."""
-    rows, minus = [], results.minus
+    rows = []
 
     def claim(text, found, unit="points", least=0.0, digits=1, later=False):
+        """found: the interval of a number. Is it greater than `least`?"""
         mean, half, n = found
         if n:
-            figure = f"{shown(mean, half, digits=digits)} {unit}".rstrip()
+            figure = f"{shown(found, digits)} {unit}".rstrip()
             rows.append((text + " \u2020" * later, f"{figure}, {of(n)}", verdict(mean, half, least)))
 
+    for part in (figure_2, figure_3, table_1, figure_4, figure_5, table_2, table_3, figure_6, figure_a2):
+        part(results, claim)
+    return rows
+
+
+def figure_2(results, claim):
     for source, words in (("demo", "tokens of held-out demonstrations"),
                           ("own", "tokens of its own responses")):
-        changed = lambda label, what: results.figure(
-            f"fig2b-{source}", lambda found: 100 * found[label][what])
+        def changed(label, what):
+            return results.figure(f"fig2b-{source}", lambda found: 100 * found[label][what])
+
         for what, later in (("changed by more than 0.1", False), ("changed by more than 0.5", True)):
             claim(f"SFT changes more tokens than RL (share of the {words} {what}; Fig. 2b)",
                   difference(changed("SFT", what), changed("RL", what)), later=later)
         claim(f"SFT changes probabilities more than RL (mean change over {words}; Fig. 2b)",
               difference(changed("SFT", "mean |change|"), changed("RL", "mean |change|")),
               digits=2, later=True)
-        sft, rl, srft = (changed(label, "changed by more than 0.1") for label in ("SFT", "RL", "SRFT"))
+        sft = changed("SFT", "changed by more than 0.1")
+        rl = changed("RL", "changed by more than 0.1")
+        srft = changed("SRFT", "changed by more than 0.1")
         claim(f"SRFT lies between: changes fewer than SFT ({words}, by more than 0.1; Fig. A1)",
               difference(sft, srft))
         claim(f"SRFT lies between: changes more than RL ({words}, by more than 0.1; Fig. A1)",
               difference(srft, rl))
+
+
+def figure_3(results, claim):
     distance = results.distance
     claim("SFT moves further from the base model than RL (Fig. 3)",
           difference(distance("SFT"), distance("RL")), digits=2, later=True)
@@ -182,9 +254,14 @@ def claims(results):
     claim("SRFT stays closer to the base model than SFT->RL (Fig. 3)",
           difference(distance("SFT->RL"), distance("SRFT")), digits=2, later=True)
 
+
+def table_1(results, claim):
+    minus = results.minus
     for forward, backward, words in ((FORWARD, BACKWARD, ""),
                                      ("sft>grpo", "grpo>sft", ", both stages in full")):
-        rank = lambda text, a, b: claim(f"{text} (Table 1{words})", minus(a, b), later=bool(words))
+        def rank(text, better, worse):
+            claim(f"{text} (Table 1{words})", minus(better, worse), later=bool(words))
+
         rank("SFT->RL beats RL->SFT", forward, backward)
         for metric, problems in (("heldout", "held-out problems"), ("long", "long problems")):
             claim(f"SFT->RL beats RL->SFT on {problems} alone (Table 1{words})",
@@ -195,29 +272,45 @@ def claims(results):
         rank("RL->SFT loses to SFT", "sft", backward)
         rank("KL in SFT does not rescue RL->SFT: RL stays ahead of RL->SFT_KL", "grpo", f"{backward}_kl")
 
-    evaluated = lambda rows: [row for row in rows if "eval_entropy/heldout" in row]    # every 4 steps
-    change = lambda name, value, n: interval(results.each(
-        name, lambda rows: value(evaluated(rows)[:n][-1]) - value(evaluated(rows)[0])).values())
-    claim("accuracy falls when SFT follows RL (Fig. 4a; four steps after the switch)",
-          negative(change(BACKWARD, percent, 2)))
-    claim("accuracy falls when SFT follows RL (Fig. 4a; both stages in full, eight steps after the switch)",
-          negative(change("grpo>sft", percent, 3)), later=True)
-    claim("entropy jumps when SFT follows RL (Fig. 4b; four steps after the switch)",
-          change(BACKWARD, entropy, 2), "nats", digits=3)
-    claim("entropy jumps when SFT follows RL (Fig. 4b; both stages in full, eight steps after the switch)",
-          change("grpo>sft", entropy, 3), "nats", digits=3, later=True)
-    claim("RL lowers entropy (Fig. 4b)", negative(change("grpo", entropy, None)), "nats", digits=3)
 
+def change(results, name, value, last=None):
+    """The interval of value(row) at the `last`-th evaluation of a run (counted from 1; None: the last of all)
+    minus that at its first, which a second stage makes at its start."""
+    def of_rows(rows):
+        evaluated = [row for row in rows if "eval_entropy/heldout" in row]              # every 4 steps
+        return value(evaluated[:last][-1]) - value(evaluated[0])
+
+    return interval(results.each(name, of_rows).values())
+
+
+def figure_4(results, claim):
+    claim("accuracy falls when SFT follows RL (Fig. 4a; four steps after the switch)",
+          negative(change(results, BACKWARD, percent, 2)))
+    claim("accuracy falls when SFT follows RL (Fig. 4a; both stages in full, eight steps after the switch)",
+          negative(change(results, "grpo>sft", percent, 3)), later=True)
+    claim("entropy jumps when SFT follows RL (Fig. 4b; four steps after the switch)",
+          change(results, BACKWARD, entropy, 2), "nats", digits=3)
+    claim("entropy jumps when SFT follows RL (Fig. 4b; both stages in full, eight steps after the switch)",
+          change(results, "grpo>sft", entropy, 3), "nats", digits=3, later=True)
+    claim("RL lowers entropy (Fig. 4b)", negative(change(results, "grpo", entropy)), "nats", digits=3)
+
+
+def figure_5(results, claim):
     rivals = (*SEQUENCES, "sft+rl")
     if all(results.final(name) for name in rivals):
-        level = 0.9 * min(interval(results.final(name).values())[0] for name in rivals)
+        means = [interval(results.final(name).values())[0] for name in rivals]
+        level = 0.9 * min(means)
         until = {name: results.steps_to(name, level) for name in rivals}
         fastest = min(SEQUENCES, key=lambda name: np.mean(list(until[name].values())))
         claim("SFT+RL in one stage needs fewer steps than the fastest SFT->RL "
               f"({fastest}), to {level:.0f} % (Fig. 5)", difference(until[fastest], until["sft+rl"]), "steps")
     claim("accuracy falls for a while when RL follows long SFT (Fig. 5; four steps after the switch)",
-          negative(change(FORWARD, percent, 2)), later=True)
-    claim("SFT+RL beats RL (Fig. 5)", minus("sft+rl", "grpo"))
+          negative(change(results, FORWARD, percent, 2)), later=True)
+    claim("SFT+RL beats RL (Fig. 5)", results.minus("sft+rl", "grpo"))
+
+
+def table_2(results, claim):
+    minus = results.minus
     for name in ("sft", "sft_kl", "grpo", FORWARD, "luffy", "relift"):
         claim(f"SRFT beats {name} (Table 2)", minus("srft", name))
     claim("SRFT beats sft+rl (not compared in the paper: are weights and Eq. 9 worth more than the sum?)",
@@ -231,37 +324,60 @@ def claims(results):
     claim("SRFT beats RL out of distribution (abstract: zero-RL methods)", minus("srft", "grpo", "long"))
     for name in (FORWARD, "luffy", "relift"):
         claim(f"SRFT beats {name} out of distribution (Sec. 5.2)", minus("srft", name, "long"), later=True)
-    claim("w_SFT matters: SRFT beats SRFT with w_SFT = 1 (Table 3)", minus("srft", "srft-w_sft-1"))
-    claim("w_RL matters: SRFT beats SRFT with w_RL = 1 (Table 3)", minus("srft", "srft-w_rl-1"))
 
-    late = lambda rows: np.mean([row["entropy/rollout"] for row in rows[1:][-10:]])
-    reward = lambda rows: np.mean([row["reward/mean"] for row in rows[1:]])
-    grown = lambda rows: rows[-1]["response_len/mean"] - rows[1]["response_len/mean"]
-    against_rl = lambda value: difference(results.each("srft", value), results.each("grpo", value))
-    claim("SRFT keeps more entropy than RL (Fig. 6c; last 10 steps)", against_rl(late), "nats", digits=3)
-    claim("SRFT lengthens responses (Fig. 6b)", interval(results.each("srft", grown).values()), "tokens")
-    claim("RL shortens responses (Fig. 6b)", negative(interval(results.each("grpo", grown).values())),
+
+def table_3(results, claim):
+    claim("w_SFT matters: SRFT beats SRFT with w_SFT = 1 (Table 3)", results.minus("srft", "srft-w_sft-1"))
+    claim("w_RL matters: SRFT beats SRFT with w_RL = 1 (Table 3)", results.minus("srft", "srft-w_rl-1"))
+
+
+def figure_6(results, claim):
+    # Row 0 is the base model, before the first step.
+    def late_entropy(rows):
+        return np.mean([row["entropy/rollout"] for row in rows[1:][-10:]])
+
+    def reward(rows):
+        return np.mean([row["reward/mean"] for row in rows[1:]])
+
+    def lengthening(rows):
+        return rows[-1]["response_len/mean"] - rows[1]["response_len/mean"]
+
+    def against_rl(value):
+        return difference(results.each("srft", value), results.each("grpo", value))
+
+    claim("SRFT keeps more entropy than RL (Fig. 6c; last 10 steps)", against_rl(late_entropy), "nats",
+          digits=3)
+    claim("SRFT lengthens responses (Fig. 6b)", interval(results.each("srft", lengthening).values()),
+          "tokens")
+    claim("RL shortens responses (Fig. 6b)", negative(interval(results.each("grpo", lengthening).values())),
           "tokens")
     claim("SRFT's reward rises faster than RL's (Fig. 6a; mean over all steps)", against_rl(reward), "",
           digits=3)
-    claim("without gradients on low-entropy tokens RL loses less than 3 points (Fig. A2)",
-          minus("grpo-truncated", "grpo"), least=-3.0)
-    return rows
 
+
+def figure_a2(results, claim):
+    claim("without gradients on low-entropy tokens RL loses less than 3 points (Fig. A2)",
+          results.minus("grpo-truncated", "grpo"), least=-3.0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Questions of the paper's reviewers, and ours of the table of decisions.
 
 def reviews(results):
     """[(question, figure, verdict)] of what the paper's reviewers asked, and of our table of decisions."""
     rows = []
 
-    def ask(text, a, b, least=0.0, words=("holds", "does not hold")):
-        mean, half, n = results.minus(a, b)
+    def ask(text, a, b, least=0.0, holds="holds", does_not="does not hold"):
+        """Is run a better than run b, by more than `least` points? In these words."""
+        found = results.minus(a, b)
+        mean, half, n = found
         if n:
             says = verdict(mean, half, least)
-            says = dict(zip(("holds", "does not hold"), words)).get(says, says)
-            rows.append((text, f"{shown(mean, half)} points, {of(n)}", says))
+            says = {"holds": holds, "does not hold": does_not}.get(says, says)
+            rows.append((text, f"{shown(found)} points, {of(n)}", says))
 
     ask("RL against SFT: the paper has RL ahead in Table 1, SFT in Table 2", "grpo", "sft",
-        words=("RL ahead", "SFT ahead"))
+        holds="RL ahead", does_not="SFT ahead")
     ask("from the same fine-tuned start (12 steps of SFT), SRFT beats RL", "sft-12>srft", "sft-12>grpo")
     for name in ("sft", "sft+rl", "luffy"):
         ask(f"weak demonstrations: SRFT beats {name}", "srft weak", f"{name} weak")
@@ -271,40 +387,60 @@ def reviews(results):
         ask(f"weak demonstrations cost {name} less than 3 points \u2020", f"{name} weak", name, least=-3.0)
     for name in ("sft", "grpo", "sft+rl"):
         ask(f"second family (Qwen3): SRFT beats {name}", "srft qwen3", f"{name} qwen3")
-    for terms in (*((term,) for term in TERMS), TERMS[:2]) if results.final("srft") else ():
-        share = lambda half: interval(
-            results.each("srft", lambda rows: gradient_share(rows, terms, half)).values())
-        first, second = share(0), share(1)
+    if results.final("srft"):
+        rows += distillation(results)
+    for name in SWITCHES:
+        ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", holds="better",
+            does_not="worse")
+    return rows
+
+
+def distillation(results):
+    """Rows of the question: what part of the update comes from demonstrations? Each term, and those two."""
+    rows, groups = [], [(term,) for term in TERMS]
+    groups.append(("sft_demo", "rl_demo"))
+    for terms in groups:
+        halves = []
+        for half in (0, 1):
+            shares = results.each("srft", lambda rows: gradient_share(rows, terms, half))
+            halves.append(interval(shares.values()))
+        first, second = halves
+        _, _, n = first
         rows.append((
             f"is it distillation? Share of {' and '.join(terms)} in the sum of the terms' gradient norms",
-            f"{shown(*first)} % in the first half of the steps, {shown(*second)} % in the second, "
-            f"{of(first[-1])}", ""))
-    for name in SWITCHES:
-        ask(f"`{name.removeprefix('srft ')}` against the default", name, "srft", words=("better", "worse"))
+            f"{shown(first)} % in the first half of the steps, {shown(second)} % in the second, {of(n)}", ""))
     return rows
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Everything, written.
 
 def figures(bench, results):
-    """{figure: {label: run folders}}, seeds joined by ",", stages of a sequence by "+", as in paper/figures.py."""
+    """{figure: {label: run folders}}, seeds joined by ",", stages of a sequence by "+", as paper/figures.py
+    reads them."""
     def curve(*names):
-        seeds = [seed for seed in results.seeds if all((name, seed) in results.rows for name in names)]
-        return ",".join("+".join(str(bench.known(name, seed)) for name in names) for seed in seeds)
+        """The run, or the sequence of runs, of all seeds that have each of them."""
+        of_seeds = []
+        for seed in results.seeds:
+            if all((name, seed) in results.rows for name in names):
+                of_seeds.append("+".join(str(bench.known(name, seed)) for name in names))
+        return ",".join(of_seeds)
 
-    label = lambda name: f"SFT->RL, {RUNS[RUNS[name].start].steps} + {RUNS[name].steps}"
-    sequences = {label(name): curve(RUNS[name].start, name) for name in SEQUENCES}
-    last = f"SFT->RL, {STAGE} + {REST}"
-    whole = f"{STEPS} + {STEPS}"
-    back = {f"RL->SFT, {REST} + {STAGE}": curve(f"grpo-{REST}", BACKWARD),
-            f"RL->SFT_KL, {REST} + {STAGE}": curve(f"grpo-{REST}", f"{BACKWARD}_kl"),
-            **{f"{label}, {whole}": curve(*stages) for label, stages in {
-                "SFT->RL": ("sft", "sft>grpo"), "RL->SFT": ("grpo", "grpo>sft"),
-                "RL->SFT_KL": ("grpo", "grpo>sft_kl")}.items()}}
     rl = curve("grpo")
-    return {"fig4": {last: sequences[last], **back},
-            "fig5": {"RL": rl, **sequences, "SFT+RL": curve("sft+rl")},
-            "fig6": {"RL": rl, "SRFT": curve("srft")}, "terms": {"SRFT": curve("srft")},
+    forward = {}
+    for name in SEQUENCES:
+        start = RUNS[name].start
+        forward[f"SFT->RL, {RUNS[start].steps} + {RUNS[name].steps}"] = curve(start, name)
+    last = f"SFT->RL, {STAGE} + {REST}"
+    return {"fig4": {last: forward[last],
+                     f"RL->SFT, {REST} + {STAGE}": curve(f"grpo-{REST}", BACKWARD),
+                     f"RL->SFT_KL, {REST} + {STAGE}": curve(f"grpo-{REST}", f"{BACKWARD}_kl"),
+                     f"SFT->RL, {STEPS} + {STEPS}": curve("sft", "sft>grpo"),
+                     f"RL->SFT, {STEPS} + {STEPS}": curve("grpo", "grpo>sft"),
+                     f"RL->SFT_KL, {STEPS} + {STEPS}": curve("grpo", "grpo>sft_kl")},
+            "fig5": {"RL": rl, **forward, "SFT+RL": curve("sft+rl")},
+            "fig6": {"RL": rl, "SRFT": curve("srft")},
+            "terms": {"SRFT": curve("srft")},
             "figA2": {"RL": rl, "RL, truncated": curve("grpo-truncated")}}
 
 
@@ -313,31 +449,51 @@ def report(bench):
     results = Results(bench)
     if not results.rows:
         raise SystemExit("no results yet: run without --report")
+    tables = all_tables(bench, results)
+    (bench.results / "tables.md").write_text(tables)
+    lines = ["| claim | found | |", "|---|---|---|"]
+    for cells in claims(results):
+        lines.append(table_row(cells))
+    lines += ["", "| asked | found | |", "|---|---|---|"]
+    for cells in reviews(results):
+        lines.append(table_row(cells))
+    text = "\n".join(lines)
+    page = Path("experiments/README.md")
+    if bench.quick or not page.exists():
+        (bench.results / "claims.md").write_text(text + "\n")
+    else:
+        fill_in(page, text)
+    for name, curves in figures(bench, results).items():
+        if all(curves.values()):
+            runs = [f"{label}={folders}" for label, folders in curves.items()]
+            bench.figures(name, *runs, "--out", bench.results / name)
+    print(tables, text, sep="\n")
+
+
+def all_tables(bench, results):
+    """Markdown: a table for each part of the runs that is known, and the hours that they took."""
     parts = {"Table 1: SFT, RL and sequences": TABLE1,
              "Table 2: SRFT, its baselines, and the runs of Fig. 5 and A2": ["sft", "grpo", FORWARD, *TABLE2],
              "Table 3: without the entropy weights": ["srft", *TABLE3],
              "Switches of the table of decisions": ["srft", *SWITCHES],
              "What the reviewers asked": REVIEWS,
              "A second family, Qwen3": SECOND_FAMILY}
-    tables = "\n".join(table(results, title, runs) for title, runs in parts.items()
-                       if any(map(results.final, runs)))
-    seconds = [json.loads((bench.known(*run) / "config.json").read_text())["seconds"] for run in results.rows]
-    tables += f"\n{len(seconds)} runs, one core each: {sum(seconds) / 3600:.1f} hours, without tuning.\n"
-    (bench.results / "tables.md").write_text(tables)
-    row = lambda cells: f"| {' | '.join(cells)} |"
-    text = "\n".join(["| claim | found | |", "|---|---|---|", *map(row, claims(results)), "",
-                      "| asked | found | |", "|---|---|---|", *map(row, reviews(results))])
-    page = Path("experiments/README.md")
-    if bench.quick or not page.exists():
-        (bench.results / "claims.md").write_text(text + "\n")
-    else:
-        before, _, after = page.read_text().partition("<!-- claims -->\n")
-        _, end, after = after.partition("<!-- end of claims -->")
-        if not end:
-            raise SystemExit(f"{page}: the lines <!-- claims --> and <!-- end of claims --> are not there")
-        page.write_text(f"{before}<!-- claims -->\n{text}\n{end}{after}")
-    for name, curves in figures(bench, results).items():
-        if all(curves.values()):
-            runs = [f"{label}={folders}" for label, folders in curves.items()]
-            bench.figures(name, *runs, "--out", bench.results / name)
-    print(tables, text, sep="\n")
+    tables = []
+    for title, runs in parts.items():
+        if any(map(results.final, runs)):
+            tables.append(table(results, title, runs))
+    seconds = []
+    for name, seed in results.rows:
+        config = json.loads((bench.known(name, seed) / "config.json").read_text())
+        seconds.append(config["seconds"])
+    hours = f"{len(seconds)} runs, one core each: {sum(seconds) / 3600:.1f} hours, without tuning.\n"
+    return "\n".join(tables) + "\n" + hours
+
+
+def fill_in(page, text):
+    """Put the text between the two lines of experiments/README.md that wait for it."""
+    before, _, after = page.read_text().partition("<!-- claims -->\n")
+    _, end, after = after.partition("<!-- end of claims -->")
+    if not end:
+        raise SystemExit(f"{page}: the lines <!-- claims --> and <!-- end of claims --> are not there")
+    page.write_text(f"{before}<!-- claims -->\n{text}\n{end}{after}")

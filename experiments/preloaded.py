@@ -25,14 +25,17 @@ lock = threading.Lock()             # multiprocessing polls all children when on
 
 
 def _end_with_parent():
+    """A thread of each child: a killed parent cannot end its children itself."""
     multiprocessing.parent_process().join()
     os._exit(1)                                     # else it would go on writing where the next run writes
 
 
 def _main(argv, env, output):
+    """What a forked child does: become the process that `python argv` would be."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1), os.dup2(file, 2)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
@@ -47,14 +50,15 @@ def _main(argv, env, output):
         else:
             sys.path[0] = str(Path(argv[0]).resolve().parent)
             runpy.run_path(argv[0], run_name="__main__")
-    except SystemExit as stop:
+    except SystemExit as stop:                      # as the interpreter does: a number, a message, or None
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     sys.exit(code)
 
 
@@ -98,6 +102,6 @@ class Child:
 
 
 def start(argv, env=(), output=os.devnull):
-    """Run a script of the project, argv[0], or "-c" and code, or "-m" and a module, from its root, with `env` on top of this
-    process's; stdout and stderr go to `output`."""
+    """Run a script of the project, argv[0], or "-c" and code, or "-m" and a module, from its root, with `env`
+    on top of this process's; stdout and stderr go to `output`."""
     return Child(argv, os.environ | dict(env), output)

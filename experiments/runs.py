@@ -1,4 +1,8 @@
-"""The runs of tiny_paper.py: what Tables 1-3, the switches and the reviewers' questions are made of."""
+"""The runs of tiny_paper.py: what Tables 1-3, the switches and the reviewers' questions are made of.
+
+A run's name says what it is: "sft-28>grpo" is 28 steps of SFT, then RL for the rest; "srft weak" is SRFT on
+weak demonstrations; "srft --loss_norm token" is SRFT with that flag. A part is a dictionary, name -> Run.
+"""
 from dataclasses import dataclass
 
 STEPS, STAGE = 40, 28              # of every paradigm; of SFT in sequences: 70 %, as 350 of the paper's 500
@@ -9,7 +13,10 @@ TUNING_SEED = 100
 
 @dataclass(frozen=True)
 class Run:
-    """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned rate it takes."""
+    """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned rate it takes.
+
+    Its repr() stands in each result's config.json: a result counts as long as that is the run's definition.
+    """
     method: str
     steps: int = STEPS
     start: str = ""
@@ -24,7 +31,11 @@ def sequence(first, second, switch):
 
 
 def variants(methods, suffix, *flags, tuned=True):
-    return {f"{name} {suffix}": Run(name, flags=flags, lr="" if tuned else name) for name in methods}
+    """The same methods with these flags, each tuned itself, or by the rate of its method without them."""
+    runs = {}
+    for name in methods:
+        runs[f"{name} {suffix}"] = Run(name, flags=flags, lr="" if tuned else name)
+    return runs
 
 
 TABLE1 = {

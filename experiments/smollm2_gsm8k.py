@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from support.runlog import read_rows  # noqa: E402
 
+# Paradigm: its stages, (method, share of the steps).
 RUNS = {"sft": [("sft", 1.0)], "grpo": [("grpo", 1.0)], "sft+rl": [("sft+rl", 1.0)], "srft": [("srft", 1.0)],
         "sft->rl": [("sft", 0.7), ("grpo", 0.3)]}
 GPU = dict(steps=200, prompts_per_step=64, n_rollouts=8, max_response_tokens=400, micro_batch_tokens=32768,
@@ -30,6 +31,70 @@ CPU = dict(steps=20, prompts_per_step=8, n_rollouts=4, max_response_tokens=192, 
 
 
 def main():
+    args = parse()
+    flags = dict(CPU if args.cpu else GPU)
+    flags["steps"] = args.steps or flags["steps"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    limit = args.limit or (100 if args.cpu else None)
+    lines = Path(args.test).read_text().splitlines(keepends=True)[:limit]
+    test = args.out / "test.jsonl"
+    test.write_text("".join(lines))
+
+    curves = {}                                             # paradigm -> its run, or RUN+RUN
+    for name in args.only or RUNS:
+        folders = train_stages(args, name, flags, test)
+        curves[name] = "+".join(map(str, folders))
+        last = read_rows(folders[-1] / "metrics.jsonl")[-1]
+        print(f"{name:<8} {100 * last['eval/test']:5.1f} %   response {last['eval_len/test']:.0f} tokens",
+              flush=True)
+    for figure in ("fig5", "fig6"):
+        curve = [f"{name}={runs}" for name, runs in curves.items()]
+        subprocess.run([sys.executable, "-m", "paper.figures", figure, *curve, "--out", args.out / figure],
+                       check=True, cwd=ROOT)
+
+
+def train_stages(args, name, flags, test):
+    """Each stage of a paradigm, from the model of the one before -> the folders of its runs."""
+    model, folders, left = args.model, [], flags["steps"]
+    plain = name.replace(">", "").replace("+", "_plus_")    # paper/figures.py joins runs by "+"
+    for place, (method, share) in enumerate(RUNS[name], 1):
+        steps = max(1, round(share * flags["steps"]))
+        if place == len(RUNS[name]):
+            steps = left                                    # whatever rounding has left
+        left -= steps
+        folder = args.out / (plain if share == 1 else f"{plain}-{method}")
+        train(args, method, model, {**flags, "steps": steps}, test, folder)
+        model = folder / "hf"
+        folders.append(folder)
+    return folders
+
+
+def train(args, method, model, flags, test, folder):
+    """One run of srft.py, unless it is there. Leaves with a message if what is there had other flags, or if
+    the run was stopped."""
+    if (folder / "hf").is_dir():
+        known = json.loads((folder / "config.json").read_text())
+        asked = {**flags, "model": str(model), "data": args.train}
+        other = {key: known[key] for key, value in asked.items() if known[key] != value}
+        if other:
+            sys.exit(f"{folder} was trained with {other}; delete it, or give another --out")
+        return
+    command = ["srft.py", "--method", method, "--model", model, "--out", folder,
+               "--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0,
+               "--window", 0, "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1,
+               "--device", "cpu" if args.cpu else "auto"]
+    for flag, value in flags.items():
+        command += [f"--{flag}", value]
+    print(*command, flush=True)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    launch = [torchrun, "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={args.ranks}"]
+    subprocess.run(list(map(str, [*launch, *command])), check=True, cwd=ROOT,
+                   env={"OMP_NUM_THREADS": "1"} | os.environ)
+    if not (folder / "hf").is_dir():                        # a signal: srft.py ends with exit code 0
+        sys.exit(f"{folder}: stopped before its end; the same command goes on with it")
+
+
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
@@ -48,48 +113,13 @@ def main():
         parser.error("--steps: 2 or more, for a sequence has two stages")
     if set(args.out) & set("+,="):
         parser.error("--out: not with +, comma or =, which join runs and name curves in paper/figures.py")
-    local = lambda name: str(Path(name).resolve()) if Path(name).exists() else name     # runs start in ROOT
-    args.model, args.train, args.out = local(args.model), local(args.train), str(Path(args.out).resolve())
-    flags = CPU if args.cpu else GPU
-    steps, limit, out = args.steps or flags["steps"], args.limit or (100 if args.cpu else 0), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    test = out / "test.jsonl"
-    test.write_text("".join(Path(args.test).read_text().splitlines(keepends=True)[:limit or None]))
-    common = ["--data", args.train, "--eval_data", test, "--template", "tokenizer", "--rope_theta", 0,
-              "--window", 0, "--no-strict_box", "--max_prompt_tokens", 300, "--resume", "--keep", 1,
-              "--device", "cpu" if args.cpu else "auto"]
-    curves = {}
-    for name in args.only or RUNS:
-        model, stages, left, plain = args.model, [], steps, name.replace(">", "").replace("+", "_plus_")
-        for method, share in RUNS[name]:
-            folder = out / (plain if share == 1 else f"{plain}-{method}")
-            here = flags | {"steps": left if method == RUNS[name][-1][0] else max(1, round(share * steps))}
-            left -= here["steps"]
-            command = ["srft.py", "--method", method, "--model", model, "--out", folder, *common,
-                       *(x for flag, value in here.items() for x in (f"--{flag}", value))]
-            if (folder / "hf").is_dir():
-                known = json.loads((folder / "config.json").read_text())
-                asked = here | {"model": str(model), "data": args.train}
-                other = {key: known[key] for key, value in asked.items() if known[key] != value}
-                if other:
-                    sys.exit(f"{folder} was trained with {other}; delete it, or give another --out")
-            else:
-                torchrun = Path(sys.executable).with_name("torchrun")
-                launch = [torchrun, "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={args.ranks}"]
-                print(*command, flush=True)
-                subprocess.run(list(map(str, [*launch, *command])), check=True, cwd=ROOT,
-                               env={"OMP_NUM_THREADS": "1"} | os.environ)
-                if not (folder / "hf").is_dir():
-                    sys.exit(f"{folder}: stopped before its end; the same command goes on with it")
-            model, stages = folder / "hf", [*stages, folder]
-        curves[name] = "+".join(map(str, stages))
-        rows = read_rows(stages[-1] / "metrics.jsonl")
-        accuracy, tokens = 100 * rows[-1]["eval/test"], rows[-1]["eval_len/test"]
-        print(f"{name:<8} {accuracy:5.1f} %   response {tokens:.0f} tokens", flush=True)
-    for figure in ("fig5", "fig6"):
-        curve = [f"{name}={runs}" for name, runs in curves.items()]
-        subprocess.run([sys.executable, "-m", "paper.figures", figure, *curve, "--out", str(out / figure)],
-                       check=True, cwd=ROOT)
+    args.model, args.train, args.out = local(args.model), local(args.train), Path(args.out).resolve()
+    return args
+
+
+def local(name):
+    """A path that holds in every folder, since runs start in ROOT; a name of the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 if __name__ == "__main__":

@@ -48,10 +48,15 @@ class Bench:
         os.chdir(ROOT)                      # paths are relative: they end up in results that are committed
         self.out = Path("out/tiny_paper_quick" if args.quick else "out/tiny_paper")
         self.results = self.out / "results" if args.quick else Path("experiments/results")
-        self.tuning, self.seeds = self.results / "tuning.json", [0] if args.quick else list(range(args.seeds))
+        self.tuning = self.results / "tuning.json"
+        self.seeds = [0] if args.quick else list(range(args.seeds))
 
     def steps(self, run):
-        return run.steps if not self.quick else 1 if run.start or f"{run.method}-{run.steps}" in RUNS else 2
+        """Of a run; in quick mode 2, as in a sequence its two stages together."""
+        if not self.quick:
+            return run.steps
+        is_a_stage = run.start or f"{run.method}-{run.steps}" in RUNS
+        return 1 if is_a_stage else 2
 
     def scores(self):
         """{"run rate": accuracy on tiny:valid} of what was tuned so far."""
@@ -59,18 +64,29 @@ class Bench:
 
     def lr(self, name):
         """The best rate of those tried; a tie goes to the smaller one."""
+        if self.quick:
+            return 3e-4
         scores, tuned = self.scores(), RUNS[name].lr or name
-        tried = [lr for lr in sorted((*GRID, *BEYOND)) if self.trial(tuned, lr) in scores]
-        return 3e-4 if self.quick else max(tried, key=lambda lr: scores[self.trial(tuned, lr)])
+        tried = {}                          # rate -> accuracy; max() takes the first of those with the most
+        for lr in sorted((*GRID, *BEYOND)):
+            trial = self.trial(tuned, lr)
+            if trial in scores:
+                tried[lr] = scores[trial]
+        return max(tried, key=tried.get)
 
     def trial(self, name, lr):
         """What tuning.json calls the run at this rate: "sft 0.001", "sft-28>grpo 0.0001 after 0.001"."""
-        return f"{name} {lr:g}" + (f" after {self.lr(RUNS[name].start):g}" if RUNS[name].start else "")
+        start = RUNS[name].start
+        if not start:
+            return f"{name} {lr:g}"
+        return f"{name} {lr:g} after {self.lr(start):g}"
 
     def recipe(self, name, lr=None):
         """All that defines a run, and the run that it starts from."""
-        start = RUNS[name].start
-        return [f"{RUNS[name]} {lr or self.lr(name):g}", *(self.recipe(start) if start else [])]
+        lines = [f"{RUNS[name]} {lr or self.lr(name):g}"]
+        if RUNS[name].start:
+            lines += self.recipe(RUNS[name].start)
+        return lines
 
     def done(self, name, seed):
         """Whether the results of this run are there, as it is defined now."""
@@ -78,13 +94,17 @@ class Bench:
         return file.exists() and json.loads(file.read_text()).get("recipe") == self.recipe(name)
 
     def folder(self, name, seed, lr=None):
+        """Of a run's models; at this rate, if it is a trial."""
         name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")    # "+" joins runs
-        return self.out / (f"{name}-{seed}" + (f"-lr{lr:g}" if lr else ""))
+        rate = f"-lr{lr:g}" if lr else ""
+        return self.out / f"{name}-{seed}{rate}"
 
     def known(self, name, seed):
+        """The folder of a run's results."""
         return self.results / "runs" / self.folder(name, seed).name
 
     def measured(self, seed):
+        """Whether Fig. 2 and 3 of this seed are there: fig3 comes last."""
         return (self.results / f"fig3-{seed}.png").exists()
 
     def start(self, command, log):
@@ -96,30 +116,48 @@ class Bench:
             raise RuntimeError(f"{command} failed; the end of {log}:\n{child.text()[-1500:]}")
 
     def figures(self, figure, *args):
+        """python -m paper.figures FIGURE ..."""
         self.start(["-m", "paper.figures", figure, *args], self.out / f"{figure}-{time.time_ns()}.log")
 
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all. Raises RuntimeError if it failed, or was stopped."""
-        run, began, whole, recipe = RUNS[name], time.time(), Path(f"{folder}.json"), self.recipe(name, lr)
+        began, whole, recipe = time.time(), Path(f"{folder}.json"), self.recipe(name, lr)
         if whole.exists() and (folder / "hf").is_dir() and json.loads(whole.read_text())["recipe"] == recipe:
             return
         shutil.rmtree(folder, ignore_errors=True)
         whole.unlink(missing_ok=True)
-        model = ["--model", self.folder(run.start, seed) / "hf" if run.start else "tiny"]
-        small = ["--prompts_per_step", 4, "--n_rollouts", 4] if self.quick else []
-        drawn = name in DRAWN and seed != TUNING_SEED
-        every = 1 if self.quick else run.steps if not drawn else 4 if run.start else 8
-        terms = ["--term_gradients", 1 if self.quick else 4] if name == "srft" and drawn else []
-        flags = [flag.replace("tiny_paper/", f"{self.out.name}/") for flag in run.flags]
-        save_every = 4 if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY) else 1000        # for Fig. 3
-        self.start(["srft.py", "--preset", "tiny", "--device", "cpu", "--method", run.method,
-                    "--steps", self.steps(run),
-                    "--seed", seed, "--lr", lr, "--eval_data", evaluation, "--eval_every", every,
-                    "--grader_workers", 1, "--log_samples", 1, "--save_every", save_every, "--keep", 99,
-                    *terms, *small, *model, *flags, "--out", folder], Path(f"{folder}.log"))
+        self.start(self.command(name, seed, lr, evaluation, folder), Path(f"{folder}.log"))
         if not (folder / "hf").is_dir():            # a signal: srft.py ends after its step, with exit code 0
             raise RuntimeError(f"{folder}: stopped before its end; the same command starts it again")
         whole.write_text(json.dumps({"recipe": recipe, "seconds": round(time.time() - began)}))
+
+    def command(self, name, seed, lr, evaluation, folder):
+        """The command line of a run."""
+        run = RUNS[name]
+        drawn = name in DRAWN and seed != TUNING_SEED           # else only its end is looked at
+        eval_every = run.steps
+        if drawn:
+            eval_every = 4 if run.start else 8
+        if self.quick:
+            eval_every = 1
+        save_every = 1000                                       # never, but for the trajectories of Fig. 3
+        if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY):
+            save_every = 4
+        command = ["srft.py", "--preset", "tiny", "--device", "cpu", "--method", run.method,
+                   "--steps", self.steps(run), "--seed", seed, "--lr", lr,
+                   "--eval_data", evaluation, "--eval_every", eval_every,
+                   "--grader_workers", 1, "--log_samples", 1, "--save_every", save_every, "--keep", 99]
+        if name == "srft" and drawn:
+            command += ["--term_gradients", 1 if self.quick else 4]
+        if self.quick:
+            command += ["--prompts_per_step", 4, "--n_rollouts", 4]
+        model = "tiny"
+        if run.start:
+            model = self.folder(run.start, seed) / "hf"
+        command += ["--model", model]
+        for flag in run.flags:                                  # the second --model of a run's flags wins
+            command.append(flag.replace("tiny_paper/", f"{self.out.name}/"))
+        return [*command, "--out", folder]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -135,10 +173,15 @@ def evaluation_sets(bench):
 
 
 def write_examples(file, examples):
+    """A JSONL file that load_examples reads back."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"id": e.id, "problem": e.problem, "answer": e.answer, "solution": e.demo} for e in examples]
-    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = []
+    for example in examples:
+        row = {"id": example.id, "problem": example.problem, "answer": example.answer}
+        if example.demo is not None:
+            row["solution"] = example.demo
+        lines.append(json.dumps(row) + "\n")
+    file.write_text("".join(lines))
 
 
 def terms_of(example):
@@ -149,18 +192,21 @@ def terms_of(example):
 def weak_demonstrations():
     """The training problems with demonstrations that slip in 15 % of their lines, not 3 %: most end wrong."""
     rng, examples = random.Random(5), load_examples("tiny:train")
-    for e in examples:
-        e.demo = write_response(terms_of(e), rng, "careful", slip=0.15)
+    for example in examples:
+        example.demo = write_response(terms_of(example), rng, "careful", slip=0.15)
     return examples
 
 
 def expert_demonstrations(style):
     """2,048 new problems of 3 to 8 terms, answered in one style without a slip."""
-    rng, known = random.Random(6), {e.problem for split in SPLITS for e in load_examples(f"tiny:{split}")}
-    examples = {}
+    known = set()
+    for split in SPLITS:
+        known.update(example.problem for example in load_examples(f"tiny:{split}"))
+    rng, examples = random.Random(6), {}                        # problem -> Example, so each comes once
     while len(examples) < 2048:
         terms = draw_terms(rng, rng.choice((3, 4, 5, 6, 7, 8)))
-        if (problem := write_problem(terms)) not in known:
+        problem = write_problem(terms)
+        if problem not in known:
             demo = write_response(terms, rng, style)
             examples[problem] = Example(f"{style}/{len(examples)}", problem, str(sum(terms)), demo)
     return list(examples.values())
@@ -169,8 +215,8 @@ def expert_demonstrations(style):
 def held_out_demonstrations():
     """The held-out problems, demonstrated as those of training: texts for Fig. 2(b) that no run has seen."""
     rng, examples = random.Random(7), load_examples("tiny:heldout")
-    for e in examples:
-        e.demo = write_response(terms_of(e), rng, "careful", slip=0.03)
+    for example in examples:
+        example.demo = write_response(terms_of(example), rng, "careful", slip=0.03)
     return examples
 
 
@@ -181,35 +227,49 @@ def tune(bench, pool, wanted):
     """The accuracy on tiny:valid at each rate of what is wanted and takes no other's; first stages first."""
     if bench.quick:
         return
-    scores, lock = bench.scores(), threading.Lock()
     bench.results.mkdir(parents=True, exist_ok=True)
-    names = dict.fromkeys(RUNS[name].lr or name for name in wanted)
-    train = lambda name, lr, folder: bench.train(name, TUNING_SEED, lr, "tiny:valid", folder)
+    scores, lock = bench.scores(), threading.Lock()
+    names = list(dict.fromkeys(RUNS[name].lr or name for name in wanted))
 
-    def first(name):
-        train(name, bench.lr(name), bench.folder(name, TUNING_SEED))
+    def first_stage(name):
+        """What second stages start from, by the rate just found."""
+        bench.train(name, TUNING_SEED, bench.lr(name), "tiny:valid", bench.folder(name, TUNING_SEED))
 
     def score(job):
-        (name, lr), key = job, bench.trial(*job)
-        folder = bench.folder(name, TUNING_SEED, lr)
-        train(name, lr, folder)
-        with lock:
+        name, lr = job
+        key, folder = bench.trial(name, lr), bench.folder(name, TUNING_SEED, lr)
+        bench.train(name, TUNING_SEED, lr, "tiny:valid", folder)
+        with lock:                                          # jobs are threads, and tuning.json is one file
             scores[key] = read_rows(folder / "metrics.jsonl")[-1]["eval/valid"]
             partial = bench.tuning.with_suffix(".partial")
             partial.write_text(json.dumps(scores, indent=1))
             partial.rename(bench.tuning)
         print(f"tuning {key}: {scores[key]:.3f}", flush=True)
 
+    def score_missing(rates):
+        """rates: {name: those to try}"""
+        jobs = []
+        for name, some in rates.items():
+            for lr in some:
+                if bench.trial(name, lr) not in scores:
+                    jobs.append((name, lr))
+        starts = {RUNS[name].start for name, _ in jobs}
+        list(pool.map(first_stage, sorted(starts - {""})))
+        list(pool.map(score, jobs))
+
     for second in (False, True):
         stage = [name for name in names if bool(RUNS[name].start) == second]
-        todo = lambda tried: [(name, lr) for name in stage for lr in tried(name)
-                              if bench.trial(name, lr) not in scores]
-        edge = lambda name: {GRID[0]: BEYOND[:1], GRID[-1]: BEYOND[1:]}.get(bench.lr(name), ())
-        for tried in (lambda name: GRID, edge):
-            jobs = todo(tried)
-            if second:                                      # what they start from, by the rate just found
-                list(pool.map(first, sorted({RUNS[name].start for name, _ in jobs})))
-            list(pool.map(score, jobs))
+        score_missing({name: GRID for name in stage})
+        score_missing({name: beyond(bench.lr(name)) for name in stage})
+
+
+def beyond(best):
+    """The one rate to try after the grid: where its best is at an edge."""
+    if best == GRID[0]:
+        return BEYOND[:1]
+    if best == GRID[-1]:
+        return BEYOND[1:]
+    return ()
 
 
 def run_all(bench, wanted):
@@ -219,11 +279,14 @@ def run_all(bench, wanted):
     write_examples(bench.out / "demonstrated.jsonl", held_out_demonstrations())
     for style in ("careful", "plain"):
         write_examples(bench.out / f"{style}.jsonl", expert_demonstrations(style))
-    with ThreadPoolExecutor(bench.jobs) as pool:
+
+    def expert(name):
+        bench.train(name, 0, bench.lr(name), evaluation, bench.folder(name, 0))
+
+    with ThreadPoolExecutor(bench.jobs) as pool:            # list(pool.map()): wait, and raise what failed
         tune(bench, pool, wanted)
         shown = {*SHOWN.values(), *TRAJECTORY} <= set(wanted)
         if shown and not all(map(bench.measured, bench.seeds)):
-            expert = lambda name: bench.train(name, 0, bench.lr(name), evaluation, bench.folder(name, 0))
             list(pool.map(expert, EXPERTS))
         for seed in bench.seeds:
             for second in (False, True):
@@ -236,7 +299,7 @@ def run_all(bench, wanted):
 
 def one(bench, name, seed, evaluation, wanted):
     """Train one run, unless its results are there and nothing asks for its model; keep its metrics."""
-    known, folder, done = bench.known(name, seed), bench.folder(name, seed), bench.done(name, seed)
+    folder, done = bench.folder(name, seed), bench.done(name, seed)
     measures = name in (*SHOWN.values(), *TRAJECTORY)
     asked_for = any(run.start == name and not bench.done(other, seed) for other, run in wanted.items())
     if done and not asked_for and (bench.measured(seed) or not measures):
@@ -244,47 +307,67 @@ def one(bench, name, seed, evaluation, wanted):
     if measures and not done:                           # what was measured on another model of this name
         (bench.results / f"fig3-{seed}.png").unlink(missing_ok=True)
     bench.train(name, seed, bench.lr(name), evaluation, folder)
-    rows = [{key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()
-             if key.startswith(KEPT) and value is not None} for row in read_rows(folder / "metrics.jsonl")]
-    config = json.loads((folder / "config.json").read_text()) | json.loads(Path(f"{folder}.json").read_text())
+    rows = [kept(row) for row in read_rows(folder / "metrics.jsonl")]
+    keep(bench.known(name, seed), folder, rows)
+    accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
+    print(f"{folder.name}: {'  '.join(accuracy)}", flush=True)
+
+
+def kept(row):
+    """What of a row of metrics.jsonl is committed."""
+    found = {}
+    for key, value in row.items():
+        if key.startswith(KEPT) and value is not None:
+            found[key] = round(value, 6) if isinstance(value, float) else value
+    return found
+
+
+def keep(known, folder, rows):
+    """Write a run's results, all or none: they appear under their name when they are whole."""
+    config = json.loads((folder / "config.json").read_text())
+    config.update(json.loads(Path(f"{folder}.json").read_text()))          # its recipe, and how long it took
     partial = known.with_name(f".{known.name}")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     shutil.rmtree(known, ignore_errors=True)
     partial.rename(known)
-    accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
-    print(f"{known.name}: {'  '.join(accuracy)}", flush=True)
 
 
 def measure(bench, seed, pool):
-    """paper/figures.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints on the way."""
-    results, folder = bench.results, lambda name: bench.folder(name, seed)
-    scale = ["--template", "none", "--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
+    """paper/figures.py on this seed's models: Fig. 2 and 3; only seed 0 has pages, and checkpoints on the
+    way."""
+    lengths = ["--max_prompt_tokens", 64, "--max_response_tokens", 160, "--device", "cpu"]
+    scale = ["--template", "none", *lengths]
     data = ["--data", bench.out / "demonstrated.jsonl", "--limit", 5 if bench.quick else 200, *scale]
-    tuned = [f"{label}={folder(name)}" for label, name in SHOWN.items()]
-    models = {"base": "tiny", **{label: folder(name) for label, name in SHOWN.items()},
-              **{name: bench.folder(name, 0) for name in EXPERTS}}
+    models = {"base": "tiny"}
+    for label, name in SHOWN.items():
+        models[label] = bench.folder(name, seed)
+    for name in EXPERTS:
+        models[name] = bench.folder(name, 0)
     own = {label: bench.out / f"responses-{label}-{seed}.jsonl" for label in models}
+    tuned = [f"{label}={models[label]}" for label in SHOWN]
 
     def respond(label):
         bench.figures("respond", "--model", models[label], "--out", own[label], "--seed", seed, *data)
 
     list(pool.map(respond, own))
-    jobs = [("fig2b", "--base", "tiny", "--tuned", *tuned, "--out", results / f"fig2b-demo-{seed}", *data),
-            ("fig2b", "--base", "tiny", "--tuned", *tuned, "--responses", *[own[label] for label in SHOWN],
-             "--out", results / f"fig2b-own-{seed}", *scale)]
+    fig2b = ["fig2b", "--base", "tiny", "--tuned", *tuned]
+    jobs = [[*fig2b, "--out", bench.results / f"fig2b-demo-{seed}", *data],
+            [*fig2b, "--responses", *[own[label] for label in SHOWN],
+             "--out", bench.results / f"fig2b-own-{seed}", *scale]]
     if seed == 0:
-        jobs += [("fig2a", "--base", "tiny", "--tuned", pair, "--out", results / f"fig2a-{label}", *data)
-                 for pair, label in zip(tuned, SHOWN)]
+        for label, pair in zip(SHOWN, tuned):
+            jobs.append(["fig2a", "--base", "tiny", "--tuned", pair,
+                         "--out", bench.results / f"fig2a-{label}", *data])
     list(pool.map(lambda job: bench.figures(*job), jobs))
     references = [f"{label}={own[label]}" for label in ("base", *EXPERTS)]
-    trajectories = [*tuned, "SFT->RL=" + "+".join(str(folder(name)) for name in TRAJECTORY)]
-    bench.figures("fig3", "--references", *references, "--runs", *trajectories,
-                   "--out", results / f"fig3-{seed}", *scale[2:])       # last: it says that all are there
+    stages = "+".join(str(bench.folder(name, seed)) for name in TRAJECTORY)
+    bench.figures("fig3", "--references", *references, "--runs", *tuned, f"SFT->RL={stages}",
+                  "--out", bench.results / f"fig3-{seed}", *lengths)        # last: it says that all are there
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true",
@@ -296,17 +379,26 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                         help="processes at a time, one core each [%(default)s]")
     parser.add_argument("--report", action="store_true", help="no runs, only tables, figures and claims")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
     bench = Bench(args)
     if not args.report:
-        parts = args.only or (["table1", "table2", "table3"] if args.quick else PARTS)
         bench.out.mkdir(parents=True, exist_ok=True)
         alone = open(bench.out / "lock", "w")                   # until this process ends
         try:
             fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.exit(f"tiny_paper.py: another one is at work in {bench.out}; --jobs N makes N runs at a time")
-        run_all(bench, {name: run for part in parts for name, run in PARTS[part].items()})
+        parts = args.only
+        if not parts:
+            parts = ["table1", "table2", "table3"] if args.quick else PARTS
+        wanted = {}
+        for part in parts:
+            wanted.update(PARTS[part])
+        run_all(bench, wanted)
     claims.report(bench)
 
 

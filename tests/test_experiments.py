@@ -1,4 +1,7 @@
-"""experiments/: the rule of the claims, the statistics, the variants of the data; and everything once, in miniature."""
+"""experiments/: the rule of the claims, the statistics, the variants of the data; everything in miniature.
+
+    pytest tests/test_experiments.py          # -m "not slow" without the miniature
+"""
 import fcntl
 import json
 import os
@@ -24,8 +27,9 @@ from data import load_examples
 
 
 @pytest.mark.parametrize("mean, half, least, says", [
-    (2.0, 1.0, 0.0, "holds"), (-2.0, 1.0, 0.0, "does not hold"), (0.5, 1.0, 0.0, "cannot tell"), (5.0, None, 0.0, "cannot tell"),
-    (-1.0, 1.0, -3.0, "holds"), (-5.0, 1.0, -3.0, "does not hold"), (-3.0, 1.0, -3.0, "cannot tell")])
+    (2.0, 1.0, 0.0, "holds"), (-2.0, 1.0, 0.0, "does not hold"), (0.5, 1.0, 0.0, "cannot tell"),
+    (5.0, None, 0.0, "cannot tell"), (-1.0, 1.0, -3.0, "holds"), (-5.0, 1.0, -3.0, "does not hold"),
+    (-3.0, 1.0, -3.0, "cannot tell")])
 def test_a_claim_holds_only_if_the_whole_interval_lies_on_its_side(mean, half, least, says):
     assert C.verdict(mean, half, least) == says
 
@@ -40,11 +44,13 @@ def test_intervals_are_students_and_differences_paired_over_common_seeds():
 
 def test_every_run_can_be_trained():
     """What it starts from exists and has the same steps in all; learning rates are its own or another's."""
+    starts = {run.start for run in R.RUNS.values()}
     for name, run in R.RUNS.items():
         assert not run.lr or not R.RUNS[run.lr].lr, name
         if run.start:
-            assert R.RUNS[run.start].steps + run.steps == (2 if run.start in ("sft", "grpo") else 1) * R.STEPS, name
-        elif ">" not in name and not any(other.start == name for other in R.RUNS.values()) and name not in R.EXPERTS:
+            stages_in_full = run.start in ("sft", "grpo")
+            assert R.RUNS[run.start].steps + run.steps == (1 + stages_in_full) * R.STEPS, name
+        elif ">" not in name and name not in starts and name not in R.EXPERTS:
             assert run.steps == R.STEPS, name
     for part, runs in R.PARTS.items():
         assert all(not run.start or run.start in runs for run in runs.values()), part
@@ -58,69 +64,97 @@ def test_the_second_family_is_another_architecture_of_the_same_size_and_tokens()
     assert AutoTokenizer.from_pretrained(TINY).get_vocab() == AutoTokenizer.from_pretrained(other).get_vocab()
 
 
+def share_right(examples):
+    return np.mean([re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in examples])
+
+
 def test_weak_demonstrations_answer_the_same_problems_and_are_mostly_wrong():
     weak, good = P.weak_demonstrations(), load_examples("tiny:train")
-    right = lambda examples: np.mean([re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in examples])
     assert [(e.problem, e.answer) for e in weak] == [(e.problem, e.answer) for e in good]
-    assert 0.78 < right(good) < 0.88 and 0.2 < right(weak) < 0.5
+    assert 0.78 < share_right(good) < 0.88 and 0.2 < share_right(weak) < 0.5
 
 
 @pytest.mark.parametrize("style", ["careful", "plain"])
 def test_experts_see_no_problem_of_the_task_and_make_no_mistake(style):
-    expert, known = P.expert_demonstrations(style), {e.problem for split in P.SPLITS for e in load_examples(f"tiny:{split}")}
+    expert = P.expert_demonstrations(style)
+    known = {e.problem for split in P.SPLITS for e in load_examples(f"tiny:{split}")}
     assert len(expert) == len({e.problem for e in expert}) == 2048 and not known & {e.problem for e in expert}
-    assert all(re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in expert)
+    assert share_right(expert) == 1
 
 
 def test_held_out_demonstrations_are_of_the_held_out_problems_and_as_good_as_those_of_training():
     demonstrated = P.held_out_demonstrations()
     assert [e.problem for e in demonstrated] == [e.problem for e in load_examples("tiny:heldout")]
-    assert 0.75 < np.mean([re.search(r"boxed\{(-?\d+)\}", e.demo)[1] == e.answer for e in demonstrated]) < 0.9
+    assert 0.75 < share_right(demonstrated) < 0.9
+
+
+FINAL = {                # accuracies that agree with the paper
+    "srft": 0.9, "sft-12>srft": 0.9, "srft weak": 0.96, "srft qwen3": 0.9, "sft+rl": 0.8, "luffy": 0.75,
+    "relift": 0.7, "sft-12>grpo": 0.72, "sft-20>grpo": 0.72, "sft-28>grpo": 0.72, "sft>grpo": 0.72,
+    "sft_kl": 0.48, "grpo>sft": 0.4, "grpo>sft_kl": 0.45, "grpo-truncated": 0.66, "grpo": 0.6, "sft": 0.5,
+    "grpo-12>sft": 0.4, "grpo-12>sft_kl": 0.45,
+    **dict.fromkeys(R.TABLE3, 0.6), **dict.fromkeys(R.SWITCHES, 0.95)}
+TERMS = ("sft_demo", "rl_demo", "rl_pos", "rl_neg")
+CHANGES = ("changed by more than 0.1", "changed by more than 0.5", "mean |change|")
 
 
 def synthetic(folder, true):
     """Results of five seeds, every statement of which is the paper's (true), or its opposite."""
-    swap = (lambda x: x) if true else (lambda x: 1 - x)
-    final = {"srft": 0.9, "sft-12>srft": 0.9, "srft weak": 0.96, "srft qwen3": 0.9, "sft+rl": 0.8, "luffy": 0.75, "relift": 0.7,
-             **dict.fromkeys(("sft-12>grpo", "sft-20>grpo", "sft-28>grpo", "sft>grpo"), 0.72), "sft_kl": 0.48, "grpo>sft": 0.4, "grpo>sft_kl": 0.45, "grpo-truncated": 0.66, "grpo": 0.6,
-             "sft": 0.5, "grpo-12>sft": 0.4, "grpo-12>sft_kl": 0.45, **dict.fromkeys(R.TABLE3, 0.6), **dict.fromkeys(R.SWITCHES, 0.95)}
+    def swap(x):
+        return x if true else 1 - x
+
     results = C.Results.__new__(C.Results)
     results.bench, results.seeds = SimpleNamespace(results=folder, steps=lambda run: run.steps), range(5)
     results.rows = {}
     for name, run in R.RUNS.items():
-        late = (name == "sft+rl") != true          # when it reaches what it reaches in the end: at its first evaluation, or its last
         for seed in range(5):
-            jitter, end = 0.001 * ((7 * seed + len(name)) % 5), swap(final.get(name, 0.6))
-            rows = [{"step": 0, "entropy": 0.5, "accuracy": 0.0}]
-            for step in range(4, run.steps + 1, 4):
-                rows.append({"step": step, "entropy": 0.5, "accuracy": end if step == run.steps or not late else 0.0,
-                             "response_len/mean": 50.0, "reward/mean": 0.5, "entropy/rollout": 0.3})
-                terms = ("sft_demo", "rl_demo", "rl_pos", "rl_neg")
-                rows[-1] |= {f"grad_norm/{term}": n for n, term in enumerate(terms if step <= 20 else terms[::-1], 1)}
-            if name in ("grpo-12>sft", "grpo>sft", "sft-28>grpo"):
-                rows[0] |= {"accuracy": swap(0.7), "entropy": swap(0.2)}
-                for row in rows[1:3]:
-                    row |= {"accuracy": swap(0.3), "entropy": swap(0.8)}
-            if name in ("grpo", "srft"):
-                up = (name == "srft") == true
-                rows[0]["entropy"], rows[-1]["entropy"] = swap(0.8), swap(0.2)
-                rows[-1]["response_len/mean"] += 10 if up else -10
-                for row in rows[1:]:
-                    row |= {"reward/mean": 0.8 if up else 0.2, "entropy/rollout": 0.8 if up else 0.2}
-            results.rows[name, seed] = [
-                {**{k: v for k, v in row.items() if k not in ("entropy", "accuracy")},
-                 **{f"eval/{split}": row["accuracy"] + jitter for split in ("heldout", "long")},
-                 **{f"eval_entropy/{split}": row["entropy"] + jitter for split in ("heldout", "long")}} for row in rows]
+            jitter = 0.001 * ((7 * seed + len(name)) % 5)
+            results.rows[name, seed] = [evaluated(row, jitter) for row in course(name, run, true, swap)]
     for seed in range(5):
         for source in ("demo", "own"):
-            (folder / f"fig2b-{source}-{seed}.json").write_text(json.dumps({
-                label: dict.fromkeys(("changed by more than 0.1", "changed by more than 0.5", "mean |change|"), swap(x) + seed / 1000)
-                for label, x in (("SFT", 0.7), ("SRFT", 0.55), ("RL", 0.4))}))
+            changed = {label: dict.fromkeys(CHANGES, swap(x) + seed / 1000)
+                       for label, x in (("SFT", 0.7), ("SRFT", 0.55), ("RL", 0.4))}
+            (folder / f"fig2b-{source}-{seed}.json").write_text(json.dumps(changed))
         paths = {"SFT": (0.7, 0.7), "RL": (0.4, 0.4), "SRFT": (0.4, 0.5), "SFT->RL": (0.7, 0.6)}
-        (folder / f"fig3-{seed}.json").write_text(json.dumps({"runs": {
-            label: [{"step": step, "distances": [swap(x) + seed / 1000, 0.0, 0.0]} for step, x in zip((28, 40), path)]
-            for label, path in paths.items()}}))
+        runs = {}
+        for label, path in paths.items():
+            runs[label] = [{"step": step, "distances": [swap(x) + seed / 1000, 0.0, 0.0]}
+                           for step, x in zip((28, 40), path)]
+        (folder / f"fig3-{seed}.json").write_text(json.dumps({"runs": runs}))
     return results
+
+
+def course(name, run, true, swap):
+    """The rows of a run, with one "accuracy" and one "entropy"."""
+    # When it reaches what it reaches in the end: at its first evaluation, or at its last.
+    late, end = (name == "sft+rl") != true, swap(FINAL.get(name, 0.6))
+    rows = [{"step": 0, "entropy": 0.5, "accuracy": 0.0}]
+    for step in range(4, run.steps + 1, 4):
+        accuracy = end if step == run.steps or not late else 0.0
+        rows.append({"step": step, "entropy": 0.5, "accuracy": accuracy,
+                     "response_len/mean": 50.0, "reward/mean": 0.5, "entropy/rollout": 0.3})
+        for norm, term in enumerate(TERMS if step <= 20 else TERMS[::-1], 1):
+            rows[-1][f"grad_norm/{term}"] = norm
+    if name in ("grpo-12>sft", "grpo>sft", "sft-28>grpo"):
+        rows[0] |= {"accuracy": swap(0.7), "entropy": swap(0.2)}
+        for row in rows[1:3]:
+            row |= {"accuracy": swap(0.3), "entropy": swap(0.8)}
+    if name in ("grpo", "srft"):
+        up = (name == "srft") == true
+        rows[0]["entropy"], rows[-1]["entropy"] = swap(0.8), swap(0.2)
+        rows[-1]["response_len/mean"] += 10 if up else -10
+        for row in rows[1:]:
+            row |= {"reward/mean": 0.8 if up else 0.2, "entropy/rollout": 0.8 if up else 0.2}
+    return rows
+
+
+def evaluated(row, jitter):
+    """The row as a run logs it: both of each split."""
+    row = dict(row)
+    accuracy, entropy = row.pop("accuracy") + jitter, row.pop("entropy") + jitter
+    for split in ("heldout", "long"):
+        row |= {f"eval/{split}": accuracy, f"eval_entropy/{split}": entropy}
+    return row
 
 
 @pytest.mark.parametrize("true, says", [(True, "holds"), (False, "does not hold")])
@@ -134,50 +168,66 @@ def test_every_claim_has_the_direction_of_the_paper(tmp_path, true, says):
     assert [found for text, found, _ in asked if "distillation" in text] == [
         f"{early}.0 \u00b1 0.0 % in the first half of the steps, {late}.0 \u00b1 0.0 % in the second, 5 seeds"
         for early, late in ((10, 40), (20, 30), (30, 20), (40, 10), (30, 70))]
-    assert {verdict for text, _, verdict in asked if text.startswith("RL against SFT")} == {"RL ahead" if true else "SFT ahead"}
+    ahead = {verdict for text, _, verdict in asked if text.startswith("RL against SFT")}
+    assert ahead == {"RL ahead" if true else "SFT ahead"}
     assert {verdict for text, _, verdict in asked if text.startswith("`")} == {"better" if true else "worse"}
 
 
 def test_steps_are_counted_through_a_sequence_at_multiples_of_8(tmp_path):
     results = synthetic(tmp_path, True)
-    row = lambda step, accuracy: {"step": step, "eval/heldout": accuracy, "eval/long": accuracy}
+
+    def row(step, accuracy):
+        return {"step": step, "eval/heldout": accuracy, "eval/long": accuracy}
+
     results.rows["sft-12", 0] = [row(0, 0.0), row(8, 0.1), row(12, 0.4)]
     results.rows["sft-12>grpo", 0] = [row(0, 0.4), row(4, 0.2), row(8, 0.9), row(12, 0.5), row(28, 0.6)]
-    assert [results.steps_to("sft-12>grpo", level)[0] for level in (10, 15, 45, 60, 99)] == [8, 16, 24, 40, 48]
+    for level, step in ((10, 8), (15, 16), (45, 24), (60, 40), (99, 48)):
+        assert results.steps_to("sft-12>grpo", level)[0] == step
 
 
-def test_each_rate_is_tuned_once_for_what_is_wanted_and_second_stages_start_from_the_best(tmp_path, monkeypatch):
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A Bench that writes to out/ and results/ in tmp_path."""
     monkeypatch.chdir(ROOT)
-    bench = P.Bench(SimpleNamespace(quick=False, jobs=2, seeds=5))
-    bench.out, bench.results, bench.tuning, trained = tmp_path, tmp_path, tmp_path / "tuning.json", []
+    bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
+    bench.out, bench.results = tmp_path / "out", tmp_path / "results"
+    bench.tuning = tmp_path / "tuning.json"
+    return bench
+
+
+def write_accuracy(folder, accuracy):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text(json.dumps({"eval/valid": accuracy}) + "\n")
+
+
+def test_each_rate_is_tuned_once_for_what_is_wanted_and_second_stages_start_from_the_best(bench, monkeypatch):
+    trained, accuracy = [], {1e-4: 0.1, 3e-4: 0.7, 1e-3: 0.7, 3e-3: 0.0}
 
     def train(name, seed, lr, evaluation, folder):
         assert seed == R.TUNING_SEED and evaluation == "tiny:valid"
         trained.append((name, lr, folder.name))
-        folder.mkdir(exist_ok=True)
-        (folder / "metrics.jsonl").write_text(json.dumps({"eval/valid": {1e-4: 0.1, 3e-4: 0.7, 1e-3: 0.7, 3e-3: 0.0}[lr]}) + "\n")
+        write_accuracy(folder, accuracy[lr])
 
     monkeypatch.setattr(bench, "train", train)
     wanted = {name: R.RUNS[name] for name in ("sft", "sft-28", "sft-28>grpo", "srft --eq12_advantage")}
     with ThreadPoolExecutor(2) as pool:
-        for _ in range(2):                                                                   # the second time, nothing is left
+        for _ in range(2):                                          # the second time, nothing is left
             P.tune(bench, pool, wanted)
-    rates = [(name, lr) for name in ("sft", "srft", "sft-28>grpo") for lr in R.GRID]
-    assert sorted(trained[:8] + trained[9:]) == sorted((name, lr, bench.folder(name, 100, lr).name) for name, lr in rates)
-    assert trained[8] == ("sft-28", 3e-4, "sft-28-100")                                      # the smaller of the best two
+    expected = []
+    for name in ("sft", "srft", "sft-28>grpo"):
+        expected += [(name, lr, bench.folder(name, 100, lr).name) for lr in R.GRID]
+    assert sorted(trained[:8] + trained[9:]) == sorted(expected)
+    assert trained[8] == ("sft-28", 3e-4, "sft-28-100")             # the smaller of the best two
     assert bench.lr("sft-28>grpo") == bench.lr("srft --eq12_advantage") == 3e-4
 
 
 @pytest.mark.parametrize("best, more", [(1e-4, 3e-5), (3e-3, 1e-2), (3e-4, None)])
-def test_a_best_rate_at_an_edge_of_the_grid_is_tried_one_further(best, more, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
-    bench.out, bench.results, bench.tuning, trained = tmp_path, tmp_path, tmp_path / "tuning.json", []
+def test_a_best_rate_at_an_edge_of_the_grid_is_tried_one_further(best, more, bench, monkeypatch):
+    trained = []
 
     def train(name, seed, lr, evaluation, folder):
         trained.append(lr)
-        folder.mkdir(exist_ok=True)
-        (folder / "metrics.jsonl").write_text(json.dumps({"eval/valid": 0.9 if lr == more else 0.5 if lr == best else 0.1}) + "\n")
+        write_accuracy(folder, {more: 0.9, best: 0.5}.get(lr, 0.1))
 
     monkeypatch.setattr(bench, "train", train)
     with ThreadPoolExecutor(1) as pool:
@@ -185,13 +235,12 @@ def test_a_best_rate_at_an_edge_of_the_grid_is_tried_one_further(best, more, tmp
     assert trained == [*R.GRID, *([more] if more else [])] and bench.lr("sft") == (more or best)
 
 
-def test_what_has_changed_since_is_made_again_and_nothing_else(tmp_path, monkeypatch):
-    """A second stage: its own rate, its first stage's rate, the definition of either; and a figure of a model that is no more."""
-    monkeypatch.chdir(ROOT)
-    bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
-    bench.out, bench.results, bench.tuning, trained = tmp_path / "out", tmp_path / "results", tmp_path / "tuning.json", []
+def test_what_has_changed_since_is_made_again_and_nothing_else(bench, monkeypatch):
+    """A second stage: its own rate, its first stage's rate, the definition of either; and a figure of a model
+    that is no more."""
+    trained, stages = [], {name: R.RUNS[name] for name in ("sft-28", "sft-28>grpo")}
 
-    def train(command, log):                                                                # what srft.py would write
+    def train(command, log):                                        # what srft.py would write
         folder = Path(command[-1])
         trained.append(folder.name)
         (folder / "hf").mkdir(parents=True)
@@ -199,33 +248,45 @@ def test_what_has_changed_since_is_made_again_and_nothing_else(tmp_path, monkeyp
         (folder / "config.json").write_text(json.dumps({"lr": command[command.index("--lr") + 1]}))
 
     def again(**best):
-        scores = {"sft": 1e-3, "grpo": 3e-4} | best
-        bench.tuning.write_text(json.dumps({f"{name} {lr:g}": float(lr == scores[name]) for name in scores for lr in R.GRID} | {
-            f"sft-28>grpo {lr:g} after {first:g}": float(lr == 1e-4) for lr in R.GRID for first in R.GRID}))
+        best, scores = {"sft": 1e-3, "grpo": 3e-4} | best, {}
+        for lr in R.GRID:
+            for name in best:
+                scores[f"{name} {lr:g}"] = float(lr == best[name])
+            for first in R.GRID:
+                scores[f"sft-28>grpo {lr:g} after {first:g}"] = float(lr == 1e-4)
+        bench.tuning.write_text(json.dumps(scores))
         trained.clear()
-        for name in ("sft-28", "sft-28>grpo"):
-            P.one(bench, name, 3, "", {name: R.RUNS[name] for name in ("sft-28", "sft-28>grpo")})
+        for name in stages:
+            P.one(bench, name, 3, "", {name: R.RUNS[name] for name in stages})
         return trained
 
     monkeypatch.setattr(bench, "start", train)
     assert again() == ["sft-28-3", "sft-28_to_grpo-3"] and again() == []
     (bench.results / "fig3-3.png").touch()
-    shutil.rmtree(bench.out)                                                                # results are enough
+    shutil.rmtree(bench.out)                                        # results are enough
     assert again() == [] and bench.measured(3)
-    assert again(sft=3e-4) == ["sft-28-3", "sft-28_to_grpo-3"] and not bench.measured(3) and again(sft=3e-4) == []
+    assert again(sft=3e-4) == ["sft-28-3", "sft-28_to_grpo-3"]
+    assert not bench.measured(3) and again(sft=3e-4) == []
     assert set(C.Results(bench).rows) == {("sft-28", 3), ("sft-28>grpo", 3)}
     monkeypatch.setitem(R.RUNS, "sft-28>grpo", R.Run("grpo", 12, "sft-28", ("--clip_eps", "0.1")))
-    assert set(C.Results(bench).rows) == {("sft-28", 3)}                                    # no report of what was another run
+    assert set(C.Results(bench).rows) == {("sft-28", 3)}            # no report of what was another run
     assert again(sft=3e-4) == ["sft-28_to_grpo-3"] and again(sft=3e-4) == []
 
 
 def test_a_child_ends_with_the_process_that_started_it(tmp_path):
-    code = f"""import os, sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT / "experiments")!r})
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "experiments")!r})
 if __name__ == "__main__":
-    import preloaded; preloaded.context.set_forkserver_preload([])
-    child = preloaded.start(["-c", "import time; time.sleep(100)"]); print(child.pid, flush=True); os._exit(9)"""
+    import preloaded
+    preloaded.context.set_forkserver_preload([])
+    child = preloaded.start(["-c", "import time; time.sleep(100)"])
+    print(child.pid, flush=True)
+    os._exit(9)
+"""
     (tmp_path / "starter.py").write_text(code)
-    pid = int(subprocess.run([sys.executable, tmp_path / "starter.py"], stdout=subprocess.PIPE, timeout=60).stdout)
+    started = subprocess.run([sys.executable, tmp_path / "starter.py"], stdout=subprocess.PIPE, timeout=60)
+    pid = int(started.stdout)
     for _ in range(100):
         if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
             return
@@ -243,22 +304,27 @@ def test_two_at_once_are_refused(tmp_path, monkeypatch):
             P.main()
 
 
-def test_a_run_that_a_signal_stopped_is_no_result(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
-    monkeypatch.setattr(bench, "start", lambda command, log: (tmp_path / "run").mkdir())      # as srft.py: exit code 0, no hf/
+def test_a_run_that_a_signal_stopped_is_no_result(bench, tmp_path, monkeypatch):
+    def stopped(command, log):                                      # as srft.py: exit code 0, no hf/
+        (tmp_path / "run").mkdir()
+
+    monkeypatch.setattr(bench, "start", stopped)
     with pytest.raises(RuntimeError, match="stopped before its end"):
         bench.train("sft", 0, 1e-3, "tiny:valid", tmp_path / "run")
 
 
 def test_the_front_page_has_the_numbers_of_the_tables():
-    cells = lambda line: [cell.strip() for cell in line.strip("|\n").split("|")]
+    def cells(line):
+        return [cell.strip() for cell in line.strip("|\n").split("|")]
+
     tables, _, _ = (ROOT / "experiments/results/tables.md").read_text().partition("A second family")
     rows = {cells(line)[0]: cells(line)[1:] for line in tables.splitlines() if "|" in line}
     shown = (ROOT / "README.md").read_text().split("The paper's comparison at that size")[1].splitlines()
-    runs = ["base", "sft", "grpo", C.FORWARD, C.BACKWARD, "luffy", "relift", "sft+rl", "srft", "srft-w_sft-1", "srft-w_rl-1"]
+    runs = ["base", "sft", "grpo", C.FORWARD, C.BACKWARD, "luffy", "relift", "sft+rl", "srft", "srft-w_sft-1",
+            "srft-w_rl-1"]
     for column, name in enumerate(("held-out", "long")):
-        assert next(cells(line) for line in shown if line.startswith(f"| {name} |")) == [name, *(rows[run][column] for run in runs)]
+        found = next(cells(line) for line in shown if line.startswith(f"| {name} |"))
+        assert found == [name, *(rows[run][column] for run in runs)]
 
 
 @pytest.mark.slow
@@ -268,7 +334,8 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     results = ROOT / "out/tiny_paper_quick/results"
-    for figure in ("fig2a-SFT", "fig2a-RL", "fig2a-SRFT", "fig2b-demo-0", "fig2b-own-0", "fig3-0", "fig4", "fig5", "fig6", "figA2", "terms"):
+    for figure in ("fig2a-SFT", "fig2a-RL", "fig2a-SRFT", "fig2b-demo-0", "fig2b-own-0", "fig3-0", "fig4",
+                   "fig5", "fig6", "figA2", "terms"):
         assert (results / f"{figure}.png").stat().st_size > 5000, figure
         assert json.loads((results / f"{figure}.json").read_text())
     tables, claims = (results / "tables.md").read_text(), (results / "claims.md").read_text()
@@ -284,21 +351,22 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
 
 
 @pytest.mark.slow
-def test_the_comparison_on_a_pretrained_model_runs_from_one_command_and_goes_on_where_it_was_stopped(tmp_path):
+def test_the_comparison_on_a_pretrained_model_runs_from_one_command_and_goes_on_where_it_stopped(tmp_path):
     """The tiny model with a chat template in the place of SmolLM2."""
     shutil.copytree(TINY, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "model")
-    for name, examples in (("train", load_examples("tiny:train")[:32]), ("test", load_examples("tiny:heldout")[:9])):
-        P.write_examples(tmp_path / f"{name}.jsonl", examples)
-    command = [sys.executable, "experiments/smollm2_gsm8k.py", "--cpu", "--model", tmp_path / "model", "--train", tmp_path / "train.jsonl",
-               "--test", tmp_path / "test.jsonl", "--limit", "4", "--steps", "2", "--only", "sft+rl", "--only", "sft->rl", "--out", tmp_path / "out"]
+    P.write_examples(tmp_path / "train.jsonl", load_examples("tiny:train")[:32])
+    P.write_examples(tmp_path / "test.jsonl", load_examples("tiny:heldout")[:9])
+    command = [sys.executable, "experiments/smollm2_gsm8k.py", "--cpu", "--model", tmp_path / "model",
+               "--train", tmp_path / "train.jsonl", "--test", tmp_path / "test.jsonl", "--limit", "4",
+               "--steps", "2", "--only", "sft+rl", "--only", "sft->rl", "--out", tmp_path / "out"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"^(sft\+rl|sft->rl) +\d+\.\d %   response \d+ tokens$", done.stdout, re.M)) == 2
     assert all((tmp_path / "out" / f"{figure}.png").stat().st_size > 5000 for figure in ("fig5", "fig6"))
-    assert {p.name for p in (tmp_path / "out").glob("*/hf")} == {"hf"} and len(list((tmp_path / "out").glob("*/hf"))) == 3
+    assert len(list((tmp_path / "out").glob("*/hf"))) == 3
     shutil.rmtree(tmp_path / "out" / "sft-rl-grpo" / "hf")                     # stopped before its end
     again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.count("srft.py --method") == 1, again.stderr[-3000:]
