@@ -153,7 +153,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             **arguments)
         torch.set_num_threads(threads)
-        self.llm.apply_model(refuse_partial_loads)
+        self.llm.apply_model(refuse_partial_loads)      # called with the model that vLLM has made
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,
                  progress=False, on_step=None):
@@ -183,6 +183,7 @@ class RolloutEngine:
         try:
             # One request a sample, not n samples a request: a response is then handed out when it ends, not
             # when the longest of its group does. The prompt they share is computed once, by prefix caching.
+            # (The paper's step on 8 GPUs: 16 of its 128 prompts, 8 samples each, 128 requests on this rank.)
             for i, prompt in enumerate(prompts):
                 for k in range(n):
                     request_id = str(next(self.request_ids))
@@ -252,9 +253,9 @@ class RolloutEngine:
         self.weights_version = None     # until all is in place, so that no error on the way leaves old ones
         self.broken = True
         self.wake("weights")
-        # A stream, because a whole copy of a 7B model in bf16 takes 15 GB, its largest tensor 1.1 GB. Always
-        # an iterator: without one, reload_weights reads the model's folder again, where others have found
-        # stale weights, and no error.
+        # "Collective" over the workers of this engine, of which there is one. A stream, because a whole copy
+        # of a 7B model in bf16 takes 15 GB, its largest tensor 1.1 GB. Always an iterator: without one,
+        # reload_weights reads the model's folder again, where others have found stale weights, and no error.
         self.llm.collective_rpc("reload_weights",
                                 kwargs={"weights_iterator": self._complete(named_tensors)})
         # Only now: while tensors were gathered, the KV cache's memory was free for them.
