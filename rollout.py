@@ -111,9 +111,10 @@ class RolloutEngine:
 
     def __init__(self, config, tokenizer, dtype, max_tokens, max_sequences=256, gpu_memory_utilization=0.45,
                  eager=None, seed=0):
-        """config, tokenizer: of transformers. max_tokens: longest prompt + response. max_sequences: decoded
-        at once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
-        CUDA graphs; default on CPU, where compiling costs more than it saves."""
+        """config, tokenizer: of transformers. dtype: of weights and KV cache. max_tokens: longest prompt +
+        response. max_sequences: decoded at once; more of them wait in vLLM, and enter as others end.
+        gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no CUDA graphs;
+        default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
         from vllm.platforms import current_platform
         self.cuda = current_platform.is_cuda()
