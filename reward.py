@@ -321,6 +321,7 @@ class Grader:
 
     def _hand_out_items(self):
         """Give waiting items to idle workers, as long as no more than self.workers grade."""
+        # A spare waits, idle, until the suspect that it was launched for is gone: more would want more CPUs.
         idle = [worker for worker in self._pool if worker.idle]
         busy = [worker for worker in self._pool if worker.busy]
         for worker in idle[:self.workers - len(busy)]:
@@ -348,7 +349,8 @@ class Grader:
                 self._discard(worker, failed=True)
 
     def _time_to_next_event(self):
-        """Seconds until a busy worker becomes a suspect, a suspect late, or a starting worker too late."""
+        """Seconds until a busy worker becomes a suspect, a suspect late, or a starting worker too late. (A
+        reply that comes earlier ends the wait.)"""
         waits = []
         for worker in self._pool:
             age = worker.age()

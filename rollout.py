@@ -111,9 +111,10 @@ class RolloutEngine:
 
     def __init__(self, config, tokenizer, dtype, max_tokens, max_sequences=256, gpu_memory_utilization=0.45,
                  eager=None, seed=0):
-        """config, tokenizer: of transformers. max_tokens: longest prompt + response. max_sequences: decoded
-        at once. gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no
-        CUDA graphs; default on CPU, where compiling costs more than it saves."""
+        """config, tokenizer: of transformers. dtype: of weights and KV cache. max_tokens: longest prompt +
+        response. max_sequences: decoded at once; more of them wait in vLLM, and enter as others end.
+        gpu_memory_utilization: share of the card for weights and KV cache while awake. eager: no CUDA graphs;
+        default on CPU, where compiling costs more than it saves."""
         from vllm import LLM
         from vllm.platforms import current_platform
         self.cuda = current_platform.is_cuda()
@@ -153,7 +154,7 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs",
             **arguments)
         torch.set_num_threads(threads)
-        self.llm.apply_model(refuse_partial_loads)
+        self.llm.apply_model(refuse_partial_loads)      # called with the model that vLLM has made
 
     def generate(self, prompts, n, temperature, max_tokens, seed, version=None, top_p=1.0,
                  progress=False, on_step=None):
@@ -183,6 +184,7 @@ class RolloutEngine:
         try:
             # One request a sample, not n samples a request: a response is then handed out when it ends, not
             # when the longest of its group does. The prompt they share is computed once, by prefix caching.
+            # (The paper's step on 8 GPUs: 16 of its 128 prompts, 8 samples each, 128 requests on this rank.)
             for i, prompt in enumerate(prompts):
                 for k in range(n):
                     request_id = str(next(self.request_ids))
@@ -252,9 +254,9 @@ class RolloutEngine:
         self.weights_version = None     # until all is in place, so that no error on the way leaves old ones
         self.broken = True
         self.wake("weights")
-        # A stream, because a whole copy of a 7B model in bf16 takes 15 GB, its largest tensor 1.1 GB. Always
-        # an iterator: without one, reload_weights reads the model's folder again, where others have found
-        # stale weights, and no error.
+        # "Collective" over the workers of this engine, of which there is one. A stream, because a whole copy
+        # of a 7B model in bf16 takes 15 GB, its largest tensor 1.1 GB. Always an iterator: without one,
+        # reload_weights reads the model's folder again, where others have found stale weights, and no error.
         self.llm.collective_rpc("reload_weights",
                                 kwargs={"weights_iterator": self._complete(named_tensors)})
         # Only now: while tensors were gathered, the KV cache's memory was free for them.

@@ -21,6 +21,7 @@ only results of one grader can be compared. Where it differs:
 The text is untrusted: sympy's parser is `eval` behind a filter, no signal stops C code, and nothing here
 limits memory. So call `equal` in a process that may be killed (see reward.py), in its main thread; its first
 call takes 1 s (imports, Math-Verify's grammar). `extract` is safe anywhere.
+To copy it, take this file alone; it needs math-verify, sympy and pylatexenc.
 """
 import math
 import re

@@ -121,7 +121,7 @@ def main(fd, memory_mb, deadline_s):
 
     memory_mb   MiB of address space: what needs more ends in a MemoryError, or in a crash
     deadline_s  after which the parent kills. Here it sets an earlier limit on each parse and comparison (half
-                of it, 1 s at least), so that most items end without a kill, and a later one on CPU time
+                of it, but 1 to 5 s), so that most items end without a kill, and a later one on CPU time
     SystemExit, with the reason on stderr, if a grader does not work.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM):             # the parent handles them, and kills us
@@ -133,7 +133,7 @@ def main(fd, memory_mb, deadline_s):
     logging.disable(logging.CRITICAL)
     _grade_a_half()
     _limit(resource.RLIMIT_FSIZE, 0)                            # after the imports: they may write .pyc files
-    _limit(resource.RLIMIT_NPROC, 0)                            # root is not bound by it
+    _limit(resource.RLIMIT_NPROC, 0)                            # no processes; root is not bound by it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                # no stderr: start-up errors were shown
     # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
     seconds = min(5, max(1, int(deadline_s / 2)))
@@ -214,9 +214,10 @@ def _leave_project():
     """
     here = os.path.dirname(os.path.abspath(__file__))
     project = os.path.dirname(here)
-    del sys.path[0]                             # from above
-    unwanted = [os.path.realpath(here)]
-    if not os.path.isdir(os.path.join(project, "math_verify")):     # copied to where the packages lie
+    del sys.path[0]                             # which was inserted above
+    unwanted = [os.path.realpath(here)]         # which Python has put there, for its script
+    # PYTHONPATH may name the project. It stays if it was copied to where the packages themselves lie.
+    if not os.path.isdir(os.path.join(project, "math_verify")):
         unwanted.append(os.path.realpath(project))
     sys.path[:] = [folder for folder in sys.path if os.path.realpath(folder) not in unwanted]
 
