@@ -130,8 +130,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     H = mean(entropy.detach())                                                                  # (B,)
     w_sft = 0.5 * torch.exp(-H)            # Eq. 8: an unsure policy imitates less
     w_rl = 0.1 * torch.exp(H)              # Eq. 12: a policy grown sure reinforces itself less
-    # Eq. 10: nobody knows the policy that wrote the demonstration, so pi_beta = 1 and the ratio is pi itself,
-    # below 1 everywhere. Eq. 9's clip to [1 - eps, 1 + eps] would cut nearly all of it: the paper omits it.
+    # Eq. 10: nobody knows the policy that wrote the demonstration, so pi_beta = 1 and the ratio is pi itself.
+    # It is below 1, where the clip of Eq. 9 acts on negative advantages alone: the paper omits the clip.
     ratio = log_pi.exp()                                                                        # (B,T)
     # Rollouts are samples of the engine's policy. Times pi/pi_engine, their mean is that of samples of pi.
     score = log_pi
@@ -141,8 +141,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     terms = {
         "sft_demo": average(mean(w_sft[:, None] * -log_pi), is_demo, n_demo),            # Eq. 8
         "rl_demo": average(-advantage * mean(ratio), is_demo, n_demo),                   # Eq. 9
-        "rl_pos": average(-mean(w_rl[:, None] * score), correct, n_rollout),             # Eq. 11: reward +1
-        "rl_neg": average(+mean(score), wrong, n_rollout),                               # Eq. 11: reward -1
+        "rl_pos": average(-mean(w_rl[:, None] * score), correct, n_rollout),             # Eq. 12: reward +1
+        "rl_neg": average(+mean(score), wrong, n_rollout),                               # Eq. 12: reward -1
     }
     return terms, {"w_sft": w_sft, "w_rl": w_rl}
 
@@ -158,13 +158,13 @@ def load_objective(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # One optimizer update: forward, loss, backward; clip; AdamW.
 
-def backward_micro_batch(policy, objective, sequences, asked, n_demo, n_rollout, reference, cfg, device):
+def backward_micro_batch(policy, objective, sequences, extra, n_demo, n_rollout, reference, cfg, device):
     """Forward, loss and backward of one packed micro-batch; gradients add up in `policy`. Returns its Tally.
 
     sequences: list of model.Sequence, at most cfg.micro_batch_tokens together; [] where this rank has fewer
-    micro-batches than others. objective: srft_loss, or one of paper/ with the further inputs that it asks
-    for: asked. n_demo, n_rollout: as in srft_loss. reference: frozen model.Policy for a KL, or None. A
-    collective: FSDP2 gathers the weights of each block from all ranks before its forward and its backward.
+    micro-batches than others. objective: srft_loss, or one of paper/, which may want extra inputs. n_demo,
+    n_rollout: as in srft_loss. reference: frozen model.Policy for a KL, or None. A collective: FSDP2 gathers
+    the weights of each block from all ranks before its forward and its backward.
     """
     # The host runs ahead of a GPU and queues work for it. Whatever asks for a number's value waits until the
     # queue is empty, and the GPU then waits for the host. So all copies to the device come before the
@@ -185,28 +185,29 @@ def backward_micro_batch(policy, objective, sequences, asked, n_demo, n_rollout,
         # Trainer and engine run different kernels, on a GPU in bf16: pi/pi_engine corrects for that. It is
         # cut at the cap, since no single token may outweigh a batch. A log pi that is not finite is the
         # trainer's own trouble: it is left out here, and ends in a gradient that is skipped.
-        logp_old = asked.get("logp_old", logp.detach())
+        logp_old = extra.get("logp_old", logp.detach())        # of this very policy, but in later updates
         compared = (mask > 0) & ~is_demo[:, None] & logp_old.isfinite()
         difference = torch.where(compared, logp_old - inputs.pop("engine_logp"), 0.0)           # (B,T) nats
         importance = difference.exp()                                # 1 on demonstrations and on padding
     tis = importance.clamp(max=cfg.tis_cap) if cfg.tis_cap else None
     if kl is not None:
-        asked = {**asked, "kl": kl}
+        extra = {**extra, "kl": kl}
+    # inputs: mask, reward, advantage and is_demo.
     terms, weights = objective(
-        logp=logp, entropy=entropy, n_demo=n_demo, n_rollout=n_rollout, tis=tis, **inputs, **asked)
+        logp=logp, entropy=entropy, n_demo=n_demo, n_rollout=n_rollout, tis=tis, **inputs, **extra)
     sum(terms.values()).backward()                                                              # Eq. 13
 
     with torch.no_grad():
         H = (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)                                  # (B,)
-        correct = ~is_demo & (inputs["reward"] > 0)
+        weighted = {"w_sft": is_demo, "w_rl": ~is_demo & (inputs["reward"] > 0)}
         sums = {}
         for name, weight in weights.items():
-            sums[name] = torch.where(is_demo if name == "w_sft" else correct, weight, 0.0).sum()
+            sums[name] = torch.where(weighted[name], weight, 0.0).sum()
         sums["entropy/demo"] = torch.where(is_demo, H, 0.0).sum()
         sums["entropy/rollout"] = torch.where(is_demo, 0.0, H).sum()
         sums["tis/capped"] = (importance > (cfg.tis_cap or math.inf)).sum()
         difference = difference.abs()
-        rows = torch.cat([difference.max()[None], difference.sum(1)])
+        rows = torch.cat([difference.max()[None], difference.sum(1)])                           # (1 + B,)
         losses, sums, (worst, *differences) = read_once(terms, sums, rows)
     return tally_of(sequences, losses, sums, worst, differences)
 
@@ -233,32 +234,44 @@ def tally_of(sequences, losses, sums, worst, differences):
     return tally
 
 
-def backward(objective, policy, micro_batches, asked, n_demo, n_rollout, reference, cfg, device):
+def backward(objective, policy, micro_batches, extras, n_demo, n_rollout, reference, cfg, device):
     """Forward, loss and backward of an update's micro-batches on this rank -> their Tally.
 
     Gradients are sums, over micro-batches and ranks, of terms that are divided by global counts already: they
     are the same for every split. A collective: every rank must have as many micro-batches.
     """
     tally = Tally()
-    for i, (sequences, further) in enumerate(zip(micro_batches, asked), start=1):
+    for i, (sequences, extra) in enumerate(zip(micro_batches, extras), start=1):
         M.accumulate(policy, last=i == len(micro_batches))
         found = backward_micro_batch(
-            policy, objective, sequences, further, n_demo, n_rollout, reference, cfg, device)
+            policy, objective, sequences, extra, n_demo, n_rollout, reference, cfg, device)
         tally = tally.plus(found)
     return tally
 
 
-def update_policy(policy, optimizer, tally, grad_clip):
-    """Clip, AdamW. The gradients are there already; `tally` is what this rank measured on the way. Returns
-    the update's metrics, of all ranks. A collective.
+def update_policy(policy, optimizer, objective, sequences, micro_batches, extras, reference, cfg, device,
+                  measure_terms=False):
+    """One optimizer update: forward, loss (Eq. 13) and backward; clip; AdamW. Returns its metrics. A
+    collective.
 
-    An update whose gradient is not finite is skipped: AdamW's moments would never forget it.
+    sequences: all of the update, the same on every rank. micro_batches: those that this rank computes, and
+    extras: for each of them the extra inputs of the objective. measure_terms: also the gradient norm of each
+    term alone.
     """
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip).full_tensor().item()
-    if math.isfinite(norm):
+    n_demo = sum(s.is_demo for s in sequences)
+    add_gradients = partial(
+        backward, policy=policy, micro_batches=micro_batches, extras=extras, n_demo=n_demo,
+        n_rollout=len(sequences) - n_demo, reference=reference, cfg=cfg, device=device)
+    norms = {}
+    if measure_terms:
+        from paper.readings import term_gradient_norms
+        norms = term_gradient_norms(add_gradients, objective, policy)
+    tally = add_gradients(objective)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).full_tensor().item()
+    if math.isfinite(norm):                # else the update is skipped: AdamW's moments would never forget it
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**tally.of_all_ranks().metrics(), "grad_norm": norm}
+    return {**tally.of_all_ranks().metrics(), **norms, "grad_norm": norm}
 
 
 def learning_rate(cfg, step):
@@ -470,22 +483,16 @@ def train(cfg, run):
 
         # 4. Pack into micro-batches of at most 16,384 tokens, without padding, and deal them to the ranks.
         #    1,152 sequences of 2,000 tokens are 2.3 million: 18 micro-batches for each of 8 ranks.
-        micro_batches, asked = deal(cfg, run, objective, shares)
+        micro_batches, extras = deal(cfg, run, objective, shares)
 
         # 5. Forward, loss (Eq. 13) and backward of each micro-batch; then clip, and AdamW.
         for parameters in run.optimizer.param_groups:
             parameters["lr"] = learning_rate(cfg, step)
-        updates, norms = [], {}
-        for share, batches, further in zip(shares, micro_batches, asked):
-            n_demo = sum(s.is_demo for s in share)        # of all ranks: each holds the whole share
-            add_gradients = partial(
-                backward, policy=run.policy, micro_batches=batches, asked=further, n_demo=n_demo,
-                n_rollout=len(share) - n_demo, reference=run.reference, cfg=cfg, device=device)
-            if cfg.term_gradients and step % cfg.term_gradients == 0 and not updates:
-                from paper.readings import term_gradient_norms
-                norms = term_gradient_norms(add_gradients, objective, run.policy)
-            tally = add_gradients(objective)
-            updates.append(update_policy(run.policy, run.optimizer, tally, cfg.grad_clip))
+        updates = []
+        for share, batches, extra in zip(shares, micro_batches, extras):
+            updates.append(update_policy(
+                run.policy, run.optimizer, objective, share, batches, extra, run.reference, cfg, device,
+                measure_terms=cfg.term_gradients and step % cfg.term_gradients == 0 and not updates))
         clock.append(time.monotonic())
         memory.append(memory_gb(device))
 
@@ -507,7 +514,7 @@ def train(cfg, run):
         skipped = progress.skipped + sum(not math.isfinite(norm) for norm in grad_norms)
         progress = Progress(step, skipped, order.position, failed, demo_rewards)
         metrics = {"step": step, **summarize(sequences, len(prompts), answered.grading, updates, clock)}
-        metrics |= {**norms, "steps_skipped": skipped, "lr": learning_rate(cfg, step),
+        metrics |= {"steps_skipped": skipped, "lr": learning_rate(cfg, step),
                     "perf/mfu": utilization(run, sequences, seconds=clock[3] - clock[2]),
                     "perf/peak_memory_gb": max(memory)}
         trouble = health.look(metrics, grad_norms, answered.grading, [p.example.id for p in prompts])
@@ -527,10 +534,7 @@ def train(cfg, run):
         if step == first:
             set_timeouts(mesh, cfg.hang_minutes)          # all is compiled: from now on no phase takes hours
     bar.close()
-    if not stop:
-        phase("export", cfg.steps)
-        M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(device))
-    finish(cfg, run, exported=not stop)
+    finish(cfg, run, stopped=stop)
     return metrics
 
 
@@ -555,7 +559,7 @@ def divide(cfg, data, indices, sequences, failed):
 
 def deal(cfg, run, objective, shares):
     """Two lists with an entry for each update: this rank's micro-batches, lists of model.Sequence; and for
-    each of those the further inputs that the objective asks for, {} for srft_loss. A collective.
+    each of those the extra inputs of the objective, {} for srft_loss. A collective.
 
     Micro-batches are dealt like cards: rank r gets r, r + ranks, ... All get as many, since they meet in the
     collectives of every forward and backward; and alike ones, by cost in FLOPs, run side by side.
@@ -563,16 +567,16 @@ def deal(cfg, run, objective, shares):
     def cost(sequence):
         return run.policy.flops([sequence])
 
-    micro_batches, asked = [], []
+    micro_batches, extras = [], []
     for share in shares:
         packed = M.pack(share, cfg.micro_batch_tokens, multiple_of=run.ranks.world, cost=cost)
         micro_batches.append(packed[run.ranks.rank::run.ranks.world])
     for share, mine in zip(shares, micro_batches):
-        further = [{} for _ in mine]
+        extra = [{} for _ in mine]
         if objective is not srft_loss:            # such as log pi_old, before the first update changes pi
-            further = objective.before_update(run.policy, mine, share, run.ranks.device)
-        asked.append(further)
-    return micro_batches, asked
+            extra = objective.before_update(run.policy, mine, share, run.ranks.device)
+        extras.append(extra)
+    return micro_batches, extras
 
 
 def utilization(run, sequences, seconds):
@@ -629,6 +633,7 @@ def setup(cfg):
     ranks = init_distributed(cfg.device)
     device, out = ranks.device, Path(cfg.out)
     say = print if ranks.rank == 0 else lambda *_: None
+    # What can be refused is refused first: loading 7B takes minutes.
     check_versions(versions(), say)
     check_environment(device)
     if not cfg.resume and (out / "metrics.jsonl").exists():
@@ -656,6 +661,7 @@ def setup(cfg):
     engine = RolloutEngine(
         config, tokenizer, dtype, cfg.max_prompt_tokens + cfg.max_response_tokens, cfg.engine_sequences,
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
+    # After the engine, whose start draws from the same generators, and before a checkpoint restores them.
     seed_everything(cfg.seed + ranks.rank)
     phase("load checkpoint")
     progress = restore(cfg, checkpoint, policy, optimizer, len(prompts), say) if checkpoint else Progress()
@@ -746,8 +752,12 @@ def restore(cfg, checkpoint, policy, optimizer, n_prompts, say):
     return Progress(**state)
 
 
-def finish(cfg, run, exported):
-    """Close everything; tell a person where things are, and how far held-out accuracy has come."""
+def finish(cfg, run, stopped):
+    """Export the model, unless the run was stopped; close everything; tell a person where things are, and how
+    far held-out accuracy has come. A collective."""
+    if not stopped:
+        phase("export", cfg.steps)
+        M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(run.ranks.device))
     run.grader.close()
     dist.barrier()                                    # no rank leaves while another still talks to it
     run.engine.close()                                # before the process group: it owns parts of it
@@ -755,7 +765,7 @@ def finish(cfg, run, exported):
         dist.destroy_process_group()
     if run.ranks.rank != 0:
         return
-    if not exported:
+    if stopped:
         print(f"stopped; the checkpoint is in {cfg.out}/checkpoints, continue with --resume")
         return
     rows = read_rows(Path(cfg.out) / "metrics.jsonl")

@@ -262,19 +262,12 @@ def full_micro_batch(cfg, vocabulary, seed=0):
     return sequences
 
 
-def add_gradients(run, cfg, batches):
-    """Forward, the paper's loss, and backward of these micro-batches -> their Tally."""
-    n_demo = sum(s.is_demo for batch in batches for s in batch)
-    n_rollout = sum(map(len, batches)) - n_demo
-    return srft.backward(srft.srft_loss, run.policy, batches, [{}] * len(batches), n_demo, n_rollout,
-                         reference=None, cfg=cfg, device=run.device)
-
-
 def one_update(run, cfg, batches):
-    """(metrics, seconds) of one optimizer update."""
+    """(metrics, seconds) of one optimizer update by the paper's loss."""
+    everything = [s for batch in batches for s in batch]
     began = common.clock(run.device)
-    tally = add_gradients(run, cfg, batches)
-    metrics = srft.update_policy(run.policy, run.optimizer, tally, cfg.grad_clip)
+    metrics = srft.update_policy(run.policy, run.optimizer, srft.srft_loss, everything, batches,
+                                 [{}] * len(batches), None, cfg, run.device)
     return metrics, common.clock(run.device) - began
 
 
@@ -400,8 +393,10 @@ def mfu(report, device):
 
 def forward_backward(run, cfg, sequences):
     """Seconds of one micro-batch; its gradients stay."""
+    n_demo = sum(s.is_demo for s in sequences)
     began = common.clock(run.device)
-    add_gradients(run, cfg, [sequences])
+    srft.backward(srft.srft_loss, run.policy, [sequences], [{}], n_demo, len(sequences) - n_demo, None, cfg,
+                  run.device)
     return common.clock(run.device) - began
 
 

