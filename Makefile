@@ -1,16 +1,17 @@
-# Everything on a CPU machine. `make demo` and `make test` install into .venv first, once.
+# Everything on a CPU machine. What needs an environment installs it into .venv first, once.
 VENV   ?= .venv
 PYTHON ?= python3
+# What installs: pip, or PIP="uv pip", which with UV_TORCH_BACKEND=cpu finds torch's builds for CPU by itself
+# where the package index does not offer them.
+PIP    ?= $(VENV)/bin/pip --disable-pip-version-check
 # One thread a process: two ranks with a thread pool each fight over the cores.
 export OMP_NUM_THREADS = 1
 
-# torchrun asks the network for this machine's own name, and waits for minutes where nobody knows it: --local_addr.
-.PHONY: demo test test-fast test-older env env-older clean
+.PHONY: demo test test-fast test-older lint env env-older clean
 
-# torch's own errors only: on a CPU, vLLM warns through it of how it places memory.
-demo: env                          ## train the tiny model with SRFT in two processes and draw out/tiny/curves.png
+demo: env                          ## train the tiny model with SRFT in two processes, draw out/tiny/curves.png
 	rm -rf out/tiny
-	TORCH_CPP_LOG_LEVEL=ERROR $(VENV)/bin/torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny
+	TORCHRUN=$(VENV)/bin/torchrun runs/tiny.sh
 
 test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not clock" --durations=25 tests
@@ -19,17 +20,21 @@ test: $(VENV)/.tests-installed     ## all tests
 test-fast: $(VENV)/.tests-installed ## the core, under two minutes
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not clock" tests
 
+lint: $(VENV)/.tests-installed     ## ruff, as pyproject.toml says
+	$(VENV)/bin/ruff check .
+
 env: $(VENV)/.installed            ## the virtual environment
 
-# torchvision and its kin come as dependencies, are not used, and break transformers where their build is not torch's.
+# torchvision and its kin come as dependencies, are not used, and break transformers where their build is not
+# torch's.
 $(VENV)/.installed: requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-cpu.txt
-	$(VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	VIRTUAL_ENV=$(VENV) $(PIP) install --quiet -r requirements-cpu.txt
+	VIRTUAL_ENV=$(VENV) $(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)/.tests-installed: $(VENV)/.installed requirements-dev.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements-cpu.txt
+	VIRTUAL_ENV=$(VENV) $(PIP) install --quiet -r requirements-dev.txt -c requirements-cpu.txt
 	touch $@
 
 # Its torch may be a wheel for CUDA: the tests pass --device cpu.
@@ -41,8 +46,9 @@ test-older: env-older              ## on the oldest supported versions: the core
 env-older:                         ## the virtual environment with them, .venv-older
 	$(PYTHON) -m venv .venv-older
 	.venv-older/bin/pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip install --quiet -r requirements-cpu.txt -r requirements-dev.txt --override requirements-older.txt
+	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip install --quiet -r requirements-cpu.txt -r requirements-dev.txt \
+	    --override requirements-older.txt
 	VIRTUAL_ENV=.venv-older .venv-older/bin/uv pip uninstall --quiet torchvision torchaudio torchcodec
 
 clean:
-	rm -rf $(VENV) .venv-older out .pytest_cache
+	rm -rf $(VENV) .venv-older out .pytest_cache .ruff_cache
