@@ -111,7 +111,7 @@ def alternate(a, b, pairs):
 
 
 def table(header, rows):
-    """A Markdown table, so that it can go to BENCHMARKS.md as it is."""
+    """A Markdown table, so that it can go to docs/benchmarks.md as it is."""
     def text(x):
         return f"{x:.3g}" if isinstance(x, float) else str(x)
 
