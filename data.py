@@ -98,9 +98,11 @@ def parse_row(row):
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with named columns, found {str(row)[:80]!r}")
+    # Plain. (A plain file may have a column "prompt" of its own; a chat in it marks the other schema.)
     if "reward_model" not in row and not isinstance(row.get("prompt"), (list, tuple)):
         return Example(id=_text(row, "id", required=False) or "", problem=_text(row, "problem", "question"),
                        answer=_text(row, "answer"), demo=_text(row, "solution", required=False))
+    # Openr1-Math-46k-8192.
     truth = row.get("reward_model")
     if not isinstance(truth, dict):
         raise ValueError(f"expected 'reward_model' to hold ground_truth, found {str(truth)[:80]!r}")

@@ -56,6 +56,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Task:
     """One response to draw: the `sample`-th to a problem of a benchmark."""
+    # Each of AIME24's 32 samples is a task of its own, so that they spread over ranks and chunks like others.
     benchmark: str
     prompt: Prompt
     sample: int
@@ -95,6 +96,7 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
 
     prompts = [task.prompt.ids for task in tasks]
     seeds = [task.seed(sampling.seed) for task in tasks]
+    # 1: a task is one response.
     engine.generate(prompts, 1, sampling.temperature, sampling.max_tokens, seeds, version,
                     top_p=sampling.top_p, progress=progress, on_step=grade_finished)
     # Responses end in any order; verdicts come in the order of submission, as `jobs` has it.
@@ -146,7 +148,7 @@ def evaluate(engine, grader, name, prompts, n, sampling, version):
     rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version)
     found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
     everyone = [None] * world
-    dist.all_gather_object(everyone, found)
+    dist.all_gather_object(everyone, found)           # three numbers a response, not its text
     dealt = [None] * len(tasks)
     for r, part in enumerate(everyone):
         dealt[r::world] = part                        # back into the order of `tasks`
@@ -165,7 +167,7 @@ def read_results(path):
     if not path.exists():
         return []
     rows, torn = [], 0
-    with path.open("rb") as lines:
+    with path.open("rb") as lines:                    # bytes: what was cut may be half a character
         for line in lines:
             try:
                 rows.append(json.loads(line))
@@ -180,7 +182,7 @@ def append_results(path, rows):
     """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     with path.open("ab+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)              # closing the file gives it back
+        fcntl.lockf(file, fcntl.LOCK_EX)              # until the file is closed
         end = file.seek(0, os.SEEK_END)
         # A torn line has no newline: without one, the first row to come would be torn with it.
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
@@ -321,8 +323,10 @@ def main(argv=None):
 
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)     # minutes: ranks end hours apart
+    # A week, in minutes: the one barrier at the end of `run` waits for the slowest rank, hours perhaps.
+    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)
     say = print if rank == 0 else lambda *_: None
+    # All mistakes that can be found without the model are found before it is loaded, or anything written.
     check_versions(versions(), say)
     check_environment(device)
     folder = locate(args)
@@ -334,7 +338,7 @@ def measure(args):
     settle(args, folder, device, rank)
     dist.barrier()                                    # settings.json is there, before anyone writes results
     tensors = stored_tensors(folder)                  # says now if files are missing, and reads them later
-    kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]
+    kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]    # the first one counts
     path = Path(args.out) / "results.jsonl"
     with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
                 strict_box=args.strict_box, score_unfinished=args.score_unfinished) as grader:
@@ -342,11 +346,15 @@ def measure(args):
         known = known_results(path, tasks)
         if len(known) < len(tasks):                   # else only the table is made again
             engine = start_engine(args, config, tokenizer, device, tasks)
-            engine.sync_weights(tensors, version=0)
+            engine.sync_weights(tensors, version=0)   # the weights never change, so neither does the version
             sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+            # The last responses of a chunk are decoded in a half-empty batch: larger chunks waste less, and
+            # a kill costs more.
             run(engine, grader, tasks, known, sampling, kinds, path, chunk_size=4 * args.engine_sequences)
+            # From the file, which has the rows of all ranks. A collective, so before the engine is closed:
+            # that takes the process group with it.
             known = known_results(path, tasks)
-            engine.close()                            # takes the process group with it
+            engine.close()
     if rank == 0:
         write_summary(args, tasks, known, kinds)
     if dist.is_initialized():
@@ -360,6 +368,7 @@ def locate(args):
         if not (path / "hf").is_dir():
             raise ValueError(f"--model {path}: this run has no hf/ yet; it is written when training ends")
         args.out = args.out or str(path / "eval")
+        # The template that it was trained with: another would measure something else.
         args.template = args.template or json.loads((path / "config.json").read_text())["template"]
         return str(path / "hf")
     if path.is_file():
@@ -406,6 +415,8 @@ def claim(out):
     return lock
 
 
+# What results of one folder must have in common. Benchmarks, samples and limit may grow; the rest is of the
+# machine.
 SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
             "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
@@ -417,6 +428,7 @@ def settle(args, folder, device, rank=0):
     for file in sorted(Path(folder).glob("*.safetensors")):
         settings["weights"][file.name] = fingerprint(file)
     path = Path(args.out) / "settings.json"
+    # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():
         known = json.loads(path.read_text()) if path.exists() else {}
         changed = [f"{name} was {known.get(name)}, is {settings[name]}" for name in SETTINGS

@@ -283,8 +283,9 @@ def _options(row):
 def _checked(options, index, letter):
     """(options without stray blanks, the right one's index). index, letter: what the row says of it, or None;
     ValueError unless one of them does, and both agree."""
-    if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS) or not all(
-            isinstance(option, str) and option.strip() for option in options):
+    texts = isinstance(options, list) and all(
+        isinstance(option, str) and option.strip() for option in options)
+    if not texts or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"expected a list of 2 to {len(LETTERS)} options, each a text (letters A to "
                          f"{LETTERS[-1]}), found {str(options)[:80]}")
     letters = list(LETTERS[:len(options)])

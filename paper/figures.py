@@ -61,6 +61,7 @@ class Scorer:
     def __init__(self, folder, mesh, device, args):
         config = M.load_config(folder, args.rope_theta, args.window)
         self.policy = M.load_policy(folder, config, mesh, device).eval()
+        # Sequences packed into one row must not see each other; an architecture may break that in silence.
         M.check_packing(self.policy, device, config.vocab_size)
         self.device, self.tokens = device, args.micro_batch_tokens
 
@@ -79,6 +80,8 @@ class Scorer:
         # pack() deals the sequences out in an order of its own; each is found again by its identity.
         place = {id(sequence): i for i, sequence in enumerate(sequences)}
         mine = {}
+        # As many micro-batches on every rank, if need be empty ones: each forward gathers shards, and all
+        # ranks must take part.
         for batch in M.pack(sequences, self.tokens, world)[rank::world]:
             logp = self.policy(M.collate(batch, self.device))[0].float().cpu().numpy()            # (B,T)
             for sequence, row in zip(batch, logp):
@@ -103,7 +106,7 @@ def respond(args, mesh, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = RolloutEngine(config, tokenizer, dtype, args.max_prompt_tokens + args.max_response_tokens, 128,
                            gpu_memory_utilization=0.9)
-    engine.sync_weights(stored_tensors(folder), 0)
+    engine.sync_weights(stored_tensors(folder), 0)         # the engine reads no folder itself
     # Seeds of all prompts, before they are dealt: what is sampled does not depend on the number of ranks.
     seeds = np.random.SeedSequence(args.seed).generate_state(len(prompts), np.uint64).tolist()
     mine = [prompt.ids for prompt in prompts[rank::world]]
@@ -178,7 +181,8 @@ def fig2a(args, mesh, device):
     tokenizer = AutoTokenizer.from_pretrained(base)
     args.limit = 1
     sequence = responses(args, args.responses[0], tokenizer)[0]
-    [before] = Scorer(base, mesh, device, args)([sequence])           # log p of each token of the response
+    # log p of each token of the response, the same tokens under both models.
+    [before] = Scorer(base, mesh, device, args)([sequence])
     [after] = Scorer(tuned, mesh, device, args)([sequence])
     tokens = [tokenizer.decode([token]) for token in sequence.response]
     title = f"{label} against base, response: {args.responses[0]}"
@@ -225,7 +229,7 @@ def heatmap(tokens, base, tuned, scale, title):
         hint = f"{html.escape(repr(token))}: base {np.exp(base[i]):.4f}, tuned {np.exp(tuned[i]):.4f}"
         spans.append(f'<span style="{css(change[i], widest)}" title="{hint}">{shown}</span>')
     unit = "p_tuned - p_base" if scale == "probability" else "log p_tuned - log p_base, nats"
-    legend = []
+    legend = []                                            # the scale, by a few of its colours
     for part in (-1, -0.5, -0.1, 0.1, 0.5, 1):
         style = f"{css(part * widest, widest)};padding:0 .8em"
         legend.append(f'<span style="{style}">{part * widest:+.2g}</span>')
@@ -306,7 +310,8 @@ def fig2b(args, mesh, device):
     found = {}
     for (label, folder), source in zip(tuned, sources):
         sequences = responses(args, source, tokenizer)
-        before = np.concatenate(Scorer(base, mesh, device, args)(sequences))     # log p, of all tokens
+        # log p of all tokens. The base model is asked again for each source: the sequences differ.
+        before = np.concatenate(Scorer(base, mesh, device, args)(sequences))
         after = np.concatenate(Scorer(folder, mesh, device, args)(sequences))
         found[label] = distribution(before, after)
     for label, row in found.items():
@@ -337,6 +342,7 @@ def draw_distributions(file, found, sources):
         over = (f"{row['changed by more than 0.1']:.1%} over 0.1, "
                 f"{row['changed by more than 0.5']:.1%} over 0.5")
         axes.stairs(row["share of each bin"], row["edges"], label=f"{label}: {over}")
+    # Most tokens hardly change: without a logarithm, the middle bin is all that one sees.
     axes.set(yscale="log", xlabel="p_tuned - p_base of a response's token", ylabel="share of tokens")
     axes.set_title("responses: " + ", ".join(Path(source).stem for source in sources), fontsize=9)
     axes.legend()
@@ -368,8 +374,9 @@ def fig3(args, mesh, device):
 def trajectory(runs, references, mesh, device, args):
     """[{"step", "distances"}] from the model that the first run started from, over each run's checkpoints.
     Steps are counted through the runs of a sequence."""
-    path, first = [], 0
+    path, first = [], 0                                                 # first: steps of the stages before
     for run in runs:
+        # One model, whose weights become those of each checkpoint in turn.
         scorer = Scorer(model_folder(run), mesh, device, args)
         if not path:                                                    # where the first stage set out
             start = json.loads((Path(run) / "config.json").read_text())["model"]
@@ -438,7 +445,7 @@ for term, equation in TERMS.items():
 
 def curves(args, *_):
     """Fig. 4, 5, 6, A2 and the terms' gradients: mean over seeds, shaded from the least to the most."""
-    found = {}
+    found = {}                                              # panel -> label -> curve
     for panel in PANELS[args.figure]:
         prefix, _ = METRICS[panel]
         found[panel] = {}
@@ -446,6 +453,7 @@ def curves(args, *_):
             steps, mean, least, most = read_curves(runs, prefix)
             found[panel][label] = {"step": steps, "mean": mean, "least": least, "most": most}
 
+    # SFT has no rewards, and a run without --eval_data no accuracy: a panel needs one curve, not all.
     measured, empty = [], []                                # panels, titles
     for panel, of_label in found.items():
         if any(curve["step"] for curve in of_label.values()):
@@ -476,6 +484,7 @@ def read_curves(seeds, prefix):
     """Runs of several seeds, "RUN+RUN,RUN+RUN" -> (steps, mean, least, most) over the steps that all of them
     have."""
     of_seeds = [dict(read_curve(run, prefix)) for run in seeds.split(",")]                  # step -> value
+    # Seeds may have been evaluated at different steps; a mean over some of them would jump.
     steps = sorted(set.intersection(*map(set, of_seeds)))
     rows = []
     for curve in of_seeds:
@@ -645,7 +654,7 @@ def write(out, suffix, content):
     file.parent.mkdir(parents=True, exist_ok=True)
     if callable(content):
         content(file)
-    elif isinstance(content, str):
+    elif isinstance(content, str):                         # HTML, or lines of JSON
         file.write_text(content)
     else:
         file.write_text(json.dumps(content))

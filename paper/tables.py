@@ -80,7 +80,7 @@ def summarize(rows, kinds):
     for name, part in rows.items():
         # Problem by problem, so that rewards in this order are a (P, n) matrix.
         part = sorted(part, key=lambda row: (row["id"], row["sample"]))
-        n = part[-1]["sample"] + 1
+        n = part[-1]["sample"] + 1                         # every problem has samples 0 to n - 1
         one = {"problems": len(part) // n, "samples": n,
                "truncated": float(np.mean([not row["finished"] for row in part])),
                "response_len": float(np.mean([row["tokens"] for row in part]))}
@@ -174,6 +174,7 @@ def beside_table_2(summary, shown, label, kinds, template):
     heads += groups
     lines = [table_row(heads), "|---" * len(heads) + "|"]
 
+    # This model: a row for each verifier.
     for kind in kinds:
         cells = [f"**{label}** ({kind})"]
         for name in shown:
@@ -183,8 +184,9 @@ def beside_table_2(summary, shown, label, kinds, template):
             cells.append(f"{100 * np.mean(accuracies):.1f}")
         lines.append(table_row(cells))
 
+    # The paper's rows, with empty cells under one's own problems; none if there are no others.
     if not set(shown) & set(COLUMNS):
-        return lines                       # of one's own problems the paper says nothing
+        return lines
     for model, figures in paper_rows(template).items():
         paper = dict(zip(COLUMNS, figures))                  # Table A1 has the first five only
         cells = [model]
