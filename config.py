@@ -23,16 +23,19 @@ def opt(default, group, help, choices=None):
 class Method:
     """What a paradigm trains on, which flags of the objective it heeds, and what the paper sets for it."""
     rollouts: bool        # samples G rollouts a prompt
-    demos: str            # where demonstrations are: in the rollouts' "group" (Eq. 6); "beside" it, with no
-    #                       advantage; "none"; or only for prompts whose rollouts all "failed"
+    demos: str            # "group": demonstrations are in the rollouts' group (Eq. 6)
+    #                       "beside": they are learned, without an advantage
+    #                       "none": they are left out
+    #                       "failed": they are learned where all rollouts failed
     heeds: tuple = ()
     flags: dict = field(default_factory=dict)
 
 
-# Flags that ask for another loss than srft.srft_loss: paper/readings.py has it.
+# Flags that ask for another loss than srft.srft_loss: paper/readings.py has it. (updates_per_rollout: later
+# updates need log pi_old, which that file provides.)
 READINGS = ("loss_norm", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
             "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout")
-EQ_3 = ("clip_eps", "tis_cap", "std_in_advantage")              # what the clipped surrogate of Eq. 3 asks for
+SURROGATE = ("clip_eps", "tis_cap", "std_in_advantage")         # what the losses on Eq. 3 ask for
 TRUNCATION = ("entropy_floor", "entropy_quantile")              # App. A.2
 SFT = {"lr": 5e-6, "lr_schedule": "linear", "steps": 1078}      # App. B; 3 epochs of 46,000 in batches of 128
 METHODS = {
@@ -42,11 +45,11 @@ METHODS = {
     "sft": Method(rollouts=False, demos="beside", flags=SFT),
     "sft_kl": Method(rollouts=False, demos="beside", heeds=("kl_coef", "reference"),
                      flags={**SFT, "kl_coef": 0.2}),
-    "grpo": Method(rollouts=True, demos="none", heeds=(*EQ_3, *TRUNCATION)),
-    "sft+rl": Method(rollouts=True, demos="beside", heeds=(*EQ_3, *TRUNCATION)),
-    "luffy": Method(rollouts=True, demos="group", heeds=(*EQ_3, "demo_in_group", "demo_shaping"),
+    "grpo": Method(rollouts=True, demos="none", heeds=(*SURROGATE, *TRUNCATION)),
+    "sft+rl": Method(rollouts=True, demos="beside", heeds=(*SURROGATE, *TRUNCATION)),
+    "luffy": Method(rollouts=True, demos="group", heeds=(*SURROGATE, "demo_in_group", "demo_shaping"),
                     flags={"demo_in_group": "replaces", "demo_shaping": 0.1}),
-    "relift": Method(rollouts=True, demos="failed", heeds=(*EQ_3, *TRUNCATION)),
+    "relift": Method(rollouts=True, demos="failed", heeds=(*SURROGATE, *TRUNCATION)),
 }
 # Flags that some methods heed and others do not.
 FLAGS_OF_METHODS = set().union(*(method.heeds for method in METHODS.values()))
@@ -124,7 +127,7 @@ class Config:
         "cap of the importance weight pi/pi_engine on rollout tokens, which corrects for the engine's "
         "numerics; 0: no weight")
 
-    # Readings of Eq. 2-13: the defaults are the paper's text, docs/decisions.md says why.
+    # Readings of Eq. 2-13; docs/decisions.md says why these are the defaults.
     std_in_advantage: bool = opt(True, "objective",
         "A is divided by the group's standard deviation (Eq. 2, 7)")
     loss_norm: str = opt("sequence", "objective",
@@ -262,8 +265,8 @@ def parse_args(argv=None, description=__doc__):
 
 
 def sequences_per_prompt(cfg):
-    """(rollouts, demonstrations) of a step: (8, 1) by Eq. 6, (7, 1) if the demonstration replaces a rollout,
-    (0, 1) for SFT, (8, 0) for GRPO."""
+    """(rollouts, demonstrations) of a prompt: (8, 1) by Eq. 6, (7, 1) if the demonstration replaces a
+    rollout, (0, 1) for SFT, (8, 0) for GRPO."""
     method = METHODS[cfg.method]
     demos = 1 if method.demos in ("group", "beside") else 0
     if not method.rollouts:
@@ -274,7 +277,7 @@ def sequences_per_prompt(cfg):
 
 
 def asks_for_the_papers_loss(cfg):
-    """Is it srft.srft_loss, as it stands there?"""
+    """Do the flags ask for srft.srft_loss and nothing else?"""
     return cfg.method == "srft" and all(getattr(cfg, name) == getattr(Config, name) for name in READINGS)
 
 
@@ -320,16 +323,16 @@ def check_step(cfg, world):
 
 
 def check_numbers(cfg):
-    """Of single numbers. `not x > 0` also refuses nan, which `x <= 0` lets pass."""
-    if cfg.grader_workers < 0 or cfg.grader_deadline <= 0:
+    """Of single numbers. `not x > 0` also refuses nan, which `x <= 0` and `min` let pass."""
+    if cfg.grader_workers < 0 or not cfg.grader_deadline > 0:
         raise ValueError("--grader_workers must be at least 0, --grader_deadline above 0")
-    if cfg.hang_minutes <= 0:
+    if not cfg.hang_minutes > 0:
         raise ValueError("--hang_minutes must be above 0")
     if not cfg.temperature > 0:
         raise ValueError("--temperature must be positive: rollouts are samples (Eq. 11)")
-    if not min(cfg.lr, cfg.grad_clip) > 0:
+    if not (cfg.lr > 0 and cfg.grad_clip > 0):
         raise ValueError("--lr and --grad_clip must be positive (--grad_clip inf: none)")
-    if not min(cfg.kl_coef, cfg.demo_shaping, cfg.seed) >= 0:
+    if not (cfg.kl_coef >= 0 and cfg.demo_shaping >= 0 and cfg.seed >= 0):
         raise ValueError("--kl_coef, --demo_shaping and --seed must not be negative")
     if cfg.tis_cap and not cfg.tis_cap >= 1:
         raise ValueError("--tis_cap must be 0 (no weights) or at least 1")

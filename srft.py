@@ -11,10 +11,12 @@ start and end.
 Where the paper leaves something open, the defaults do this (docs/decisions.md has all of it, and why):
 
 1. The demonstration joins the 8 rollouts in one group of 9: Eq. 6 is a union.
-2. Each response's sum over tokens is divided by its length, in all four terms (the normalizer of Eq. 3), so
-   that the 0.5 of Eq. 8 and the 0.1 of Eq. 12 are on one scale.
-3. H in the weights is the mean entropy of the sequence's own response tokens, without gradient.
-4. Both sums of Eq. 12 are divided by all rollouts: it is one expectation, over right and wrong ones.
+2. The paper's log pi(y|x) is a sum over tokens (A5). Here all four terms divide it by the response's length,
+   as Eq. 3 does, so that the 0.5 of Eq. 8 and the 0.1 of Eq. 12 are on one scale.
+3. The paper writes the weights outside of the expectations. Here each sequence has its own, by the mean
+   entropy of its own response tokens, without gradient.
+4. Rewards are 1 and 0 (A2). The +1 and -1 of Eq. 11 are the signs of the two sums of Eq. 12. Both sums are
+   divided by all rollouts: it is one expectation, over right and wrong ones.
 5. One update a step: rollouts are of the policy that they train (Eq. 11), so there is no ratio to an older
    one.
 6. Rollout tokens carry a truncated importance weight pi/pi_engine: the engine computes with other kernels.
@@ -24,7 +26,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,8 @@ def group_advantage(reward, group, use_std=True, eps=1e-6):
     >>> group_advantage(torch.tensor([1., 0., 0., 1.]), torch.tensor([0, 0, 1, 1]))
     tensor([ 1.0000, -1.0000, -1.0000,  1.0000])
     """
-    # In float64: where all rewards of a group are equal, A must be 0. A mean rounded to float32 may be off by
-    # 1e-8, and the division by eps would make 1e-2 of that.
+    # In float64, for rewards other than 1 and 0: where all of a group are 0.1, their mean in float32 is 7e-9
+    # off, and the division by eps would make an advantage of 7e-3 of that.
     rewards = reward.double()
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
     mean = rewards.new_zeros(len(count)).index_add_(0, index, rewards) / count                  # (groups,)
@@ -97,7 +98,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
 
     logp       (B,T) log pi_theta(y_t | x, y_<t) in nats, with gradient
     entropy    (B,T) H_t of the same distribution, in nats
-    mask       (B,T) 1 on response tokens (EOS included), 0 on padding, where the others may hold anything
+    mask       (B,T) 1 on response tokens (EOS included), 0 on padding, where logp, entropy and tis may hold
+                     anything, nan too
     reward     (B,)  R(x, y) of Eq. A2: 1.0 correct, 0.0 not
     advantage  (B,)  A of Eq. 7, over the group of rollouts and demonstration
     is_demo    (B,)  bool
@@ -105,8 +107,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
                         so that terms and gradients of micro-batches simply add up
     tis        (B,T) truncated importance weights pi/pi_engine, 1 on demonstrations; None: none
 
-    Returns (terms, weights): the four scalars with graph, whose sum is the loss; "w_sft" and "w_rl", (B,),
-    without. Needs torch alone.
+    Returns (terms, weights): the four scalars with gradient, whose sum is the loss; and "w_sft" and "w_rl",
+    (B,), without. Needs torch alone.
     """
     is_demo = is_demo.bool()
     correct = ~is_demo & (reward > 0)
@@ -117,32 +119,33 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     entropy = entropy.masked_fill(mask == 0, 0.0)
     length = mask.sum(1).clamp(min=1)                                                           # (B,) |y_i|
 
-    def mean(x):
+    def over_tokens(x):
         """<x>_i of each sequence, (B,T) -> (B,)."""
         return (x * mask).sum(1) / length
 
-    def average(x, which, n):
+    def over_sequences(x, which, n):
         """(1/n) sum of x over the sequences `which`, (B,), (B,) bool -> scalar. n is 0 where none exists."""
         return torch.where(which, x, 0.0).sum() / max(n, 1)
 
     # The weights scale the gradient and have none themselves: else the policy could lower its loss by its
     # entropy alone.
-    H = mean(entropy.detach())                                                                  # (B,)
+    H = over_tokens(entropy.detach())                                                           # (B,)
     w_sft = 0.5 * torch.exp(-H)            # Eq. 8: an unsure policy imitates less
     w_rl = 0.1 * torch.exp(H)              # Eq. 12: a policy grown sure reinforces itself less
-    # Eq. 10: nobody knows the policy that wrote the demonstration, so pi_beta = 1 and the ratio is pi itself.
-    # It is below 1, where the clip of Eq. 9 acts on negative advantages alone: the paper omits the clip.
+    # Eq. 10 with pi_beta = 1, so that the author's probabilities, over another tokenizer, are not needed. The
+    # ratio is then pi itself, at most 1, where the clip of Eq. 9 acts on negative advantages alone. The paper
+    # calls that imbalanced, and omits the clip.
     ratio = log_pi.exp()                                                                        # (B,T)
-    # Rollouts are samples of the engine's policy. Times pi/pi_engine, their mean is that of samples of pi.
+    # Rollouts are samples of the engine's policy, which rounds differently: see backward_micro_batch.
     score = log_pi
     if tis is not None:
         score = log_pi * tis.masked_fill(mask == 0, 0.0)
 
     terms = {
-        "sft_demo": average(mean(w_sft[:, None] * -log_pi), is_demo, n_demo),            # Eq. 8
-        "rl_demo": average(-advantage * mean(ratio), is_demo, n_demo),                   # Eq. 9
-        "rl_pos": average(-mean(w_rl[:, None] * score), correct, n_rollout),             # Eq. 12: reward +1
-        "rl_neg": average(+mean(score), wrong, n_rollout),                               # Eq. 12: reward -1
+        "sft_demo": over_sequences(over_tokens(w_sft[:, None] * -log_pi), is_demo, n_demo),          # Eq. 8
+        "rl_demo": over_sequences(-advantage * over_tokens(ratio), is_demo, n_demo),                 # Eq. 9
+        "rl_pos": over_sequences(-over_tokens(w_rl[:, None] * score), correct, n_rollout),   # Eq. 12: R = +1
+        "rl_neg": over_sequences(+over_tokens(score), wrong, n_rollout),                     # Eq. 12: R = -1
     }
     return terms, {"w_sft": w_sft, "w_rl": w_rl}
 
@@ -158,7 +161,7 @@ def load_objective(cfg):
 # ----------------------------------------------------------------------------------------------------------
 # One optimizer update: forward, loss, backward; clip; AdamW.
 
-def backward_micro_batch(policy, objective, sequences, extra, n_demo, n_rollout, reference, cfg, device):
+def backward_micro_batch(objective, policy, sequences, extra, n_demo, n_rollout, reference, cfg, device):
     """Forward, loss and backward of one packed micro-batch; gradients add up in `policy`. Returns its Tally.
 
     sequences: list of model.Sequence, at most cfg.micro_batch_tokens together; [] where this rank has fewer
@@ -171,30 +174,31 @@ def backward_micro_batch(policy, objective, sequences, extra, n_demo, n_rollout,
     # forward, what the host knows it counts itself, and all else is read in one transfer at the end.
     batch = M.collate(sequences, device)
     inputs = M.loss_inputs(sequences, device)
-    features = None
+    of_reference = None                      # its hidden states and head: the KL is made of them in chunks
     if reference is not None:
         with torch.no_grad():
-            features = reference(batch, features=True)
-    logp, entropy, kl = policy(batch, cfg.temperature, bool(cfg.entropy_coef), features)        # (B,T) each
+            of_reference = reference(batch, features=True)
+    logp, entropy, kl = policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef),
+                               reference=of_reference)                                          # (B,T) each
     if not sequences:
         (logp.sum() * 0).backward()          # nothing to learn, but other ranks wait in its collectives
         return Tally()
 
+    engine_logp = inputs.pop("engine_logp")        # (B,T); no input of the loss: it becomes tis
     mask, is_demo = inputs["mask"], inputs["is_demo"]                                           # (B,T), (B,)
     with torch.no_grad():
         # Trainer and engine run different kernels, on a GPU in bf16: pi/pi_engine corrects for that. It is
         # cut at the cap, since no single token may outweigh a batch. A log pi that is not finite is the
         # trainer's own trouble: it is left out here, and ends in a gradient that is skipped.
-        logp_old = extra.get("logp_old", logp.detach())        # of this very policy, but in later updates
+        logp_old = extra.get("logp_old", logp.detach())         # not pi itself in a step's later updates
         compared = (mask > 0) & ~is_demo[:, None] & logp_old.isfinite()
-        difference = torch.where(compared, logp_old - inputs.pop("engine_logp"), 0.0)           # (B,T) nats
+        difference = torch.where(compared, logp_old - engine_logp, 0.0)                         # (B,T) nats
         importance = difference.exp()                                # 1 on demonstrations and on padding
     tis = importance.clamp(max=cfg.tis_cap) if cfg.tis_cap else None
     if kl is not None:
         extra = {**extra, "kl": kl}
-    # inputs: mask, reward, advantage and is_demo.
-    terms, weights = objective(
-        logp=logp, entropy=entropy, n_demo=n_demo, n_rollout=n_rollout, tis=tis, **inputs, **extra)
+    terms, weights = objective(logp=logp, entropy=entropy, n_demo=n_demo, n_rollout=n_rollout, tis=tis,
+                               **inputs, **extra)
     sum(terms.values()).backward()                                                              # Eq. 13
 
     with torch.no_grad():
@@ -206,30 +210,30 @@ def backward_micro_batch(policy, objective, sequences, extra, n_demo, n_rollout,
         sums["entropy/demo"] = torch.where(is_demo, H, 0.0).sum()
         sums["entropy/rollout"] = torch.where(is_demo, 0.0, H).sum()
         sums["tis/capped"] = (importance > (cfg.tis_cap or math.inf)).sum()
-        difference = difference.abs()
-        rows = torch.cat([difference.max()[None], difference.sum(1)])                           # (1 + B,)
-        losses, sums, (worst, *differences) = read_once(terms, sums, rows)
-    return tally_of(sequences, losses, sums, worst, differences)
+        distance = difference.abs()                                                             # (B,T)
+        losses, sums, [worst], distances = read_once(terms, sums, distance.max()[None], distance.sum(1))
+    return tally_of(sequences, losses, sums, worst, distances)
 
 
-def tally_of(sequences, losses, sums, worst, differences):
+def tally_of(sequences, losses, sums, worst, distances):
     """The Tally of a micro-batch: what the device measured, and how many sequences or tokens it was of.
 
-    losses, sums: name -> float. worst: of |log pi - log pi_engine|. differences: its sum, for each sequence.
+    losses, sums: name -> float. worst: the largest |log pi - log pi_engine|. distances: its sum, for each
+    sequence.
     """
     tally = Tally(losses=Counter(losses), sums=Counter(sums), worst=worst)
     demos = rollouts = correct = 0
-    for s, difference in zip(sequences, differences):
+    for s, distance in zip(sequences, distances):
         if s.is_demo:
             demos += 1
             continue
         rollouts += 1
         correct += s.reward > 0
-        tally.drift[s.engine] += difference
+        tally.drift[s.engine] += distance
         tally.tokens[s.engine] += len(s.response)
     counts = {"w_sft": demos, "w_rl": correct, "entropy/demo": demos, "entropy/rollout": rollouts,
               "tis/capped": tally.tokens.total()}
-    for name in sums:
+    for name in sums:                        # what was measured: baselines have no weights
         tally.counts[name] = counts[name]
     return tally
 
@@ -244,7 +248,7 @@ def backward(objective, policy, micro_batches, extras, n_demo, n_rollout, refere
     for i, (sequences, extra) in enumerate(zip(micro_batches, extras), start=1):
         M.accumulate(policy, last=i == len(micro_batches))
         found = backward_micro_batch(
-            policy, objective, sequences, extra, n_demo, n_rollout, reference, cfg, device)
+            objective, policy, sequences, extra, n_demo, n_rollout, reference, cfg, device)
         tally = tally.plus(found)
     return tally
 
@@ -259,15 +263,18 @@ def update_policy(policy, optimizer, objective, sequences, micro_batches, extras
     term alone.
     """
     n_demo = sum(s.is_demo for s in sequences)
-    add_gradients = partial(
-        backward, policy=policy, micro_batches=micro_batches, extras=extras, n_demo=n_demo,
-        n_rollout=len(sequences) - n_demo, reference=reference, cfg=cfg, device=device)
+    n_rollout = len(sequences) - n_demo
+
+    def add_gradients(loss):
+        return backward(loss, policy, micro_batches, extras, n_demo, n_rollout, reference, cfg, device)
+
     norms = {}
     if measure_terms:
         from paper.readings import term_gradient_norms
         norms = term_gradient_norms(add_gradients, objective, policy)
     tally = add_gradients(objective)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip).full_tensor().item()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+    norm = norm.full_tensor().item()       # of the shards of all ranks
     if math.isfinite(norm):                # else the update is skipped: AdamW's moments would never forget it
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -275,7 +282,8 @@ def update_policy(policy, optimizer, objective, sequences, micro_batches, extras
 
 
 def learning_rate(cfg, step):
-    """Of one step, counted from 1: constant, or up over the first cfg.warmup of the steps and down to 0."""
+    """Of step 1, 2, ...: constant; or up over the share cfg.warmup of all steps, then down, to 0 after the
+    last."""
     if cfg.lr_schedule == "constant":
         return cfg.lr
     rising = step / max(1, cfg.warmup * cfg.steps)
@@ -291,7 +299,7 @@ class Answered:
     """A step's prompts with their responses, of one rank or of all."""
     sequences: list                # of model.Sequence; Sequence.group is the prompt's place in the step
     samples: list                  # rows for samples.jsonl
-    grading: Counter               # how often each reason of a verdict fell; "ms", all their milliseconds
+    grading: Counter               # reason of a verdict -> how many; "ms" -> milliseconds of all of them
     demo_rewards: dict             # id -> reward of the demonstrations graded in this step
 
 
@@ -306,7 +314,8 @@ def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
     n_rollouts, n_demos = sequences_per_prompt(cfg)
     submitted = []             # what each verdict will be of: the grader answers in the order of submission
     for place in places:
-        example, has_demo = prompts[place].example, n_demos and prompts[place].demo
+        example = prompts[place].example
+        has_demo = n_demos > 0 and prompts[place].demo is not None
         if has_demo and example.id not in demo_rewards and example.id not in submitted:
             grader.submit([example.demo], [example.answer])
             submitted.append(example.id)
@@ -342,8 +351,8 @@ def demonstration(prompt, place=0, reward=0.0):
 
 
 def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
-    """Eq. 6: to each prompt of the step its 8 rollouts of the current policy and its demonstration, as the
-    method has them, with their rewards (Eq. A2). Each rank answers its share, then all exchange.
+    """Eq. 6: for each prompt its 8 rollouts of the current policy and its demonstration, or whichever of them
+    the method uses, with rewards (Eq. A2). Each rank answers its share of the prompts, then all exchange.
 
     prompts, demo_rewards: as in sample_and_grade, the same on every rank. ranks: support.processes.Ranks.
     Returns (Answered, the same on every rank; the time when generation ended on this one). A collective.
@@ -371,7 +380,8 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
             known[key] = verdict.reward
     samples = sample_rows(prompts, rollouts, verdicts, step, cfg.log_samples if ranks.rank == 0 else 0)
     phase("exchange", step)
-    # Every rank needs all rewards of a group (Eq. 7) and all lengths to pack. Tokens, no tensors: a few MB.
+    # Every rank needs all rewards of a group (Eq. 7) and all lengths to pack. Arrays of tokens and of the
+    # engine's log-probs: 20 MB a step, over all ranks.
     everyone = [None] * ranks.world
     dist.all_gather_object(everyone, Answered(sequences, samples, grading, known))
     total = Answered([], [], Counter(), {})
@@ -407,15 +417,13 @@ def with_advantages(sequences, cfg):
     """The sequences with their advantages: Eq. 7 over rollouts and demonstration, or Eq. 2 over the rollouts
     alone where the method leaves the demonstration out of the group."""
     demo_in_group = METHODS[cfg.method].demos == "group"
-    grouped = [s for s in sequences if demo_in_group or not s.is_demo]
-    reward = torch.tensor([s.reward for s in grouped])
-    group = torch.tensor([s.group for s in grouped])
-    advantages = iter(group_advantage(reward, group, cfg.std_in_advantage).tolist())
-    found = []
-    for s in sequences:
-        if demo_in_group or not s.is_demo:
-            s = replace(s, advantage=next(advantages))
-        found.append(s)
+    grouped = [i for i, s in enumerate(sequences) if demo_in_group or not s.is_demo]
+    reward = torch.tensor([sequences[i].reward for i in grouped])
+    group = torch.tensor([sequences[i].group for i in grouped])
+    advantages = group_advantage(reward, group, cfg.std_in_advantage).tolist()
+    found = list(sequences)
+    for i, advantage in zip(grouped, advantages):
+        found[i] = replace(sequences[i], advantage=advantage)
     return found
 
 
@@ -449,8 +457,9 @@ class Run:
 
 
 def train(cfg, run):
-    """SRFT, step by step, as in Sec. 4.3. Returns the last step's metrics."""
-    rank, world, device, mesh = run.ranks
+    """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that cfg.method names.
+    Returns the last step's metrics."""
+    rank, _, device, mesh = run.ranks
     objective, progress, health = load_objective(cfg), run.progress, Health()
     order = Order(len(run.prompts), cfg.seed, progress.position)
     stopping = finish_step_on_signals()
@@ -460,7 +469,7 @@ def train(cfg, run):
         run.log.write({"step": 0} | evaluation(cfg, run, 0))
     for step in range(first, cfg.steps + 1):
         profiler = start_profiler() if step == cfg.profile else None
-        phase("rollout", step)
+        phase("rollout", step)               # for the hang watch and the profile: what this rank is doing
         clock = [time.monotonic()]
 
         # 1. The step's prompts, the same on every rank: 128. From here on, a prompt is its place among them.
@@ -482,24 +491,25 @@ def train(cfg, run):
         shares, failed = divide(cfg, run.prompts, indices, sequences, progress.failed)
 
         # 4. Pack into micro-batches of at most 16,384 tokens, without padding, and deal them to the ranks.
-        #    1,152 sequences of 2,000 tokens are 2.3 million: 18 micro-batches for each of 8 ranks.
+        #    1,152 prompts of 256 tokens with responses of 2,000 are 2.6 million: 21 micro-batches a rank.
         micro_batches, extras = deal(cfg, run, objective, shares)
 
         # 5. Forward, loss (Eq. 13) and backward of each micro-batch; then clip, and AdamW.
-        for parameters in run.optimizer.param_groups:
-            parameters["lr"] = learning_rate(cfg, step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
         updates = []
         for share, batches, extra in zip(shares, micro_batches, extras):
+            first_update = not updates
             updates.append(update_policy(
                 run.policy, run.optimizer, objective, share, batches, extra, run.reference, cfg, device,
-                measure_terms=cfg.term_gradients and step % cfg.term_gradients == 0 and not updates))
+                measure_terms=first_update and cfg.term_gradients and step % cfg.term_gradients == 0))
         clock.append(time.monotonic())
         memory.append(memory_gb(device))
 
         # 6. Send the new weights to the engine, under the version that the next step will ask for.
         phase("sync", step)
         stop = anyone(bool(stopping))                     # ranks may get the signal in different steps
-        # Who is told to stop has minutes: they are for the checkpoint.
+        # A job that is told to stop has minutes left. The checkpoint needs them, so there is no evaluation.
         evaluate_now = step == cfg.steps or (step % cfg.eval_every == 0 and not stop)
         if METHODS[cfg.method].rollouts or evaluate_now:
             run.engine.sync_weights(M.full_parameters(run.policy, M.compute_dtype(device)), version=step)
@@ -515,7 +525,7 @@ def train(cfg, run):
         progress = Progress(step, skipped, order.position, failed, demo_rewards)
         metrics = {"step": step, **summarize(sequences, len(prompts), answered.grading, updates, clock)}
         metrics |= {"steps_skipped": skipped, "lr": learning_rate(cfg, step),
-                    "perf/mfu": utilization(run, sequences, seconds=clock[3] - clock[2]),
+                    "perf/mfu": utilization(run, sequences, seconds=metrics["time/train"]),
                     "perf/peak_memory_gb": max(memory)}
         trouble = health.look(metrics, grad_norms, answered.grading, [p.example.id for p in prompts])
         if evaluate_now and not trouble:
@@ -609,8 +619,8 @@ def compare_engine(cfg, run, version):
     """Before an evaluation: raise RuntimeError unless each rank's engine, which has just got the weights of
     `version`, gives the trainer's log-probs to 8 rollouts of its own. A collective.
 
-    A step's own rollouts tell it of the transfer before, and SFT has none. The prompts are random tokens,
-    since those of the data would stay in the engine's prefix cache.
+    A step's rollouts check the transfer of weights before them only, and SFT has no rollouts. The prompts are
+    random tokens: those of the data would already be in the engine's prefix cache when they are evaluated.
     """
     vocabulary, length = run.policy.lm.config.vocab_size, min(16, cfg.max_prompt_tokens)
     prompts = np.random.default_rng(run.ranks.rank).integers(0, vocabulary, (8, length)).tolist()
@@ -655,7 +665,7 @@ def setup(cfg):
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = load_reference(cfg, folder, config, ranks) if cfg.kl_coef else None
-    # The engine after the policy: it takes its share of the memory that is free then.
+    # The engine after the policy. Its share is of the whole card, and vLLM refuses to start if less is free.
     phase("start engine")
     dtype = M.compute_dtype(device)
     engine = RolloutEngine(
@@ -734,11 +744,12 @@ def restore(cfg, checkpoint, policy, optimizer, n_prompts, say):
     collective. ValueError: it was trained on other data, or by another method or template."""
     path, manifest = checkpoint
     state = load_checkpoint(path, manifest, policy, optimizer)
-    then, now = state.pop("data"), [cfg.data, n_prompts, cfg.seed]
-    if then != now:
-        raise ValueError(f"{path}: was trained on {then} (data, prompts, seed), now {now}; resume with the "
-                         "run's own flags")
-    settings, said = json.loads((Path(cfg.out) / "config.json").read_text()), f"resumed {path}"
+    trained_on, data = state.pop("data"), [cfg.data, n_prompts, cfg.seed]
+    if trained_on != data:
+        raise ValueError(f"{path}: was trained on {trained_on} (data, prompts, seed), now {data}; resume "
+                         "with the run's own flags")
+    settings = json.loads((Path(cfg.out) / "config.json").read_text())
+    said = f"resumed {path}"
     for name, now in asdict(replace(cfg, resume=False)).items():
         then = settings.get(name, now)
         if then != now and name in ("method", "template"):
@@ -746,8 +757,8 @@ def restore(cfg, checkpoint, policy, optimizer, n_prompts, say):
                              "another run from a model of its own, --model DIR")
         if then != now:
             said += f"\n  with --{name} {now}, until now {then}"
-    for parameters in optimizer.param_groups:                 # flags win over what the checkpoint recorded
-        parameters["weight_decay"] = cfg.weight_decay
+    for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
+        group["weight_decay"] = cfg.weight_decay
     say(said)
     return Progress(**state)
 
@@ -786,7 +797,7 @@ def main():
                 plan.show(cfg)
                 return
             run = setup(cfg)
-        train(cfg, run)
+        train(cfg, run)                      # from here on an error is nobody's slip: it keeps its traceback
 
 
 if __name__ == "__main__":

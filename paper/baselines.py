@@ -29,7 +29,8 @@ from paper.readings import (
 
 
 def clipped_surrogate(inputs, clip_eps):
-    """min{r A, clip(r, 1 - eps, 1 + eps) A} of Eq. 3 for each token, with r = pi/pi_old. -> (B,T)"""
+    """min{r A, clip(r, 1 - eps, 1 + eps) A} of Eq. 3 for each token, with r = pi/pi_old; times the importance
+    weight pi_old/pi_engine, where there is one. -> (B,T)"""
     ratio = importance_ratio(inputs)
     advantage = inputs.advantage[:, None]
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -115,7 +116,7 @@ class Objective:
 
 
 def failed_prompts(prompts, indices, sequences):
-    """ReLIFT: which of a step's prompts, by their index in the data, did no rollout solve?
+    """ReLIFT: the step's prompts that no rollout solved and that have a demonstration, by index in the data.
 
     prompts: all of the data. indices: of the step's prompts, in the order of Sequence.group.
     """

@@ -4,7 +4,8 @@
     python srft.py --entropy_level token          # H of each token, not of its sequence
 
 `srft.srft_loss` is the objective at the paper's defaults. `srft_loss` here is the same function of the same
-tensors with every choice of docs/decisions.md open, and equal to it, bit for bit, where none is taken.
+tensors with every choice of docs/decisions.md open. When every flag has its default, it is equal to that one,
+bit for bit.
 srft.py loads this file only when a flag asks for it.
 
 Shapes: B sequences, T response tokens, right-padded. Everything is in nats.
@@ -140,28 +141,27 @@ def srft_loss(inputs, cfg):
     score = x.logp if cfg.eq12_form == "log" else importance_ratio(x)
     if x.tis is not None:
         score = score * x.tis
-    sign = x.advantage
+    factor = x.advantage
     if not cfg.eq12_advantage:
-        sign = torch.where(correct, 1.0, -1.0).to(x.logp.dtype)                                 # Eq. 11
+        factor = torch.where(correct, 1.0, -1.0).to(x.logp.dtype)                               # Eq. 11
     ratio = shaped(x.logp.exp(), cfg.demo_shaping)                                              # Eq. 10
     terms = {
         "sft_demo": average(mean(w_sft * -x.logp), x.is_demo, n_demo),                          # Eq. 8
         "rl_demo": average(-x.advantage * mean(ratio), x.is_demo, n_demo),                      # Eq. 9
-        "rl_pos": average(-sign * mean(w_rl * score), correct, n_rollout),                      # Eq. 12, left
-        "rl_neg": average(-sign * mean(score), wrong, n_rollout),                              # Eq. 12, right
+        "rl_pos": average(-factor * mean(w_rl * score), correct, n_rollout),                    # Eq. 12, left
+        "rl_neg": average(-factor * mean(score), wrong, n_rollout),                             # Eq. 12, right
     }
     if cfg.entropy_coef:
         terms["entropy"] = -cfg.entropy_coef * average(mean(x.entropy), ~x.is_demo, n_rollout)
     if cfg.kl_coef:
         terms["kl"] = cfg.kl_coef * average(mean(x.kl), ~x.is_demo, n_rollout)
 
-    weights = {"w_sft": w_sft, "w_rl": w_rl}
-    for name, weight in weights.items():
-        of_sequence = weight[:, 0]                                # one weight for all tokens of a sequence
+    def of_sequences(weight):
         if cfg.entropy_level == "token":
-            of_sequence = (weight * x.mask).sum(1) / length
-        weights[name] = of_sequence
-    return terms, weights
+            return (weight * x.mask).sum(1) / length
+        return weight[:, 0]                                       # one weight for all tokens of a sequence
+
+    return terms, {"w_sft": of_sequences(w_sft), "w_rl": of_sequences(w_rl)}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def before_update(policy, micro_batches, sequences, cfg, device):
 
     With several updates a step, pi_old is no longer pi: logp_old. With cfg.entropy_level "batch", H is a mean
     over the whole update: step_entropy. With cfg.entropy_quantile, entropy_floor is that quantile of H_t over
-    all rollout tokens of the update. Each of these costs a forward pass; without them, there is none.
+    all rollout tokens of the update. If any of them is asked for, one more forward pass gives all three.
     """
     known = {"entropy_floor": cfg.entropy_floor, "demo_tokens": 0, "rollout_tokens": 0}
     for s in sequences:

@@ -1,7 +1,7 @@
 """Is a run still worth its machine? Three faults that others have trained on for days.
 
     health = Health()
-    trouble = health.look(metrics, grading)        # after every step: warns, or says what to stop for
+    trouble = health.look(metrics, grad_norms, grading, ids)    # each step: warns, or says what to stop for
     check_engine(ours, theirs, where)              # before an evaluation: raises
 
 1. The engine samples from another policy than the trainer trains: a transfer of weights went wrong, RoPE or
@@ -18,9 +18,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # Nats: mean of |log p(engine) - log p(trainer)| over the rollout tokens of one rank's engine, the highest of
-# all ranks, so that one bad engine is not lost among 64. bf16 gives about 0.01 at 7B, the tiny model with its
-# weights times 1.2 gives 0.17. Looked at after every step, since each follows a transfer of weights of its
-# own, on a GPU into memory that was given away in between.
+# all ranks, so that one bad engine is not lost among 64. For scale: bf16 gives about 0.01 at 7B; the tiny
+# model, served with its weights times 1.2, gives 0.17. Looked at after every step, since every step transfers
+# weights anew, on a GPU into memory that training has used meanwhile.
 MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
 SKIPPED_STOPS = 5                # updates in a row whose gradient was not finite
 
@@ -35,7 +35,10 @@ class Health:
         """What to stop for, in words, or "". metrics: the step's row of metrics.jsonl. grad_norms: of its
         updates. grading: Counter of verdicts' reasons and of "ms". ids: of its examples."""
         bad = sum(not math.isfinite(norm) for norm in grad_norms)
-        self.skipped_in_a_row = self.skipped_in_a_row + bad if bad == len(grad_norms) else 0
+        if bad == len(grad_norms):
+            self.skipped_in_a_row += bad
+        else:
+            self.skipped_in_a_row = 0
         warn_of_grader(metrics, gradings(grading))
         difference = metrics["engine/logp_diff_rank"]
         if difference is not None and not difference <= MISMATCH_WARNS:         # nan is a mismatch, too

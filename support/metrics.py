@@ -19,8 +19,8 @@ from support.health import MISMATCH_WARNS, gradings
 class Tally:
     """Counters that add up over micro-batches and ranks. Ranks that have no work need not know the names."""
     losses: Counter = field(default_factory=Counter)   # loss term -> its value, a share of the whole update's
-    sums: Counter = field(default_factory=Counter)     # metric -> sum over what it is a mean of
-    counts: Counter = field(default_factory=Counter)   # metric -> how many that were
+    sums: Counter = field(default_factory=Counter)     # metric -> sum of the values that it is the mean of
+    counts: Counter = field(default_factory=Counter)   # metric -> number of those values
     drift: Counter = field(default_factory=Counter)    # rank of an engine -> sum of |log pi - log pi_engine|
     tokens: Counter = field(default_factory=Counter)   # rank of an engine -> rollout tokens that it sampled
     worst: float = 0.0                                 # the largest |log pi - log pi_engine|
@@ -94,7 +94,8 @@ def summarize(sequences, n_prompts, grading, updates, clock):
     for name in dict.fromkeys(name for update in updates for name in update):
         metrics[name] = mean_of(update.get(name) for update in updates)
     largest = [update["engine/logp_diff_max"] for update in updates]
-    metrics["engine/logp_diff_max"] = max((x for x in largest if x is not None), default=None)
+    largest = [value for value in largest if value is not None]
+    metrics["engine/logp_diff_max"] = float(np.max(largest)) if largest else None
     difference = metrics["engine/logp_diff_rank"]
     metrics["engine/mismatch"] = None if difference is None else int(not difference <= MISMATCH_WARNS)
 
@@ -107,7 +108,7 @@ def summarize(sequences, n_prompts, grading, updates, clock):
 def shown_on_the_bar(metrics):
     """What a person looks at first: for tqdm's set_postfix."""
     names = {"reward": "reward/mean", "length": "response_len/mean", "entropy": "entropy/rollout",
-             "loss": "loss/sft"}
+             "loss": "loss/sft"}                     # of SFT, which has no rewards to show
     found = {}
     for short, name in names.items():
         if metrics.get(name) is not None:

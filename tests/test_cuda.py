@@ -45,7 +45,7 @@ def fake_gpu(method, *flags):
         if cfg.kl_coef:
             reference = M.build_policy(config, mesh, device, bf16=True).requires_grad_(False)
         def micro_batch(sequences, **asked):
-            return srft.backward_micro_batch(policy, srft.load_objective(cfg), sequences, asked, 2, 4, reference,
+            return srft.backward_micro_batch(srft.load_objective(cfg), policy, sequences, asked, 2, 4, reference,
                                              cfg, device)
 
         yield policy, micro_batch, reads

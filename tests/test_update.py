@@ -77,8 +77,8 @@ class Sick(Bigram):
         super().__init__()
         self.length = length
 
-    def forward(self, batch, *args):
-        logp, *others = super().forward(batch, *args)
+    def forward(self, batch, *args, **kwargs):
+        logp, *others = super().forward(batch, *args, **kwargs)
         bad = torch.tensor([[n == self.length] for n in batch.lengths]) & (torch.arange(logp.shape[1]) == 0)
         return logp * torch.where(bad, math.nan, 1.0), *others
 
