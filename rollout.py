@@ -76,7 +76,7 @@ class Rollout:
 
 def check_environment(device):
     """Raise ValueError for what would stop the engine only after a 7B model has been loaded: a vLLM for
-    another device than the trainer's, and on a GPU what its memory and its kernels do not stand."""
+    another device than the trainer's, and on a GPU what its memory and its kernels cannot work with."""
     from vllm.platforms import current_platform
     if current_platform.device_type != device.type:
         found = current_platform.device_type or "no device that it is built for"

@@ -149,7 +149,7 @@ def srft_loss(inputs, cfg):
         "sft_demo": average(mean(w_sft * -x.logp), x.is_demo, n_demo),                          # Eq. 8
         "rl_demo": average(-x.advantage * mean(ratio), x.is_demo, n_demo),                      # Eq. 9
         "rl_pos": average(-factor * mean(w_rl * score), correct, n_rollout),                    # Eq. 12, left
-        "rl_neg": average(-factor * mean(score), wrong, n_rollout),                             # Eq. 12, right
+        "rl_neg": average(-factor * mean(score), wrong, n_rollout),                            # Eq. 12, right
     }
     if cfg.entropy_coef:
         terms["entropy"] = -cfg.entropy_coef * average(mean(x.entropy), ~x.is_demo, n_rollout)
