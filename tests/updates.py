@@ -2,7 +2,8 @@
 import srft
 
 
-def whole_update(policy, optimizer, micro_batches, sequences, cfg, device, reference=None, measure_terms=False):
+def whole_update(policy, optimizer, micro_batches, sequences, cfg, device, reference=None,
+                 measure_terms=False):
     """Its metrics. micro_batches: this rank's; sequences: all of the update."""
     objective = srft.load_objective(cfg)
     asked = [{} for _ in micro_batches]
@@ -11,7 +12,8 @@ def whole_update(policy, optimizer, micro_batches, sequences, cfg, device, refer
     n_demo = sum(s.is_demo for s in sequences)
 
     def add_gradients(objective):
-        return srft.backward(objective, policy, micro_batches, asked, n_demo, len(sequences) - n_demo, reference, cfg, device)
+        return srft.backward(objective, policy, micro_batches, asked, n_demo, len(sequences) - n_demo,
+                             reference, cfg, device)
 
     norms = {}
     if measure_terms:
