@@ -1,4 +1,7 @@
-"""What the distributed tests run on every rank: `python tests/ranks.py TASK ARGUMENTS`, started by conftest.run."""
+"""What the distributed tests run on every rank, started by conftest.run:
+
+    python tests/ranks.py TASK ARGUMENTS
+"""
 import os
 import pickle
 import sys
@@ -26,8 +29,9 @@ def made_up_sequences():
     for group in range(6):
         for k in range(5):
             n = int(rng.integers(1, 40))
-            sequences.append(M.Sequence(rng.integers(0, 21, rng.integers(4, 12)), rng.integers(0, 21, n), is_demo=k == 4,
-                                        group=group, reward=float(rng.random() < 0.4), advantage=float(rng.normal()),
+            sequences.append(M.Sequence(rng.integers(0, 21, rng.integers(4, 12)), rng.integers(0, 21, n),
+                                        is_demo=k == 4, group=group,
+                                        reward=float(rng.random() < 0.4), advantage=float(rng.normal()),
                                         engine_logp=None if k == 4 else -3 * rng.random(n)))
     return sequences
 
@@ -57,7 +61,12 @@ def gradients(out, budget, count, *overrides):
     cfg.grad_clip = 1e9
     packs = M.pack(sequences, int(budget), world)[rank::world]
     last, accumulate = [], M.accumulate
-    M.accumulate = lambda policy, **kwargs: (last.append(kwargs["last"]), accumulate(policy, **kwargs))
+
+    def noted(policy, **kwargs):
+        last.append(kwargs["last"])
+        accumulate(policy, **kwargs)
+
+    M.accumulate = noted
     stats = whole_update(policy, Keep(), packs, sequences, cfg, device, reference, measure_terms=True)
     last = last[-len(packs):]
     if rank == 0:
@@ -77,12 +86,17 @@ def engine(out):
 
     def compare(version):
         rollouts = vllm.generate([p.ids for p in prompts], 4, 1.0, 64, seed=1, version=version)
-        sequences = [M.Sequence(p.ids, r.tokens, engine_logp=r.logprobs) for p, group in zip(prompts, rollouts) for r in group]
+        sequences = []
+        for prompt, group in zip(prompts, rollouts):
+            sequences += [M.Sequence(prompt.ids, r.tokens, engine_logp=r.logprobs) for r in group]
         with torch.no_grad():
             logp, *_ = policy(M.collate(sequences, device))
         policy.reshard()
-        worst = max(np.abs(row[:len(s.response)].numpy() - s.engine_logp).max() for row, s in zip(logp, sequences))
-        worst = torch.tensor(float(worst))
+        differences = []
+        for row, s in zip(logp, sequences):
+            trainer_logp = row[:len(s.response)].numpy()
+            differences.append(np.abs(trainer_logp - s.engine_logp).max())
+        worst = torch.tensor(float(max(differences)))
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         return worst.item()
 
@@ -128,23 +142,30 @@ def engine(out):
 
 
 def incomplete(out, case):
-    """Whether a real engine refuses what is not the whole model, and what it then does; of `case`, one engine."""
+    """Whether a real engine refuses what is not a whole model, and what it does then; one case an engine."""
     rank, world, device, mesh = init_distributed("cpu")
     config, tokenizer = M.load_config(TINY), make_tokenizer()
     policy = M.load_policy(TINY, config, mesh, device)
     vllm = rollout.RolloutEngine(config, tokenizer, torch.float32, 128, 32)
     k_proj, norm = "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"
-    left_out, renamed = {"k_proj is missing": ({k_proj}, {}), "k_proj is missing at the second sync": ({k_proj}, {}),
-                         "the norm is renamed at the second sync": ((), {norm: "model.nrom.weight"}),
-                         "vllm leaves the norm": ({norm}, {})}[case]
+    left_out, renamed = {
+        "k_proj is missing": ({k_proj}, {}),
+        "k_proj is missing at the second sync": ({k_proj}, {}),
+        "the norm is renamed at the second sync": ((), {norm: "model.nrom.weight"}),
+        "vllm leaves the norm": ({norm}, {})}[case]
     if "second" in case:
         vllm.sync_weights(M.full_parameters(policy, torch.float32), 0)
     if case == "vllm leaves the norm":
         vllm.names.remove(norm)                                        # so that vLLM alone can notice
+
+    def not_the_whole_model():
+        for name, tensor in M.full_parameters(policy, torch.float32):
+            if name not in left_out:
+                yield renamed.get(name, name), tensor
+
     found = {}
     try:
-        vllm.sync_weights(((renamed.get(name, name), tensor) for name, tensor in M.full_parameters(policy, torch.float32)
-                           if name not in left_out), 1)
+        vllm.sync_weights(not_the_whole_model(), 1)
     except ValueError as error:
         found["error"] = str(error)
     try:
@@ -166,7 +187,7 @@ def start(out, cache):
 
 
 def recorded(tape, *flags):
-    """A whole run: the first time, with the real engine, it writes all rollouts to `tape`; later runs read them there."""
+    """A whole run. The first, with the real engine, writes its rollouts to `tape`; later runs read them."""
     tape, cfg = Path(tape), parse_args(list(flags))
     known = pickle.loads(tape.read_bytes()) if tape.exists() else None
     recording = {}
@@ -188,15 +209,19 @@ def recorded(tape, *flags):
 
 
 def stale(since, factor, rank, *flags):
-    """A whole run whose engine, on `rank` or on "all", gets other weights than the trainer has, under the right version, from
-    version `since` on: all of them times `factor`, or ("missing") without one."""
+    """A whole run whose engine, on `rank` or on "all", gets other weights than the trainer has, under the
+    right version, from version `since` on: all of them times `factor`, or ("missing") without one."""
+    def spoilt(named_tensors):
+        for name, tensor in named_tensors:
+            if factor != "missing":
+                yield name, tensor * float(factor)
+            elif "0.self_attn.k_proj" not in name:
+                yield name, tensor
+
     class Stale(rollout.RolloutEngine):
         def sync_weights(self, named_tensors, version):
-            bad = version >= int(since) and rank in ("all", str(dist.get_rank()))
-            if bad and factor == "missing":
-                named_tensors = ((name, tensor) for name, tensor in named_tensors if "0.self_attn.k_proj" not in name)
-            elif bad:
-                named_tensors = ((name, tensor * float(factor)) for name, tensor in named_tensors)
+            if version >= int(since) and rank in ("all", str(dist.get_rank())):
+                named_tensors = spoilt(named_tensors)
             super().sync_weights(named_tensors, version)
 
     srft.RolloutEngine = Stale
@@ -216,7 +241,7 @@ def graders_fail(*flags):
 
 
 def sleeper(*flags):
-    """A whole run, from the command line on, in which rank 1 is slow in its first rollout and never ends its second."""
+    """A whole run from the command line on: rank 1 is slow in its first rollout and never ends its second."""
     class Sleeper(rollout.RolloutEngine):
         def generate(self, *args, version=None, **kwargs):
             if dist.get_rank() == 1:
@@ -230,5 +255,6 @@ def sleeper(*flags):
 
 
 if __name__ == "__main__":
-    {"gradients": gradients, "engine": engine, "incomplete": incomplete, "start": start, "recorded": recorded, "stale": stale, "graders_fail": graders_fail,
-     "sleeper": sleeper}[sys.argv[1]](*sys.argv[2:])
+    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, sleeper]
+    task = {task.__name__: task for task in tasks}[sys.argv[1]]
+    task(*sys.argv[2:])

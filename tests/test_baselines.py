@@ -1,4 +1,5 @@
-"""paper/baselines.py against an oracle in plain Python floats, one token at a time, gradients by hand; and token_kl.
+"""paper/baselines.py against an oracle in plain Python floats, one token at a time, gradients by hand; and
+token_kl.
 
     pytest tests/test_baselines.py
 """
@@ -15,7 +16,10 @@ from srft import learning_rate
 from support.logprobs import token_kl
 from test_loss import assert_equal, counts, mixed_batch, shipped, tensors
 
-TERMS = {"sft": ["loss/sft"], "sft_kl": ["loss/sft", "loss/kl"], "grpo": ["loss/rl"], "sft+rl": ["loss/sft", "loss/rl"],
+TERMS = {"sft": ["loss/sft"],
+         "sft_kl": ["loss/sft", "loss/kl"],
+         "grpo": ["loss/rl"],
+         "sft+rl": ["loss/sft", "loss/rl"],
          "luffy": ["loss/rl", "loss/rl_demo"]}
 
 
@@ -35,7 +39,8 @@ def oracle(method, batch, cfg, n_demo, n_rollout, old=False, tis=False, floor=0.
     for s in batch:
         rows = [[], [], []]
         for t, lp in enumerate(s.logp):
-            share = 1 / {"sequence": len(s.logp), "token": 1, "constant": cfg.max_response_tokens}[cfg.loss_norm]
+            norms = {"sequence": len(s.logp), "token": 1, "constant": cfg.max_response_tokens}
+            share = 1 / norms[cfg.loss_norm]
             dlp = dkl = 0.0
             if s.is_demo and method in ("sft", "sft_kl", "sft+rl"):                    # Eq. 1
                 stats["loss/sft"] += share / n_demo * -lp
@@ -67,7 +72,7 @@ def test_every_loss_and_its_gradient_equal_the_equations(method, norm, tis, old)
     cfg = Config(**{"max_response_tokens": 11, "loss_norm": norm, "method": method} | METHODS[method].flags)
     for seed in range(3):
         batch = mixed_batch(seed)
-        n = counts(batch, cfg, more=5)                                                           # a part of a larger step
+        n = counts(batch, cfg, more=5)                                         # a part of a larger step
         found = shipped(tensors(batch, padding=math.nan), cfg, *n, old=old, tis=tis, loss=LOSSES[method])
         assert_equal(found, oracle(method, batch, cfg, *n, old=old, tis=tis))
 
@@ -96,7 +101,8 @@ def test_an_update_of_relift_is_sft_on_demonstrations_or_grpo_on_rollouts(is_dem
     cfg, batch = Config(method="relift"), [s for s in mixed_batch(2) if s.is_demo == is_demo]
     n = counts(batch, cfg)
     alone = LOSSES["sft" if is_demo else "grpo"]
-    assert str(shipped(tensors(batch), cfg, *n, loss=relift_loss)) == str(shipped(tensors(batch), cfg, *n, loss=alone))
+    found = shipped(tensors(batch), cfg, *n, loss=relift_loss)
+    assert str(found) == str(shipped(tensors(batch), cfg, *n, loss=alone))
 
 
 @pytest.mark.parametrize("method", TERMS)
@@ -118,7 +124,8 @@ def test_a_misspelled_argument_of_a_loss_is_an_error(method):
 def one_sequence(logp, is_demo, **more):
     """Inputs of one response with reward and advantage 1."""
     one = torch.ones(1)
-    return Inputs(logp, logp.detach(), torch.ones_like(logp), one, one, torch.tensor([is_demo]), int(is_demo), int(not is_demo), **more)
+    return Inputs(logp, logp.detach(), torch.ones_like(logp), one, one, torch.tensor([is_demo]),
+                  n_demo=int(is_demo), n_rollout=int(not is_demo), **more)
 
 
 def test_luffy_without_shaping_still_learns_from_demonstrations():
@@ -136,12 +143,15 @@ def test_the_clipped_surrogate_worked_out_by_hand():
     assert {name: term.item() for name, term in terms.items()} == {"rl": pytest.approx(-(1.2 + 0.5) / 2)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The full-vocabulary KL of A1.
 
 def kl_inputs(n=13, v=37, d=5, ref_d=7, seed=0):
     random = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=random)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random)
+
     return draw(n, d), draw(v, d), draw(n, ref_d), draw(v, ref_d), draw(n)
 
 
@@ -179,7 +189,7 @@ def test_the_kl_of_no_token_is_empty():
     assert kl.shape == (0,) and weight.grad.eq(0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The command line.
 
 def test_methods_of_the_command_line_and_objectives_are_the_same():
@@ -195,7 +205,8 @@ def test_a_method_brings_the_papers_flags_which_presets_and_flags_override():
     luffy = parse_args(["--method", "luffy"])
     assert (luffy.demo_shaping, sequences_per_prompt(luffy)) == (0.1, (7, 1))
     assert {name: sequences_per_prompt(parse_args(["--method", name])) for name in METHODS} == {
-        "srft": (8, 1), "sft": (0, 1), "sft_kl": (0, 1), "grpo": (8, 0), "sft+rl": (8, 1), "luffy": (7, 1), "relift": (8, 0)}
+        "srft": (8, 1), "sft": (0, 1), "sft_kl": (0, 1), "grpo": (8, 0), "sft+rl": (8, 1),
+        "luffy": (7, 1), "relift": (8, 0)}
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -224,4 +235,5 @@ def test_a_linear_schedule_rises_for_a_tenth_of_the_steps_and_falls_to_0():
     cfg = Config(lr=2.0, lr_schedule="linear", steps=100)
     rates = [learning_rate(cfg, step) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)]) and rates[-1] == pytest.approx(2 / 90)
-    assert np.diff(rates[10:]) == pytest.approx([-2 / 90] * 89) and learning_rate(Config(lr=3.0), 7) == 3.0
+    assert np.diff(rates[10:]) == pytest.approx([-2 / 90] * 89)
+    assert learning_rate(Config(lr=3.0), 7) == 3.0

@@ -25,7 +25,7 @@ from support.logprobs import _addmm_fp32
 
 @contextmanager
 def fake_gpu(method, *flags):
-    """(policy, its srft.backward_micro_batch of sequences, the list of its reads of the device), on fake tensors."""
+    """(policy, its srft.backward_micro_batch of sequences, the list of its device reads), on fake tensors."""
     reads, cfg = [], parse_args(["--preset", "tiny", "--method", method, *flags])
 
     def tolist(tensor):
@@ -44,9 +44,10 @@ def fake_gpu(method, *flags):
         policy, reference = M.build_policy(config, mesh, device, bf16=True), None
         if cfg.kl_coef:
             reference = M.build_policy(config, mesh, device, bf16=True).requires_grad_(False)
+
         def micro_batch(sequences, **asked):
-            return srft.backward_micro_batch(srft.load_objective(cfg), policy, sequences, asked, 2, 4, reference,
-                                             cfg, device)
+            return srft.backward_micro_batch(srft.load_objective(cfg), policy, sequences, asked, 2, 4,
+                                             reference, cfg, device)
 
         yield policy, micro_batch, reads
 
@@ -65,7 +66,8 @@ def test_a_micro_batch_reads_the_device_once_whatever_the_method(flags):
 
 
 def test_a_micro_batch_of_a_later_update_and_one_without_work_wait_for_nothing_either():
-    with fake_gpu("srft", "--updates_per_rollout", "2", "--entropy_level", "batch") as (_, micro_batch, reads):
+    flags = ["--updates_per_rollout", "2", "--entropy_level", "batch"]
+    with fake_gpu("srft", *flags) as (_, micro_batch, reads):
         sequences = made_up_sequences()[:6]
         shape = len(sequences), max(len(s.response) for s in sequences)
         micro_batch(sequences, logp_old=torch.zeros(shape), step_entropy=torch.zeros(shape[0]))

@@ -1,4 +1,4 @@
-"""One process is the reference: any number of ranks and any split into micro-batches must compute the same."""
+"""One process is the reference: any number of ranks, any split into micro-batches must compute the same."""
 import re
 import shutil
 
@@ -9,17 +9,25 @@ from transformers import AutoModelForCausalLM
 from conftest import SMALL, metrics, run
 
 
+def run_stale(since, factor, rank, *flags, **kwargs):
+    """conftest.run of a run whose engine gets other weights: see ranks.stale."""
+    return run(["tests/ranks.py", "stale", since, factor, rank, *SMALL[1:], *flags], **kwargs)
+
+
 def gradients(tmp_path, budget, ranks=1, per_node=None, count=30, flags=()):
     run(["tests/ranks.py", "gradients", tmp_path / "out", budget, count, *flags], ranks, per_node)
     return torch.load(tmp_path / "out")
 
 
 def assert_same(split, whole, name):
-    assert split["last"] == [False] * (split["micro_batches"] - 1) + [True], name       # one reduction across nodes an update
+    # One reduction across nodes an update.
+    assert split["last"] == [False] * (split["micro_batches"] - 1) + [True], name
     for key, value in whole["gradients"].items():
-        torch.testing.assert_close(split["gradients"][key], value, rtol=0, atol=1e-6, msg=lambda m: f"{name} {key} {m}")
+        torch.testing.assert_close(split["gradients"][key], value, rtol=0, atol=1e-6,
+                                   msg=lambda m: f"{name} {key} {m}")
     for key, value in whole["stats"].items():
-        assert split["stats"][key] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)), (name, key)
+        expected = None if value is None else pytest.approx(value, rel=1e-5, abs=1e-6)
+        assert split["stats"][key] == expected, (name, key)
     assert any(whole["stats"][key] > 0 for key in whole["stats"] if key.startswith("grad_norm/"))
 
 
@@ -30,16 +38,20 @@ def test_gradients_do_not_depend_on_ranks_or_micro_batches(tmp_path, flags):
     assert whole["micro_batches"] == 1
     splits = [("small micro-batches", 64, 1, None), ("two ranks, small", 100, 2, None)]
     if not flags:
-        splits += [("two ranks", 4096, 2, None), ("two nodes of two, sharded within, replicated across", 100, 4, 2)]
+        splits += [("two ranks", 4096, 2, None),
+                   ("two nodes of two, sharded within, replicated across", 100, 4, 2)]
     for name, budget, ranks, per_node in splits:
         assert_same(gradients(tmp_path, budget, ranks, per_node, flags=flags), whole, name)
-    if not flags:         # on a CPU, host and device memory are one: this runs FSDP2's offloading, not the transfer
+    if not flags:
+        # On a CPU, host and device memory are one: this runs FSDP2's offloading, not the transfer.
         assert_same(gradients(tmp_path, 100, 2, flags=["--offload"]), whole, "two ranks, offloaded")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ("--method", "sft_kl"), ("--method", "sft+rl", "--entropy_quantile", "0.6"), ("--method", "luffy", "--loss_norm", "token")],
+    ("--method", "sft_kl"),
+    ("--method", "sft+rl", "--entropy_quantile", "0.6"),
+    ("--method", "luffy", "--loss_norm", "token")],
     ids=lambda flags: flags[1])
 def test_nor_do_those_of_other_methods(tmp_path, flags):
     whole = gradients(tmp_path, 4096, flags=flags)
@@ -48,7 +60,8 @@ def test_nor_do_those_of_other_methods(tmp_path, flags):
 
 @pytest.mark.slow
 def test_a_rank_without_work_still_joins_every_collective(tmp_path):
-    assert_same(gradients(tmp_path, 4096, ranks=2, count=1), gradients(tmp_path, 4096, count=1), "one sequence, two ranks")
+    split = gradients(tmp_path, 4096, ranks=2, count=1)
+    assert_same(split, gradients(tmp_path, 4096, count=1), "one sequence, two ranks")
 
 
 @pytest.mark.slow
@@ -58,9 +71,10 @@ def test_the_engine_agrees_with_the_trainer_exactly_when_it_was_synced(tmp_path,
     found = torch.load(tmp_path / "found")
     assert found["refuses before the first sync"] and found["refuses a version it does not hold"]
     assert found["after the first sync"] < 1e-3
-    assert found["after a change of the trainer alone"] > 0.1            # what the check of every step catches
+    assert found["after a change of the trainer alone"] > 0.1        # what the check of every step catches
     assert found["after the next sync"] < 1e-3
-    assert found["each response is handed out once, when it ends"] and found["what a prompt yields depends on its seed alone"]
+    assert found["each response is handed out once, when it ends"]
+    assert found["what a prompt yields depends on its seed alone"]
 
 
 @pytest.mark.slow
@@ -81,11 +95,14 @@ def test_one_and_two_ranks_agree_over_five_steps_of_the_same_rollouts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, since", [("srft", 0), ("srft", 1), ("grpo", 1)])
-def test_a_run_whose_engine_gets_other_weights_stops_at_that_step_before_its_checkpoint(method, since, tmp_path):
+def test_a_run_whose_engine_gets_other_weights_stops_at_that_step_before_its_checkpoint(
+        method, since, tmp_path):
     out = tmp_path / "run"
-    output = run(["tests/ranks.py", "stale", since, 1.5, "all", *SMALL[1:], "--method", method, "--save_every", "1", "--out", out, "--steps", "3"], ok=False)
+    output = run_stale(since, 1.5, "all", "--method", method, "--steps", "3", "--save_every", "1",
+                       "--out", out, ok=False)
     assert "engine and trainer disagree" in output and f"over the rollouts of step {since + 1}, " in output
-    assert [row["step"] for row in metrics(out)] == list(range(since + 2)) and metrics(out)[-1]["engine/mismatch"] == 1
+    assert [row["step"] for row in metrics(out)] == list(range(since + 2))
+    assert metrics(out)[-1]["engine/mismatch"] == 1
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-1"] * since
 
 
@@ -96,33 +113,37 @@ def test_a_transfer_that_lacks_a_weight_ends_the_run_before_that_steps_checkpoin
     if since == 6:
         shutil.copytree(whole_run, out)
         more = ["--resume"]
-    output = run(["tests/ranks.py", "stale", since, "missing", "all", *SMALL[1:], "--save_every", "1", "--out", out, "--steps", "8", *more], ok=False)
-    assert re.search(r"1 of \d+ weights did not come, such as model.layers.0.self_attn.k_proj", output), output[-2000:]
+    output = run_stale(since, "missing", "all", "--steps", "8", "--save_every", "1",
+                       "--out", out, *more, ok=False)
+    says = r"1 of \d+ weights did not come, such as model.layers.0.self_attn.k_proj"
+    assert re.search(says, output), output[-2000:]
     assert [row["step"] for row in metrics(out)] == list(range(since + (since == 6)))
-    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ([] if since == 1 else ["step-4", "step-6"])
+    checkpoints = sorted(p.name for p in (out / "checkpoints").glob("step-*"))
+    assert checkpoints == ([] if since == 1 else ["step-4", "step-6"])
 
 
 @pytest.mark.slow
 def test_so_does_a_resumed_run_and_the_last_good_checkpoint_goes_on(whole_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
-    command = [*SMALL[1:], "--out", out, "--steps", "8", "--resume"]
-    output = run(["tests/ranks.py", "stale", 6, 1.5, "all", *command], ok=False)
+    flags = ["--out", out, "--steps", "8", "--resume"]
+    output = run_stale(6, 1.5, "all", *flags, ok=False)
     assert "over the rollouts of step 7, " in output and not (out / "checkpoints" / "step-7").exists()
-    assert f"resumed {out}/checkpoints/step-6" in run(["srft.py", *command])
+    assert f"resumed {out}/checkpoints/step-6" in run([*SMALL, *flags])
     assert metrics(out)[-1]["step"] == 8 and metrics(out)[-1]["engine/mismatch"] == 0
 
 
 @pytest.mark.slow
 def test_a_small_difference_is_said_once_marked_at_each_step_and_trained_through(tmp_path):
-    output = run(["tests/ranks.py", "stale", 1, 1.1, "all", *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"])
-    assert output.count("WARNING: engine and trainer disagree") == 1 and "over the rollouts of step 2, " in output
+    output = run_stale(1, 1.1, "all", "--steps", "3", "--out", tmp_path / "run")
+    assert output.count("WARNING: engine and trainer disagree") == 1
+    assert "over the rollouts of step 2, " in output
     assert [row["engine/mismatch"] for row in metrics(tmp_path / "run")[1:]] == [0, 1, 1]
 
 
 @pytest.mark.slow
 def test_one_bad_engine_of_two_ends_the_run_though_the_mean_over_both_would_not(tmp_path):
-    output = run(["tests/ranks.py", "stale", 1, 1.25, 1, *SMALL[1:], "--out", tmp_path / "run", "--steps", "3"], ranks=2, ok=False)
+    output = run_stale(1, 1.25, 1, "--steps", "3", "--out", tmp_path / "run", ranks=2, ok=False)
     last = metrics(tmp_path / "run")[-1]
     assert "engine and trainer disagree" in output and last["step"] == 2
     assert last["engine/logp_diff_mean"] < 0.15 < last["engine/logp_diff_rank"]
@@ -130,8 +151,9 @@ def test_one_bad_engine_of_two_ends_the_run_though_the_mean_over_both_would_not(
 
 @pytest.mark.slow
 def test_an_evaluation_of_other_weights_is_not_measured_not_even_where_a_method_has_no_rollouts(tmp_path):
-    (tmp_path / "held.jsonl").write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
-    output = run(["tests/ranks.py", "stale", 2, 1.5, "all", *SMALL[1:], "--method", "sft", "--eval_data", tmp_path / "held.jsonl", "--eval_every", "2",
-                  "--out", tmp_path / "run", "--steps", "4"], ok=False)
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
+    output = run_stale(2, 1.5, "all", "--method", "sft", "--steps", "4", "--out", tmp_path / "run",
+                       "--eval_data", held, "--eval_every", "2", ok=False)
     assert "before the evaluation of step 2, " in output
     assert ["eval/held" in row for row in metrics(tmp_path / "run")] == [True, False]

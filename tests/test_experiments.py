@@ -319,7 +319,8 @@ def test_the_front_page_has_the_numbers_of_the_tables():
 
     tables, _, _ = (ROOT / "experiments/results/tables.md").read_text().partition("A second family")
     rows = {cells(line)[0]: cells(line)[1:] for line in tables.splitlines() if "|" in line}
-    shown = (ROOT / "docs" / "paper.md").read_text().split("The paper's comparison at that size")[1].splitlines()
+    page = (ROOT / "docs" / "paper.md").read_text()
+    shown = page.split("The paper's comparison at that size")[1].splitlines()
     runs = ["base", "sft", "grpo", C.FORWARD, C.BACKWARD, "luffy", "relift", "sft+rl", "srft", "srft-w_sft-1",
             "srft-w_rl-1"]
     for column, name in enumerate(("held-out", "long")):

@@ -1,9 +1,9 @@
-"""The objective, srft.srft_loss and the switchable one of paper/readings.py, against an oracle in plain Python
-floats, one token at a time, from Eq. 7-13 of the paper.
+"""The objective, srft.srft_loss and the switchable one of paper/readings.py, against an oracle in plain
+Python floats, one token at a time, from Eq. 7-13 of the paper.
 
     pytest tests/test_loss.py
 
-The oracle also differentiates by hand: d loss / d log pi and d loss / d H of each token, no autograd involved.
+The oracle also differentiates by hand: d loss / d log pi and d loss / d H of each token, without autograd.
 """
 import inspect
 import math
@@ -22,7 +22,7 @@ TERMS = ("loss/sft_demo", "loss/rl_demo", "loss/rl_pos", "loss/rl_neg")
 INPUTS = ("logp", "entropy", "mask", "reward", "advantage", "is_demo")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The oracle. A sequence is a namespace of Python numbers and lists; a batch is a list of them.
 
 def eq7(rewards, use_std=True):
@@ -38,24 +38,32 @@ def mean_or_0(values):
 
 def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
     """(loss, stats, d/dlogp, d/dH, d/dKL) of Eq. 13; the gradients as one list a sequence."""
-    stats = dict.fromkeys((*TERMS, *["loss/entropy"] * bool(cfg.entropy_coef), *["loss/kl"] * bool(cfg.kl_coef)), 0.0)
+    stats = dict.fromkeys(TERMS, 0.0)
+    if cfg.entropy_coef:
+        stats["loss/entropy"] = 0.0
+    if cfg.kl_coef:
+        stats["loss/kl"] = 0.0
     d_logp, d_entropy, d_kl, weights = [], [], [], {"w_sft": [], "w_rl": []}
-    batch_h = {kind: mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind]) for kind in (True, False)}
+    batch_h = {}                                       # of the demonstrations (True), of the rollouts (False)
+    for kind in (True, False):
+        batch_h[kind] = mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == kind])
     for s in batch:
         d_logp.append([]), d_entropy.append([]), d_kl.append([])
         step_n = max(n_demo if s.is_demo else n_rollout, 1)
         name, scale, sign = ("w_sft", 0.5, cfg.w_sft_sign) if s.is_demo else ("w_rl", 0.1, 1)
         token_weights = []
         for t, lp in enumerate(s.logp):
-            share = 1 / step_n / {"sequence": len(s.logp), "token": 1, "constant": cfg.max_response_tokens}[cfg.loss_norm]
-            h = {"sequence": mean_or_0(s.entropy), "token": s.entropy[t], "batch": batch_h[s.is_demo]}[cfg.entropy_level]
+            norms = {"sequence": len(s.logp), "token": 1, "constant": cfg.max_response_tokens}
+            share = 1 / step_n / norms[cfg.loss_norm]
+            levels = {"sequence": mean_or_0(s.entropy), "token": s.entropy[t], "batch": batch_h[s.is_demo]}
+            h = levels[cfg.entropy_level]
             w = {"entropy": scale * math.exp(sign * h), "one": 1.0, "constant": scale}[getattr(cfg, name)]
             token_weights.append(w)
             dlp = dh = dkl = 0.0
             if s.is_demo:
-                stats["loss/sft_demo"] += share * w * -lp                                            # Eq. 8
+                stats["loss/sft_demo"] += share * w * -lp                                          # Eq. 8
                 p, gamma = math.exp(lp), cfg.demo_shaping
-                stats["loss/rl_demo"] += -share * s.advantage * p / (p + gamma if gamma else 1)      # Eq. 9, 10
+                stats["loss/rl_demo"] += -share * s.advantage * p / (p + gamma if gamma else 1)    # Eq. 9, 10
                 dlp = -share * w - share * s.advantage * (p * gamma / (p + gamma) ** 2 if gamma else p)
             else:
                 if cfg.eq12_form == "log":
@@ -65,7 +73,7 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
                 w = w if s.reward > 0 else 1.0
                 r = s.advantage if cfg.eq12_advantage else 1.0 if s.reward > 0 else -1.0
                 c = share * w * r * (s.tis[t] if tis else 1.0)
-                stats["loss/rl_pos" if s.reward > 0 else "loss/rl_neg"] += -c * score                # Eq. 12
+                stats["loss/rl_pos" if s.reward > 0 else "loss/rl_neg"] += -c * score              # Eq. 12
                 if cfg.kl_coef:
                     stats["loss/kl"] += share * cfg.kl_coef * s.kl[t]
                 if cfg.entropy_coef:
@@ -74,24 +82,27 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
             d_logp[-1].append(dlp), d_entropy[-1].append(dh), d_kl[-1].append(dkl)
         if s.is_demo or s.reward > 0:
             weights[name].append(mean_or_0(token_weights))
-    loss = sum(stats.values())                                                                       # Eq. 13
+    loss = sum(stats.values())                                                                     # Eq. 13
     return loss, stats | {name: mean_or_0(ws) for name, ws in weights.items()}, d_logp, d_entropy, d_kl
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Random batches, and the shipped function on them.
 
 def sequence(rng, length, is_demo=False, reward=1.0, advantage=None):
-    draw = lambda low, high: [rng.uniform(low, high) for _ in range(length)]
-    return SimpleNamespace(logp=draw(-4, -0.01), entropy=draw(0, 2.5), logp_old=draw(-4, -0.01), tis=draw(0.1, 2),
-                           kl=draw(0, 3), reward=reward, is_demo=is_demo,
+    def draw(low, high):
+        return [rng.uniform(low, high) for _ in range(length)]
+
+    return SimpleNamespace(logp=draw(-4, -0.01), entropy=draw(0, 2.5),
+                           logp_old=draw(-4, -0.01), tis=draw(0.1, 2), kl=draw(0, 3),
+                           reward=reward, is_demo=is_demo,
                            advantage=rng.gauss(0, 1) if advantage is None else advantage)
 
 
 def mixed_batch(seed, size=9):
     rng = random.Random(seed)
-    kinds = [(True, 1.0), (True, 0.0), (False, 1.0), (False, 0.0)] + [(rng.random() < 0.4, float(rng.random() < 0.5))
-                                                                      for _ in range(size - 4)]
+    kinds = [(True, 1.0), (True, 0.0), (False, 1.0), (False, 0.0)]
+    kinds += [(rng.random() < 0.4, float(rng.random() < 0.5)) for _ in range(size - 4)]
     rng.shuffle(kinds)
     return [sequence(rng, rng.choice((1, 2, 3, 5, 8)), *kind) for kind in kinds]
 
@@ -101,22 +112,29 @@ def tensors(batch, padding=0.0):
     width = max(len(s.logp) for s in batch)
 
     def table(name):
-        return torch.tensor([getattr(s, name) + [padding] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
+        rows = [getattr(s, name) + [padding] * (width - len(s.logp)) for s in batch]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def each(name):
         return torch.tensor([getattr(s, name) for s in batch], dtype=torch.float64)
 
-    mask = torch.tensor([[1.0] * len(s.logp) + [0.0] * (width - len(s.logp)) for s in batch], dtype=torch.float64)
-    step_entropy = [mean_or_0([mean_or_0(s.entropy) for s in batch if s.is_demo == of.is_demo]) for of in batch]
-    return {name: table(name) for name in ("logp", "entropy", "logp_old", "tis", "kl")} | {
-        "mask": mask, "reward": each("reward"), "advantage": each("advantage"), "is_demo": each("is_demo").bool(),
-        "step_entropy": torch.tensor(step_entropy, dtype=torch.float64)}
+    named = {name: table(name) for name in ("logp", "entropy", "logp_old", "tis", "kl")}
+    mask = [[1.0] * len(s.logp) + [0.0] * (width - len(s.logp)) for s in batch]
+    named["mask"] = torch.tensor(mask, dtype=torch.float64)
+    named["reward"], named["advantage"] = each("reward"), each("advantage")
+    named["is_demo"] = each("is_demo").bool()
+    step_entropy = []
+    for s in batch:
+        step_entropy.append(mean_or_0([mean_or_0(o.entropy) for o in batch if o.is_demo == s.is_demo]))
+    named["step_entropy"] = torch.tensor(step_entropy, dtype=torch.float64)
+    return named
 
 
 def papers_loss(inputs, cfg):
     """srft.srft_loss, called like the losses of paper/."""
     x = inputs
-    return srft_loss(x.logp, x.entropy, x.mask, x.reward, x.advantage, x.is_demo, x.n_demo, x.n_rollout, x.tis)
+    return srft_loss(x.logp, x.entropy, x.mask, x.reward, x.advantage, x.is_demo,
+                     x.n_demo, x.n_rollout, x.tis)
 
 
 def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=readings.srft_loss, **more):
@@ -125,21 +143,29 @@ def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=readin
     for name in ("logp", "entropy", "kl"):
         a[name] = a[name].clone().requires_grad_()
     inputs = readings.Inputs(
-        *(a[name] for name in INPUTS), n_demo, n_rollout, tis=a["tis"] if tis else None, kl=a["kl"] if cfg.kl_coef else None,
-        logp_old=a["logp_old"] if old else None, step_entropy=a["step_entropy"], demo_tokens=n_demo, rollout_tokens=n_rollout, **more)
+        *(a[name] for name in INPUTS), n_demo, n_rollout,
+        tis=a["tis"] if tis else None,
+        kl=a["kl"] if cfg.kl_coef else None,
+        logp_old=a["logp_old"] if old else None,
+        step_entropy=a["step_entropy"], demo_tokens=n_demo, rollout_tokens=n_rollout, **more)
     terms, weights = loss(inputs, cfg)
     value = sum(terms.values())
     value.backward()
     stats = {f"loss/{name}": term.item() for name, term in terms.items()}
     kinds = {"w_sft": a["is_demo"].bool(), "w_rl": ~a["is_demo"].bool() & (a["reward"] > 0)}
     stats |= {name: mean_or_0(weight[kinds[name]].tolist()) for name, weight in weights.items()}
-    gradients = [torch.zeros_like(a[name]) if a[name].grad is None else a[name].grad for name in ("logp", "entropy", "kl")]
+    gradients = []
+    for name in ("logp", "entropy", "kl"):
+        gradients.append(torch.zeros_like(a[name]) if a[name].grad is None else a[name].grad)
     return value.item(), stats, *gradients
 
 
 def counts(batch, cfg, more=0):
-    unit = (lambda s: len(s.logp)) if cfg.loss_norm == "token" else (lambda s: 1)
-    return [sum(unit(s) for s in batch if s.is_demo == kind) + more for kind in (True, False)]
+    """[n_demo, n_rollout], in tokens where the loss is normalised by tokens, and `more` of each."""
+    n = {True: more, False: more}
+    for s in batch:
+        n[s.is_demo] += len(s.logp) if cfg.loss_norm == "token" else 1
+    return [n[True], n[False]]
 
 
 def assert_equal(found, expected):
@@ -155,12 +181,13 @@ def assert_equal_to_oracle(batch, cfg, n, **extras):
     assert_equal(shipped(tensors(batch), cfg, *n, **extras), oracle(batch, cfg, *n, **extras))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Eq. 7.
 
 @pytest.mark.parametrize("use_std", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_advantage_is_that_of_eq_7_within_each_group_whatever_the_order_and_numbers_of_groups(seed, use_std):
+def test_the_advantage_is_that_of_eq_7_within_each_group_whatever_the_order_and_numbers_of_groups(
+        seed, use_std):
     rng = random.Random(seed)
     groups = [g for g in (7, -3, 1_000_000, 0, 42) for _ in range(rng.randint(1, 9))]
     rng.shuffle(groups)
@@ -177,13 +204,15 @@ def test_the_advantage_is_that_of_eq_7_within_each_group_whatever_the_order_and_
 @pytest.mark.parametrize("rewards", [[1.0], [0.0], [1.0] * 9, [0.0] * 9, [0.3] * 7, [100.1] * 7])
 @pytest.mark.parametrize("use_std", [True, False])
 def test_a_group_whose_rewards_are_equal_has_no_advantage(rewards, use_std):
-    got = group_advantage(torch.tensor(rewards + [0.0, 1.0]), torch.tensor([5] * len(rewards) + [2, 2]), use_std)
+    group = torch.tensor([5] * len(rewards) + [2, 2])
+    got = group_advantage(torch.tensor(rewards + [0.0, 1.0]), group, use_std)
     assert got[:-2].eq(0).all() and got[-2:].ne(0).all() and got.dtype == torch.float32
 
 
 def test_eps_is_added_to_the_standard_deviation():
     reward, group = torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([0, 0])
-    assert group_advantage(reward, group, eps=1.0).tolist() == [-0.5, 0.5]          # population std 1, not sqrt(2)
+    # The population's standard deviation is 1, the sample's would be sqrt(2).
+    assert group_advantage(reward, group, eps=1.0).tolist() == [-0.5, 0.5]
 
 
 def test_a_correct_demonstration_lowers_the_advantage_of_the_correct_rollouts_of_its_group():
@@ -192,18 +221,27 @@ def test_a_correct_demonstration_lowers_the_advantage_of_the_correct_rollouts_of
     assert 0 < joined[0] < alone[0] and joined[4] == joined[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Eq. 8-13 and every switch.
 
-SWITCHES = [dict(), *(dict([item]) for item in (
-    ("loss_norm", "token"), ("loss_norm", "constant"), ("w_sft", "one"), ("w_sft", "constant"), ("w_rl", "one"),
-    ("w_rl", "constant"), ("w_sft_sign", 1), ("entropy_level", "token"), ("entropy_level", "batch"),
-    ("demo_shaping", 0.1), ("eq12_form", "ratio"), ("eq12_advantage", True), ("entropy_coef", 0.01), ("kl_coef", 0.2))),
+SWITCHES = [
+    dict(),
+    dict(loss_norm="token"), dict(loss_norm="constant"),
+    dict(w_sft="one"), dict(w_sft="constant"),
+    dict(w_rl="one"), dict(w_rl="constant"),
+    dict(w_sft_sign=1),
+    dict(entropy_level="token"), dict(entropy_level="batch"),
+    dict(demo_shaping=0.1),
+    dict(eq12_form="ratio"), dict(eq12_advantage=True),
+    dict(entropy_coef=0.01), dict(kl_coef=0.2),
     dict(entropy_level="token", loss_norm="token", w_sft_sign=1, demo_shaping=0.1),
     dict(entropy_level="batch", loss_norm="constant", eq12_form="ratio", eq12_advantage=True),
     dict(loss_norm="token", entropy_coef=0.3, kl_coef=0.2, eq12_form="ratio"),
     dict(loss_norm="constant", entropy_coef=0.3, kl_coef=0.2, w_sft="one", w_rl="one", eq12_advantage=True)]
-name_of = lambda switch: ",".join(f"{k}={v}" for k, v in switch.items()) or "defaults"
+
+
+def name_of(switch):
+    return ",".join(f"{name}={value}" for name, value in switch.items()) or "defaults"
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["pi_old=pi", "logp_old"])
@@ -213,10 +251,11 @@ def test_every_term_and_its_gradient_equal_the_equations(switch, tis, old):
     cfg = Config(**{"max_response_tokens": 11} | switch)
     for seed in range(3):
         batch = mixed_batch(seed)
-        assert_equal_to_oracle(batch, cfg, counts(batch, cfg, more=5), old=old, tis=tis)   # a part of a larger step
+        n = counts(batch, cfg, more=5)                                         # a part of a larger step
+        assert_equal_to_oracle(batch, cfg, n, old=old, tis=tis)
         if not switch:
-            n = counts(batch, cfg, more=5)
-            assert_equal(shipped(tensors(batch), cfg, *n, tis=tis, loss=papers_loss), oracle(batch, cfg, *n, tis=tis))
+            found = shipped(tensors(batch), cfg, *n, tis=tis, loss=papers_loss)
+            assert_equal(found, oracle(batch, cfg, *n, tis=tis))
 
 
 @pytest.mark.parametrize("tis", [False, True], ids=["no-tis", "tis"])
@@ -224,8 +263,12 @@ def test_every_term_and_its_gradient_equal_the_equations(switch, tis, old):
 @pytest.mark.parametrize("seed", range(5))
 def test_at_the_defaults_the_switchable_objective_is_the_papers_own_bit_for_bit(seed, dtype, tis):
     batch = mixed_batch(seed, size=20)
-    a = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors(batch, padding=math.nan).items()}
-    ours, theirs = [shipped(a, Config(), 4, 9, tis=tis, loss=loss) for loss in (papers_loss, readings.srft_loss)]
+    a = tensors(batch, padding=math.nan)
+    for name, tensor in a.items():
+        if tensor.is_floating_point():
+            a[name] = tensor.to(dtype)
+    ours = shipped(a, Config(), 4, 9, tis=tis, loss=papers_loss)
+    theirs = shipped(a, Config(), 4, 9, tis=tis, loss=readings.srft_loss)
     assert ours[:2] == theirs[:2] and not math.isnan(ours[0])
     assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(ours[2:], theirs[2:]))
 
@@ -247,12 +290,20 @@ def test_only_flags_that_ask_for_another_loss_leave_the_papers_own():
         assert srft.load_objective(Config(**switch)) is not srft_loss, switch
 
 
+SWITCHES_OF_COUNTS = [switch for switch in SWITCHES
+                      if set(switch) & {"entropy_level", "loss_norm", "kl_coef"} or not switch]
+
+
 @pytest.mark.parametrize("kinds", [
-    [(False, 0.0), (False, 0.0), (True, 1.0)], [(False, 1.0), (False, 1.0), (True, 0.0)], [(False, 1.0), (False, 0.0)],
-    [(True, 1.0), (True, 0.0)], [(True, 1.0)], [(False, 1.0)], [(False, 0.0)]],
+    [(False, 0.0), (False, 0.0), (True, 1.0)],
+    [(False, 1.0), (False, 1.0), (True, 0.0)],
+    [(False, 1.0), (False, 0.0)],
+    [(True, 1.0), (True, 0.0)],
+    [(True, 1.0)],
+    [(False, 1.0)],
+    [(False, 0.0)]],
     ids=["no-correct", "no-wrong", "no-demo", "only-demos", "one-demo", "one-correct", "one-wrong"])
-@pytest.mark.parametrize("switch", [s for s in SWITCHES if set(s) & {"entropy_level", "loss_norm", "kl_coef"} or not s],
-                         ids=name_of)
+@pytest.mark.parametrize("switch", SWITCHES_OF_COUNTS, ids=name_of)
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_batch_that_lacks_a_kind_of_sequence_still_equals_the_equations(kinds, switch, length):
     cfg, rng = Config(**switch), random.Random(0)
@@ -267,11 +318,14 @@ def test_a_batch_that_lacks_a_kind_of_sequence_still_equals_the_equations(kinds,
 def test_the_default_loss_of_two_tokens_worked_out_by_hand():
     """pi = 1/2 at both tokens, H = log 2: w_SFT = 0.5 / 2 = 0.25 and w_RL = 0.1 x 2 = 0.2."""
     log2, half = math.log(2), torch.full((3, 2), -math.log(2), dtype=torch.float64)
-    terms, weights = srft_loss(half, -half, torch.ones(3, 2), torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.7, 0.7, -1.4]),
-                               torch.tensor([True, False, False]), n_demo=1, n_rollout=2)
+    terms, weights = srft_loss(half, -half, mask=torch.ones(3, 2),
+                               reward=torch.tensor([1.0, 1.0, 0.0]),
+                               advantage=torch.tensor([0.7, 0.7, -1.4]),
+                               is_demo=torch.tensor([True, False, False]), n_demo=1, n_rollout=2)
     expected = {"sft_demo": 0.25 * log2, "rl_demo": -0.7 / 2, "rl_pos": 0.2 * log2 / 2, "rl_neg": -log2 / 2}
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(expected, abs=1e-7)
-    assert weights["w_sft"].tolist() == pytest.approx([0.25] * 3) and weights["w_rl"].tolist() == pytest.approx([0.2] * 3)
+    assert weights["w_sft"].tolist() == pytest.approx([0.25] * 3)
+    assert weights["w_rl"].tolist() == pytest.approx([0.2] * 3)
 
 
 def test_the_ratio_and_the_log_form_of_eq_12_have_the_same_gradient_before_the_first_update():
@@ -281,7 +335,8 @@ def test_the_ratio_and_the_log_form_of_eq_12_have_the_same_gradient_before_the_f
 
 
 @pytest.mark.parametrize("level", ["sequence", "token", "batch"])
-def test_without_bonus_and_penalty_the_four_terms_sum_to_the_loss_and_the_weights_lie_within_their_bounds(level):
+def test_without_bonus_and_penalty_the_four_terms_sum_to_the_loss_and_the_weights_lie_within_their_bounds(
+        level):
     batch, cfg = mixed_batch(4), Config(entropy_level=level)
     loss, stats, *_ = shipped(tensors(batch), cfg, *counts(batch, cfg))
     assert set(stats) == {*TERMS, "w_sft", "w_rl"}
@@ -289,7 +344,7 @@ def test_without_bonus_and_penalty_the_four_terms_sum_to_the_loss_and_the_weight
     assert 0.5 * math.exp(-2.5) < stats["w_sft"] < 0.5 and 0.1 < stats["w_rl"] < 0.1 * math.exp(2.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What the training loop relies on.
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
@@ -317,11 +372,17 @@ def test_with_entropy_level_batch_micro_batches_add_up_by_the_mean_entropy_of_th
     cfg, batch = Config(entropy_level="batch"), mixed_batch(5, size=12)
     n, whole = counts(batch, cfg), tensors(batch)
     loss = shipped(whole, cfg, *n)[0]
-    parts = [shipped(tensors(batch[i::5]) | {"step_entropy": whole["step_entropy"][i::5]}, cfg, *n)[0] for i in range(5)]
+    parts = []
+    for i in range(5):
+        part = tensors(batch[i::5])
+        part["step_entropy"] = whole["step_entropy"][i::5]
+        parts.append(shipped(part, cfg, *n)[0])
     assert sum(parts) == pytest.approx(loss, abs=1e-10)
 
 
-GARBAGE = [(name, form, garbage) for name in ("logp", "entropy", "kl", "logp_old", "tis") for form in ("log", "ratio")
+GARBAGE = [(name, form, garbage)
+           for name in ("logp", "entropy", "kl", "logp_old", "tis")
+           for form in ("log", "ratio")
            for garbage in (math.nan, math.inf, -math.inf, 1e30)]
 
 
@@ -330,7 +391,8 @@ def test_garbage_on_padding_changes_nothing(name, form, garbage):
     cfg, batch = Config(kl_coef=0.1, entropy_coef=0.1, demo_shaping=0.1, eq12_form=form), mixed_batch(6)
     clean = tensors(batch)
     expected = shipped(clean, cfg, 4, 5, old=True, tis=True)
-    loss, stats, *grads = shipped(clean | {name: tensors(batch, garbage)[name]}, cfg, 4, 5, old=True, tis=True)
+    dirty = clean | {name: tensors(batch, garbage)[name]}
+    loss, stats, *grads = shipped(dirty, cfg, 4, 5, old=True, tis=True)
     assert (loss, stats) == expected[:2]
     assert all(torch.equal(a, b) for a, b in zip(grads, expected[2:]))
 
@@ -348,7 +410,8 @@ def test_importance_weights_apply_to_rollouts_and_never_to_demonstrations(form):
     only_demos = a | {"tis": torch.where(demo, 3.0, 1.0).double().expand_as(a["tis"])}
     only_rollouts = a | {"tis": torch.where(demo, 1.0, 3.0).double().expand_as(a["tis"])}
     assert torch.equal(shipped(only_demos, cfg, 4, 5, tis=True)[2], plain[2])
-    torch.testing.assert_close(shipped(only_rollouts, cfg, 4, 5, tis=True)[2], torch.where(demo, plain[2], 3 * plain[2]))
+    weighted = shipped(only_rollouts, cfg, 4, 5, tis=True)
+    torch.testing.assert_close(weighted[2], torch.where(demo, plain[2], 3 * plain[2]))
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=name_of)
@@ -365,5 +428,7 @@ def test_the_arguments_are_not_written_into(switch):
 @pytest.mark.parametrize("flag_type", [torch.bool, torch.int64, torch.float32])
 def test_masks_flags_and_rewards_of_any_type_mean_the_same(flag_type, loss):
     a = tensors(mixed_batch(10))
-    other = a | {"mask": a["mask"].to(flag_type), "is_demo": a["is_demo"].to(flag_type), "reward": a["reward"].float()}
+    other = a | {"mask": a["mask"].to(flag_type),
+                 "is_demo": a["is_demo"].to(flag_type),
+                 "reward": a["reward"].float()}
     assert shipped(other, Config(), 4, 5, loss=loss)[:2] == shipped(a, Config(), 4, 5, loss=loss)[:2]

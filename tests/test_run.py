@@ -17,25 +17,42 @@ import eval
 import srft
 from config import TINY, Config, check_config, parse_args
 from conftest import ENV, ROOT, SMALL, metrics, run, start
-from paper import figures as analysis
+from paper import figures
 from support.checkpoint import newest_checkpoint
 from support.processes import Ranks
 from support.versions import TESTED, check_versions
 
-METRICS = """perf/grader_ms grader/no_box grader/unclosed grader/truncated grader/parse_fail reward/mean reward/demo_mean reward/all_correct reward/all_wrong response_len/mean response_len/max
-response_len/truncated entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg grad_norm lr
-engine/logp_diff_mean engine/logp_diff_rank engine/logp_diff_max engine/mismatch tis/capped grader/timeouts steps_skipped time/rollout time/grade time/train time/sync
-time/step perf/tokens_per_s perf/mfu perf/peak_memory_gb""".split()
+METRICS = """
+    reward/mean reward/demo_mean reward/all_correct reward/all_wrong
+    response_len/mean response_len/max response_len/truncated
+    entropy/rollout entropy/demo w_sft w_rl loss/sft_demo loss/rl_demo loss/rl_pos loss/rl_neg
+    grad_norm lr steps_skipped
+    engine/logp_diff_mean engine/logp_diff_rank engine/logp_diff_max engine/mismatch tis/capped
+    grader/timeouts grader/no_box grader/unclosed grader/truncated grader/parse_fail
+    time/rollout time/grade time/train time/sync time/step
+    perf/tokens_per_s perf/mfu perf/peak_memory_gb perf/grader_ms""".split()
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+# As `make demo` starts them; the Makefile says why the address is given.
+TWO_RANKS = [TORCHRUN, "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2"]
 
 
-def weights(out):
-    return dict(AutoModelForCausalLM.from_pretrained(Path(out) / "hf", dtype=torch.float32).named_parameters())
+def weights(folder):
+    """The parameters, by name, of a model in Hugging Face's format."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def assert_same_run(a, b):
     """Bit for bit: every metric but the clock's, and every weight."""
     assert metrics(a) == metrics(b)
-    one, two = weights(a), weights(b)
+    one, two = weights(a / "hf"), weights(b / "hf")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -53,29 +70,32 @@ def wait_for(out, step, process, timeout=120):
 
 @pytest.mark.slow
 def test_a_run_leaves_the_folder_that_the_readme_promises(whole_run):
-    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(whole_run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(7))
     assert all(set(METRICS) <= set(row) for row in rows[1:])
     assert rows[-1]["engine/logp_diff_max"] < 1e-3
     config = json.loads((whole_run / "config.json").read_text())
     assert config["prompts_per_step"] == 4 and config["versions"]["torch"]
-    sample = json.loads((whole_run / "samples.jsonl").read_text().splitlines()[0])
+    sample = read_jsonl(whole_run / "samples.jsonl")[0]
     assert {"step", "id", "prompt", "response", "reward", "reason"} <= set(sample)
-    assert (whole_run / "hf" / "model.safetensors").stat().st_mode & 0o444 == 0o444     # others may serve it
+    assert (whole_run / "hf" / "model.safetensors").stat().st_mode & 0o444 == 0o444    # others may serve it
     assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step-4", "step-6"]
 
 
 @pytest.mark.slow
 def test_the_export_opens_in_transformers_and_in_vllm_and_they_agree(whole_run):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(whole_run / "hf"), AutoTokenizer.from_pretrained(whole_run / "hf")
+    hf = whole_run / "hf"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(hf), AutoTokenizer.from_pretrained(hf)
     ids = tokenizer("12+34=?\n")["input_ids"]
     greedy = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids):].tolist()
     code = f"""
 import rollout
 from vllm import LLM, SamplingParams
-llm = LLM({str(whole_run / 'hf')!r}, dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1)
-print("TOKENS", llm.generate([{{"prompt_token_ids": {ids}}}], SamplingParams(temperature=0, max_tokens=30))[0].outputs[0].token_ids)
+llm = LLM({str(hf)!r}, dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1)
+sampling = SamplingParams(temperature=0, max_tokens=30)
+(request,) = llm.generate([{{"prompt_token_ids": {ids}}}], sampling)
+print("TOKENS", request.outputs[0].token_ids)
 """
     served = run(["-c", code])
     assert json.loads(re.search(r"TOKENS (\[.*\])", served)[1]) == greedy
@@ -110,7 +130,8 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
     newer = out / "checkpoints" / f"step-{done + 1}"
     newer.mkdir()
     for file in path.iterdir():
-        (newer / file.name).write_bytes(file.read_bytes()[:-100] if file.suffix == ".distcp" else file.read_bytes())
+        content = file.read_bytes()
+        (newer / file.name).write_bytes(content[:-100] if file.suffix == ".distcp" else content)
     output = run([*SMALL, "--out", out, "--steps", "6", "--resume"], ranks=2)
     assert "truncated" in output and f"step-{done + 1}" in output and f"resumed {path}" in output
     resumed, uninterrupted = metrics(out), metrics(whole_run)
@@ -118,45 +139,54 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
     assert resumed[:done + 1] == uninterrupted[:done + 1]
     # The first resumed step samples the same prompts with the same seeds from the same weights.
     assert resumed[done + 1]["reward/mean"] == pytest.approx(uninterrupted[done + 1]["reward/mean"], abs=0.13)
-    first = lambda out: [row for row in map(json.loads, (out / "samples.jsonl").read_text().splitlines()) if row["step"] == done + 1
-                         and not row["demo"]]
-    mine, theirs = first(out), first(whole_run)
-    assert len(mine) == 4 and mine[:2] == theirs[:2]                          # rank 0 now has the first two of four prompts
+
+    def first_rollouts(out):
+        rows = read_jsonl(out / "samples.jsonl")
+        return [row for row in rows if row["step"] == done + 1 and not row["demo"]]
+
+    mine, theirs = first_rollouts(out), first_rollouts(whole_run)
+    assert len(mine) == 4 and mine[:2] == theirs[:2]         # rank 0 now has the first two of four prompts
 
 
 @pytest.mark.slow
 def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
     out = tmp_path / "tiny"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", "srft.py", "--preset", "tiny",
-               "--device", "cpu", "--steps", "2", "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
-    done = subprocess.run(list(map(str, command)), env=ENV | {"TORCH_CPP_LOG_LEVEL": "ERROR"}, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [*TWO_RANKS, "srft.py", "--preset", "tiny", "--device", "cpu", "--steps", "2",
+               "--prompts_per_step", "4", "--eval_every", "2", "--out", out]
+    done = subprocess.run(list(map(str, command)), env=ENV | {"TORCH_CPP_LOG_LEVEL": "ERROR"}, cwd=ROOT,
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert not re.search("Triton|NUMA|shards|Warning", done.stderr), done.stderr[:3000]      # what is not ours, as `make demo` starts it
+    # Started as by `make demo`, the terminal shows no warning that is not ours.
+    assert not re.search("Triton|NUMA|shards|Warning", done.stderr), done.stderr[:3000]
     assert re.search(r"eval/heldout +base +[\d.]+ % +trained +[\d.]+ %", done.stdout), done.stdout[-2000:]
     assert 0.05 <= metrics(out)[0]["eval/heldout"] <= 0.30               # what the shipped base model solves
     assert (out / "curves.png").exists() and (out / "hf" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0, reason="may not rename its machine")
+@pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
+                    reason="may not rename its machine")
 def test_the_commands_of_makefile_and_readme_start_on_a_machine_whose_name_nobody_knows():
     flags = re.search(r"bin/torchrun (.*) srft.py --preset tiny", (ROOT / "Makefile").read_text())[1].split()
     for page in ("README.md", "Makefile", "srft.py", "eval.py", "paper/figures.py"):
-        lines = [line for line in (ROOT / page).read_text().splitlines() if "torchrun --" in line or "torchrun $" in line]
-        assert lines and all(re.search("local_addr=127.0.0.1|--nnodes|--shutdown-timeout", line) for line in lines), page
+        text = (ROOT / page).read_text()
+        lines = [line for line in text.splitlines() if re.search(r"torchrun (--|\$)", line)]
+        assert lines, page
+        for line in lines:
+            assert re.search("local_addr=127.0.0.1|--nnodes|--shutdown-timeout", line), page
     renamed = ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows.invalid && exec "$@"', "sh"]
-    command = [*renamed, Path(sys.executable).with_name("torchrun"), *flags, "tests/phases.py", "nothing", "1"]
-    done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    command = [*renamed, TORCHRUN, *flags, "tests/phases.py", "nothing", "1"]
+    done = subprocess.run(list(map(str, command)), env=ENV, cwd=ROOT,
+                          capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and done.stdout.count("DONE") == 2, done.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_leaves_a_whole_checkpoint_of_both_ranks(tmp_path):
     out = tmp_path / "run"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", *SMALL, "--out", out,
-               "--steps", "500", "--save_every", "1000"]
-    process = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    command = [*TWO_RANKS, *SMALL, "--out", out, "--steps", "500", "--save_every", "1000"]
+    process = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(out, 2, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
@@ -180,7 +210,8 @@ def test_a_checkpoint_of_another_data_order_is_refused(whole_run):
 
 
 @pytest.mark.slow
-def test_a_resume_names_what_it_changes_keeps_the_old_settings_and_refuses_another_method(whole_run, tmp_path):
+def test_a_resume_names_what_it_changes_keeps_the_old_settings_and_refuses_another_method(
+        whole_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
     output = run([*SMALL, "--out", out, "--steps", "6", "--resume", "--method", "grpo"], ok=False)
@@ -195,42 +226,56 @@ def test_a_resume_names_what_it_changes_keeps_the_old_settings_and_refuses_anoth
 @pytest.mark.slow
 def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp_path):
     """One run with the switches that need machinery of their own; then one whose gradient is never finite."""
-    run([*SMALL, "--out", tmp_path / "a", "--steps", "2", "--updates_per_rollout", "2", "--entropy_level", "batch", "--eq12_form",
-         "ratio", "--demo_in_group", "replaces", "--kl_coef", "0.1", "--grade_text", "require_think",
-         "--activation_checkpointing", "--n_rollouts", "5"])
+    run([*SMALL, "--out", tmp_path / "a", "--steps", "2", "--n_rollouts", "5",
+         "--updates_per_rollout", "2", "--entropy_level", "batch", "--eq12_form", "ratio",
+         "--demo_in_group", "replaces", "--kl_coef", "0.1", "--grade_text", "require_think",
+         "--activation_checkpointing"])
     assert len(metrics(tmp_path / "a")) == 3
     output = run([*SMALL, "--out", tmp_path / "b", "--steps", "9", "--entropy_coef", "inf"], ok=False)
     assert "not finite 5 times in a row" in output and "tiny/train/" in output
     assert [row["steps_skipped"] for row in metrics(tmp_path / "b")[1:]] == [1, 2, 3, 4, 5]
 
 
-METHOD_RUNS = {                   # method: ranks, flags, metrics that must have numbers, metrics that must have none
-    "sft": (1, [], ["loss/sft", "entropy/demo", "reward/demo_mean"], ["reward/mean", "entropy/rollout", "engine/logp_diff_mean"]),
-    "sft_kl": (2, ["--term_gradients", "2"], ["loss/sft", "loss/kl", "grad_norm/sft", "grad_norm/kl"], ["response_len/mean"]),
-    "grpo": (2, ["--entropy_quantile", "0.8"], ["loss/rl", "reward/mean"], ["reward/demo_mean", "entropy/demo"]),
-    "sft+rl": (1, ["--entropy_floor", "0.3"], ["loss/rl", "loss/sft", "reward/mean", "reward/demo_mean"], []),
-    "luffy": (1, ["--updates_per_rollout", "2"], ["loss/rl", "loss/rl_demo"], [])}
+# method: ranks, flags, metrics that must have numbers, metrics that must have none
+METHOD_RUNS = {
+    "sft": (1, [],
+            ["loss/sft", "entropy/demo", "reward/demo_mean"],
+            ["reward/mean", "entropy/rollout", "engine/logp_diff_mean"]),
+    "sft_kl": (2, ["--term_gradients", "2"],
+               ["loss/sft", "loss/kl", "grad_norm/sft", "grad_norm/kl"],
+               ["response_len/mean"]),
+    "grpo": (2, ["--entropy_quantile", "0.8"],
+             ["loss/rl", "reward/mean"],
+             ["reward/demo_mean", "entropy/demo"]),
+    "sft+rl": (1, ["--entropy_floor", "0.3"],
+               ["loss/rl", "loss/sft", "reward/mean", "reward/demo_mean"],
+               []),
+    "luffy": (1, ["--updates_per_rollout", "2"],
+              ["loss/rl", "loss/rl_demo"],
+              [])}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHOD_RUNS)
 def test_every_method_trains_evaluates_and_exports_by_the_same_loop(method, tmp_path):
     ranks, flags, numbers, nothing = METHOD_RUNS[method]
-    (tmp_path / "held.jsonl").write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
-    run([*SMALL, "--method", method, "--steps", "2", "--eval_every", "2", "--out", tmp_path / "run", *flags, "--eval_data",
-         tmp_path / "held.jsonl"], ranks)
-    rows = metrics(tmp_path / "run")
-    assert all(isinstance(rows[-1][name], float) for name in [*numbers, "eval/held", "eval_len/held", "eval_entropy/held"])
+    out, held = tmp_path / "run", tmp_path / "held.jsonl"
+    write_jsonl(held, [{"problem": "11+11=?\n", "answer": "22"}])
+    run([*SMALL, "--method", method, "--steps", "2", "--out", out, *flags,
+         "--eval_every", "2", "--eval_data", held], ranks)
+    rows = metrics(out)
+    for name in [*numbers, "eval/held", "eval_len/held", "eval_entropy/held"]:
+        assert isinstance(rows[-1][name], float), name
     assert all(rows[-1][name] is None for name in nothing) and 0 < rows[-1]["grad_norm"] < 1e3
-    before, after = weights(tmp_path / "run"), AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).named_parameters()
-    assert not any(torch.equal(p, before[name]) for name, p in after)
+    before, after = weights(TINY), weights(out / "hf")
+    assert not any(torch.equal(before[name], after[name]) for name in before)
     if method.startswith("sft_") or method == "sft":
-        assert [row["lr"] for row in rows[1:]] == pytest.approx([3e-4, 3e-4 * 1 / 1.8])          # linear, to 0
+        assert [row["lr"] for row in rows[1:]] == pytest.approx([3e-4, 3e-4 * 1 / 1.8])        # linear, to 0
 
 
 @pytest.mark.slow
 def test_relift_demonstrates_what_all_rollouts_failed_and_its_buffer_survives_a_resume(tmp_path):
-    flags = [*SMALL, "--method", "relift", "--n_rollouts", "1"]            # of one rollout a prompt, most groups fail
+    flags = [*SMALL, "--method", "relift", "--n_rollouts", "1"]    # of one rollout a prompt, most groups fail
     run([*flags, "--steps", "4", "--out", tmp_path / "whole"])
     rows = metrics(tmp_path / "whole")[1:]
     assert "loss/sft" not in rows[0] or rows[0]["reward/all_wrong"] == 1
@@ -242,8 +287,9 @@ def test_relift_demonstrates_what_all_rollouts_failed_and_its_buffer_survives_a_
 
 @pytest.mark.slow
 def test_sft_without_demonstrations_is_refused(tmp_path):
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"problem": "1+1=?\n", "answer": "2"}) + "\n")
-    done = run([*SMALL, "--method", "sft", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"], ok=False)
+    data = tmp_path / "mine.jsonl"
+    write_jsonl(data, [{"problem": "1+1=?\n", "answer": "2"}])
+    done = run([*SMALL, "--method", "sft", "--data", data, "--out", tmp_path / "run"], ok=False)
     assert "no example has a demonstration" in done and "Traceback" not in done
 
 
@@ -259,8 +305,12 @@ def test_sft_without_demonstrations_is_refused(tmp_path):
     (["--eval_every", "0"], "--eval_every"),
     (["--profile", "81"], "--profile must be one of the --steps"),
     (["--hang_minutes", "0"], "--hang_minutes"),
-    (["--grad_clip", "0"], "--grad_clip"), (["--lr", "-1"], "--lr"), (["--tis_cap", "0.5"], "--tis_cap"),
-    (["--demo_shaping", "-0.1"], "--demo_shaping"), (["--kl_coef", "-1"], "--kl_coef"), (["--seed", "-1"], "--seed"),
+    (["--grad_clip", "0"], "--grad_clip"),
+    (["--lr", "-1"], "--lr"),
+    (["--tis_cap", "0.5"], "--tis_cap"),
+    (["--demo_shaping", "-0.1"], "--demo_shaping"),
+    (["--kl_coef", "-1"], "--kl_coef"),
+    (["--seed", "-1"], "--seed"),
     (["--temperature", "nan"], "--temperature"),
 ])
 def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
@@ -276,7 +326,8 @@ def test_an_impossible_combination_is_refused_with_the_fix(flags, says):
     (["--data", "no/such-data"], "--data"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_not_a_traceback(flags, says, tmp_path):
-    output = run(["srft.py", "--preset", "tiny", "--device", "cpu", "--out", tmp_path / "run", *flags], ok=False, timeout=60)
+    output = run(["srft.py", "--preset", "tiny", "--device", "cpu", "--out", tmp_path / "run", *flags],
+                 ok=False, timeout=60)
     assert says in output and "Traceback" not in output, output[-2000:]
     assert not (tmp_path / "run").exists()
 
@@ -297,12 +348,13 @@ def test_help_explains_every_field_in_the_terms_of_the_paper():
 def test_versions_older_than_tested_are_refused_and_newer_ones_are_named():
     said = []
     check_versions({"torch": "2.11.0+cu130", "vllm": "0.32.0", "math-verify": "0.0.1"}, said.append)
-    check_versions({"torch": "2.11.0a0+0123abc"}, said.append)                          # as containers of card makers have it
+    check_versions({"torch": "2.11.0a0+0123abc"}, said.append)    # as containers of card makers have it
     assert not said
     check_versions({"torch": "2.14.0.dev20270101", "vllm": "0.33.1"}, said.append)
     assert said == ["torch 2.14.0.dev20270101 is newer than 2.13.0, the last that this code was tested with",
                     "vllm 0.33.1 is newer than 0.32.0, the last that this code was tested with"]
-    with pytest.raises(ValueError, match=r"^transformers 4.57.1 is too old: this code needs 5.17.0 to 5.19.0; install requirements.txt"):
+    too_old = r"^transformers 4.57.1 is too old: this code needs 5.17.0 to 5.19.0; install requirements.txt"
+    with pytest.raises(ValueError, match=too_old):
         check_versions({"transformers": "4.57.1"}, said.append)
     pins = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-cpu.txt").read_text(), re.M))
     oldest = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements-older.txt").read_text(), re.M))
@@ -310,22 +362,24 @@ def test_versions_older_than_tested_are_refused_and_newer_ones_are_named():
 
 
 @pytest.mark.parametrize("check", ["check_versions", "check_environment"])
-@pytest.mark.parametrize("program", ["srft", "eval", "analysis"])
-def test_every_program_that_starts_an_engine_checks_its_stack_before_anything_is_loaded(program, check, monkeypatch, tmp_path):
+@pytest.mark.parametrize("program", ["srft", "eval", "figures"])
+def test_every_program_that_starts_an_engine_checks_its_stack_before_anything_is_loaded(
+        program, check, monkeypatch, tmp_path):
     def refuse(*_):
         raise ValueError("refused by " + check)
 
     def started(device, *_):
-        assert device == "cpu"                                                     # the flag's
+        assert device == "cpu"                                                    # the flag's
         return Ranks(0, 1, torch.device("cpu"), None)
 
-    module = {"srft": srft, "eval": eval, "analysis": analysis}[program]
+    module = {"srft": srft, "eval": eval, "figures": figures}[program]
     for name in ("init_distributed", "fetch", "AutoTokenizer"):
         monkeypatch.setattr(module, name, started if name == "init_distributed" else None)
     monkeypatch.setattr(module, check, refuse)
-    flags = {"srft": ["--preset", "tiny", "--out", tmp_path], "eval": ["--model", TINY],
-             "analysis": ["respond", "--model", TINY, "--out", tmp_path / "x", "--data", "tiny:heldout"]}[program]
-    monkeypatch.setattr(sys, "argv", [program, *map(str, flags), "--device", "cpu"])
+    flags = {"srft": ["--preset", "tiny", "--out", tmp_path],
+             "eval": ["--model", TINY],
+             "figures": ["respond", "--model", TINY, "--data", "tiny:heldout", "--out", tmp_path / "x"]}
+    monkeypatch.setattr(sys, "argv", [program, *map(str, flags[program]), "--device", "cpu"])
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(SystemExit, match="refused by " + check):
         module.main()
@@ -348,14 +402,16 @@ def test_a_step_without_any_reward_because_grading_broke_down_is_shouted_about(t
 
 
 @pytest.mark.slow
-def test_a_reference_that_nothing_can_match_is_named_and_left_out_of_training_but_stays_in_the_evaluation(tmp_path):
+def test_a_reference_that_nothing_can_match_is_named_and_left_out_of_training_but_stays_in_the_evaluation(
+        tmp_path):
     good = [{"id": f"good{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i)} for i in range(6)]
     bad = {"id": "bad0", "problem": "11+11=?\n", "answer": r"\frac{"}
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good, bad]))
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*good[:1], bad]))
-    done = run([*SMALL, "--steps", "2", "--data", tmp_path / "mine.jsonl", "--eval_data", tmp_path / "held.jsonl",
-                "--log_samples", "99", "--out", tmp_path / "run"], ranks=2)
-    assert done.count("bad0: no response can match the reference answer") == 2 and "1 of 7 reference answers" in done
+    write_jsonl(tmp_path / "mine.jsonl", [*good, bad])
+    write_jsonl(tmp_path / "held.jsonl", [*good[:1], bad])
+    done = run([*SMALL, "--steps", "2", "--log_samples", "99", "--out", tmp_path / "run",
+                "--data", tmp_path / "mine.jsonl", "--eval_data", tmp_path / "held.jsonl"], ranks=2)
+    assert done.count("bad0: no response can match the reference answer") == 2
+    assert "1 of 7 reference answers" in done
     samples = (tmp_path / "run" / "samples.jsonl").read_text()
     assert "good" in samples and "bad0" not in samples
     assert metrics(tmp_path / "run")[-1]["eval/held"] <= 0.5
@@ -363,18 +419,22 @@ def test_a_reference_that_nothing_can_match_is_named_and_left_out_of_training_bu
 
 @pytest.mark.slow
 def test_a_demonstration_is_graded_once_whatever_rank_meets_it_again_and_after_a_resume(tmp_path):
-    rows = [{"id": f"wrong{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i), "solution": r"\boxed{0}"} for i in range(8)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = []
+    for i in range(8):
+        rows.append({"id": f"wrong{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i),
+                     "solution": r"\boxed{0}"})
+    write_jsonl(tmp_path / "mine.jsonl", rows)
     command = [*SMALL, "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"]
-    run([*command, "--steps", "4"], ranks=2)                                                    # two epochs
+    run([*command, "--steps", "4"], ranks=2)              # two epochs
     run([*command, "--steps", "6", "--resume"])
-    told = [row for row in map(json.loads, (tmp_path / "run" / "samples.jsonl").read_text().splitlines()) if row["demo"]]
+    told = [row for row in read_jsonl(tmp_path / "run" / "samples.jsonl") if row["demo"]]
     assert sorted(row["id"] for row in told) == [row["id"] for row in rows]
     assert all(row["reward/demo_mean"] == 0 for row in metrics(tmp_path / "run")[1:])
 
 
 @pytest.mark.slow
 def test_data_whose_every_reference_is_unusable_is_refused(tmp_path):
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"problem": "1+1=?\n", "answer": r"\frac{"}) + "\n")
-    done = run([*SMALL, "--steps", "1", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "run"], ok=False)
+    data = tmp_path / "mine.jsonl"
+    write_jsonl(data, [{"problem": "1+1=?\n", "answer": r"\frac{"}])
+    done = run([*SMALL, "--steps", "1", "--data", data, "--out", tmp_path / "run"], ok=False)
     assert "no reference answer can be matched" in done and "Traceback" not in done

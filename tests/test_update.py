@@ -28,7 +28,8 @@ class Bigram(torch.nn.Module):
 
     def forward(self, batch, temperature=1.0, entropy_grad=False, reference=None):
         hidden = torch.nn.functional.one_hot(batch.ids[0, batch.where], 7).float()
-        logp, entropy = token_logprobs(hidden, self.table, batch.targets, temperature, entropy_grad=entropy_grad)
+        logp, entropy = token_logprobs(hidden, self.table, batch.targets, temperature,
+                                       entropy_grad=entropy_grad)
         return *(pad_sequence(x.split(batch.lengths), batch_first=True) for x in (logp, entropy)), None
 
 
@@ -37,10 +38,12 @@ def one_update(monkeypatch, sequences, split=1, policy=None, **switches):
     monkeypatch.setattr(srft.dist, "all_reduce", lambda *_: None)
     monkeypatch.setattr(srft.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(srft.dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(0, mine))
-    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)      # here nothing is sharded
+    # Here nothing is sharded.
+    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)
     cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), policy or Bigram()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    return whole_update(policy, optimizer, [sequences[i::split] for i in range(split)], sequences, cfg, torch.device("cpu"))
+    micro_batches = [sequences[i::split] for i in range(split)]
+    return whole_update(policy, optimizer, micro_batches, sequences, cfg, torch.device("cpu"))
 
 
 def grad_norm(*args, **kwargs):
@@ -48,10 +51,17 @@ def grad_norm(*args, **kwargs):
 
 
 def step_of_sequences():
-    rng = random.Random(0)
-    tokens = lambda n: [rng.randrange(7) for _ in range(n)]
-    return [M.Sequence(tokens(3), tokens(n), is_demo=n == 5, reward=float(n % 2), advantage=rng.gauss(0, 1),
-                       engine_logp=None if n == 5 else [0.0] * n) for n in (2, 3, 4, 5, 6, 7)]
+    """Responses of 2 to 7 tokens; that of 5 is the demonstration."""
+    rng, sequences = random.Random(0), []
+
+    def tokens(n):
+        return [rng.randrange(7) for _ in range(n)]
+
+    for n in (2, 3, 4, 5, 6, 7):
+        sequences.append(M.Sequence(tokens(3), tokens(n), is_demo=n == 5,
+                                    reward=float(n % 2), advantage=rng.gauss(0, 1),
+                                    engine_logp=None if n == 5 else [0.0] * n))
+    return sequences
 
 
 @pytest.mark.parametrize("norm, expected", [("sequence", (1, 5)), ("constant", (1, 5)), ("token", (5, 22))])
@@ -84,21 +94,24 @@ class Sick(Bigram):
 
 
 @pytest.mark.parametrize("length", [3, 5])                           # a rollout; the demonstration
-def test_log_probs_of_the_trainer_that_are_not_finite_end_in_a_skipped_update_and_are_not_the_engines_fault(monkeypatch, length):
+def test_log_probs_of_the_trainer_that_are_not_finite_end_in_a_skipped_update_and_are_not_the_engines_fault(
+        monkeypatch, length):
     found = one_update(monkeypatch, step_of_sequences(), policy=Sick(length))
     sound = one_update(monkeypatch, step_of_sequences())
-    assert math.isnan(found["grad_norm"]) and found["engine/logp_diff_rank"] == pytest.approx(sound["engine/logp_diff_mean"], rel=0.3)
+    assert math.isnan(found["grad_norm"])
+    assert found["engine/logp_diff_rank"] == pytest.approx(sound["engine/logp_diff_mean"], rel=0.3)
 
 
 def test_an_engine_whose_log_probs_are_nan_is_seen_and_the_worst_rank_is_not_lost_in_the_mean(monkeypatch):
     sequences = step_of_sequences()
-    for s in sequences[3:]:                                          # the second rank's: one demonstration, two rollouts of 6 and 7
-        s.engine = 1
+    for s in sequences[3:]:
+        s.engine = 1            # the second rank's: one demonstration, two rollouts of 6 and 7 tokens
     even = one_update(monkeypatch, sequences)
     for s in sequences[4:]:
         s.engine_logp = [-30.0] * len(s.response)
     found = one_update(monkeypatch, sequences)
-    assert 20 < found["engine/logp_diff_rank"] < 30 and found["engine/logp_diff_mean"] < 0.7 * found["engine/logp_diff_rank"]
+    assert 20 < found["engine/logp_diff_rank"] < 30
+    assert found["engine/logp_diff_mean"] < 0.7 * found["engine/logp_diff_rank"]
     assert even["engine/logp_diff_mean"] <= even["engine/logp_diff_rank"] < 5
     sequences[5].engine_logp = [math.nan] * 7
     assert math.isnan(one_update(monkeypatch, sequences)["engine/logp_diff_rank"])
@@ -106,5 +119,6 @@ def test_an_engine_whose_log_probs_are_nan_is_seen_and_the_worst_rank_is_not_los
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_an_entropy_bonus_changes_the_update(monkeypatch, level):
-    with_bonus, without = (grad_norm(monkeypatch, step_of_sequences(), entropy_level=level, entropy_coef=c) for c in (9.0, 0.0))
+    with_bonus, without = (grad_norm(monkeypatch, step_of_sequences(), entropy_level=level, entropy_coef=c)
+                           for c in (9.0, 0.0))
     assert with_bonus != pytest.approx(without, rel=1e-3)

@@ -2,7 +2,8 @@
 import srft
 
 
-def whole_update(policy, optimizer, micro_batches, sequences, cfg, device, reference=None, measure_terms=False):
+def whole_update(policy, optimizer, micro_batches, sequences, cfg, device, reference=None,
+                 measure_terms=False):
     """Its metrics. micro_batches: this rank's; sequences: all of the update."""
     objective = srft.load_objective(cfg)
     extras = [{} for _ in micro_batches]
