@@ -18,7 +18,8 @@
 set -euo pipefail
 OUT=${OUT:-/shared/srft}
 . .venv/bin/activate
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed, not head: head leaves early, and pipefail would take scontrol's broken pipe for a failure.
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 touch "started-$SLURM_JOB_ID"
 status=0
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
