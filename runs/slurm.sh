@@ -28,7 +28,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     srft.py --resume --out "$OUT" "$@" || status=$?
 # Time up, a node lost, a hang: go on from the newest checkpoint, as long as each start has brought one.
 # (hf/ is written when training is done.)
-new=$(find "$OUT/checkpoints" -name 'step-*' -newer "started-$SLURM_JOB_ID") || true
+new=$(find "$OUT/checkpoints" -name 'step-*' -newer "started-$SLURM_JOB_ID" 2> /dev/null) || true
 if [ ! -d "$OUT/hf" ] && [ -n "$new" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
