@@ -16,7 +16,7 @@
 #       left of 80 GB = 74.5 GiB                 50.82       11.90
 #     in host memory (--offload): 113.48 GiB a rank: weights, optimizer, gradients
 #
-# and without --offload, that training does not fit.
+# and that without --offload neither phase fits.
 #
 # Needs:   one GPU of 80 GB, `pip install -r requirements.txt`, 160 GB of host memory (the plan's, beside all
 #          else), 300 GB of disk.

@@ -18,7 +18,8 @@
 set -euo pipefail
 OUT=${OUT:-/shared/srft}
 . .venv/bin/activate
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed, not head: head leaves early, and pipefail would take scontrol's broken pipe for a failure.
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 touch "started-$SLURM_JOB_ID"
 status=0
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
@@ -27,7 +28,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     srft.py --resume --out "$OUT" "$@" || status=$?
 # Time up, a node lost, a hang: go on from the newest checkpoint, as long as each start has brought one.
 # (hf/ is written when training is done.)
-new=$(find "$OUT/checkpoints" -name 'step-*' -newer "started-$SLURM_JOB_ID") || true
+new=$(find "$OUT/checkpoints" -name 'step-*' -newer "started-$SLURM_JOB_ID" 2> /dev/null) || true
 if [ ! -d "$OUT/hf" ] && [ -n "$new" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
