@@ -19,8 +19,9 @@ import transformers
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import model as M
-from model import Sequence, collate, karmarkar_karp, pack
+from model import Sequence, collate, pack
 from support.checkpoint import inspect_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from support.packing import karmarkar_karp
 from support.processes import init_distributed, seed_everything
 from tiny import task
 

@@ -14,9 +14,10 @@ import pytest
 from conftest import ENV, ROOT, SMALL, metrics
 
 AT_THE_ROOT = {"srft", "config", "model", "rollout", "reward", "data", "eval"}
-BESIDE_THEM = {".gitignore", ".pre-commit-config.yaml", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
-               "README.md", "pyproject.toml", "requirements.txt", "requirements-cpu.txt", "requirements-dev.txt",
-               "requirements-older.txt"}
+BESIDE_THEM = {
+    ".gitignore", ".pre-commit-config.yaml", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "README.md", "pyproject.toml", "requirements.txt", "requirements-cpu.txt", "requirements-dev.txt",
+    "requirements-older.txt"}
 ROOMS = {"support", "grading", "paper", "bench", "tiny", "experiments"}
 OTHER_FOLDERS = {"tests", "docs", "runs", ".ci", ".github"}
 
