@@ -7,7 +7,7 @@ Forward and backward of the mean log-prob of the response tokens of each micro-b
 of each distribution of lengths, through the policy as training builds it (FSDP2, one process, blocks
 recomputed) and token_logprobs on response tokens only.
 
-  packed  micro-batches from model.pack of at most --padded_batch times the longest length, the memory that
+  packed  micro-batches from packing.pack of at most --padded_batch times the longest length, the memory that
           padding must reserve
   padded  --padded_batch sequences a micro-batch, in the order drawn, right-padded to the longest of them;
           transformers' own sdpa attention with a mask (where nothing is padded, transformers drops the mask
