@@ -166,9 +166,10 @@ def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_r
 @pytest.mark.slow
 @pytest.mark.skipif(subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
                     reason="may not rename its machine")
-def test_the_commands_of_makefile_and_readme_start_on_a_machine_whose_name_nobody_knows():
-    flags = re.search(r"bin/torchrun (.*) srft.py --preset tiny", (ROOT / "Makefile").read_text())[1].split()
-    for page in ("README.md", "Makefile", "srft.py", "eval.py", "paper/figures.py"):
+def test_the_commands_of_scripts_and_pages_start_on_a_machine_whose_name_nobody_knows():
+    script = (ROOT / "runs/tiny.sh").read_text()
+    flags = re.search(r'bin/torchrun}" (.*) \\\n +srft.py --preset tiny', script)[1].split()
+    for page in ("README.md", "runs/paper.sh", "srft.py", "eval.py", "paper/figures.py"):
         text = (ROOT / page).read_text()
         lines = [line for line in text.splitlines() if re.search(r"torchrun (--|\$)", line)]
         assert lines, page
