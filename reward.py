@@ -199,11 +199,11 @@ class Grader:
         # Behind </think>, which a response must have where text is "require_think".
         responses = [f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers]
         unmatched = {}
-        for i, verdict in enumerate(self.grade(responses, answers, kind=kind)):
+        for number, verdict in enumerate(self.grade(responses, answers, kind=kind)):
             if not verdict.reward:
-                unmatched[i] = verdict.reason
+                unmatched[number] = verdict.reason
             elif not verdict.extracted.strip():
-                unmatched[i] = "parse_fail"             # of an empty answer: for oat, nothing equals nothing
+                unmatched[number] = "parse_fail"        # of an empty answer: for oat, nothing equals nothing
         return unmatched
 
     # ---- Items ----------------------------------------------------------------------------------------

@@ -185,13 +185,13 @@ class RolloutEngine:
             # One request a sample, not n samples a request: a response is then handed out when it ends, not
             # when the longest of its group does. The prompt they share is computed once, by prefix caching.
             # (The paper's step on 8 GPUs: 16 of its 128 prompts, 8 samples each, 128 requests on this rank.)
-            for i, prompt in enumerate(prompts):
-                for k in range(n):
+            for row, prompt in enumerate(prompts):
+                for sample in range(n):
                     request_id = str(next(self.request_ids))
-                    running[request_id] = (i, k)
+                    running[request_id] = (row, sample)
                     engine.add_request(
                         request_id, {"type": "token", "prompt_token_ids": list(prompt)},
-                        self.sampling_params(temperature, top_p, max_tokens, seeds[i] + k))
+                        self.sampling_params(temperature, top_p, max_tokens, seeds[row] + sample))
             while running:
                 ended = self._decode_step(running, rollouts)
                 if running and not engine.has_unfinished_requests():    # they would be waited for in vain
@@ -212,9 +212,10 @@ class RolloutEngine:
         ended = []
         for output in self.llm.llm_engine.step():
             if output.finished:
-                i, k = running.pop(output.request_id)
-                rollouts[i][k] = self._rollout(output)
-                ended.append((i, k, rollouts[i][k]))
+                row, sample = running.pop(output.request_id)
+                rollout = self._rollout(output)
+                rollouts[row][sample] = rollout
+                ended.append((row, sample, rollout))
         return ended
 
     def sampling_params(self, temperature, top_p, max_tokens, seed):
