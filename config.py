@@ -31,10 +31,10 @@ class Method:
     flags: dict = field(default_factory=dict)
 
 
-# Flags that ask for another loss than srft.srft_loss: paper/readings.py has it. (updates_per_rollout: later
-# updates need log pi_old, which that file provides.)
+# Flags that ask for more than srft.srft_loss: another reading of the paper, log pi_old for later updates, or
+# the gradient of each term. paper/readings.py has these.
 READINGS = ("loss_norm", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
-            "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout")
+            "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout", "term_gradients")
 SURROGATE = ("clip_eps", "tis_cap", "std_in_advantage")         # what the losses on Eq. 3 ask for
 TRUNCATION = ("entropy_floor", "entropy_quantile")              # App. A.2
 SFT = {"lr": 5e-6, "lr_schedule": "linear", "steps": 1078}      # App. B; 3 epochs of 46,000 in batches of 128

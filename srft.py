@@ -107,8 +107,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
                         so that terms and gradients of micro-batches simply add up
     tis        (B,T) truncated importance weights pi/pi_engine, 1 on demonstrations; None: none
 
-    Returns (terms, weights): the four scalars with gradient, whose sum is the loss; and "w_sft" and "w_rl",
-    (B,), without. Needs torch alone.
+    Returns (terms, weights): the four scalars with gradient, whose sum is the loss, less those of a kind that
+    the update has no sequences of; and "w_sft" and "w_rl", (B,), without gradient. Needs torch alone.
     """
     is_demo = is_demo.bool()
     correct = ~is_demo & (reward > 0)
@@ -124,8 +124,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
         return (x * mask).sum(1) / length
 
     def over_sequences(x, which, n):
-        """(1/n) sum of x over the sequences `which`, (B,), (B,) bool -> scalar. n is 0 where none exists."""
-        return torch.where(which, x, 0.0).sum() / max(n, 1)
+        """(1/n) sum of x over the sequences `which`, (B,), (B,) bool -> scalar."""
+        return torch.where(which, x, 0.0).sum() / n
 
     # The weights scale the gradient and have none themselves: else the policy could lower its loss by its
     # entropy alone.
@@ -141,17 +141,19 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     if tis is not None:
         score = log_pi * tis.masked_fill(mask == 0, 0.0)
 
-    terms = {
-        "sft_demo": over_sequences(over_tokens(w_sft[:, None] * -log_pi), is_demo, n_demo),          # Eq. 8
-        "rl_demo": over_sequences(-advantage * over_tokens(ratio), is_demo, n_demo),                 # Eq. 9
-        "rl_pos": over_sequences(-over_tokens(w_rl[:, None] * score), correct, n_rollout),   # Eq. 12: R = +1
-        "rl_neg": over_sequences(+over_tokens(score), wrong, n_rollout),                     # Eq. 12: R = -1
-    }
+    terms = {}
+    if n_demo:
+        terms["sft_demo"] = over_sequences(over_tokens(w_sft[:, None] * -log_pi), is_demo, n_demo)   # Eq. 8
+        terms["rl_demo"] = over_sequences(-advantage * over_tokens(ratio), is_demo, n_demo)          # Eq. 9
+    if n_rollout:
+        # Eq. 12: the reward of Eq. 11 is +1 for correct rollouts, -1 for wrong ones.
+        terms["rl_pos"] = over_sequences(-over_tokens(w_rl[:, None] * score), correct, n_rollout)
+        terms["rl_neg"] = over_sequences(+over_tokens(score), wrong, n_rollout)
     return terms, {"w_sft": w_sft, "w_rl": w_rl}
 
 
 def load_objective(cfg):
-    """srft_loss at the paper's defaults; where a flag asks for another reading or method, that of paper/."""
+    """srft_loss at the paper's defaults; where a flag asks for more than that, an objective of paper/."""
     if asks_for_the_papers_loss(cfg):
         return srft_loss
     from paper.baselines import Objective
@@ -260,7 +262,7 @@ def update_policy(policy, optimizer, objective, sequences, micro_batches, extras
 
     sequences: all of the update, the same on every rank. micro_batches: those that this rank computes, and
     extras: for each of them the extra inputs of the objective. measure_terms: also the gradient norm of each
-    term alone.
+    term alone, by an objective of paper/.
     """
     n_demo = sum(s.is_demo for s in sequences)
     n_rollout = len(sequences) - n_demo
@@ -270,8 +272,7 @@ def update_policy(policy, optimizer, objective, sequences, micro_batches, extras
 
     norms = {}
     if measure_terms:
-        from paper.readings import term_gradient_norms
-        norms = term_gradient_norms(add_gradients, objective, policy)
+        norms = objective.term_gradient_norms(add_gradients, policy, n_demo, n_rollout)
     tally = add_gradients(objective)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
     norm = norm.full_tensor().item()       # of the shards of all ranks
@@ -444,6 +445,7 @@ class Progress:
 class Run:
     """What setup prepares for the training loop."""
     ranks: Ranks                         # this rank, how many there are, its device, the mesh of all
+    objective: object                    # srft_loss, or one of paper/
     tokenizer: object
     prompts: list                        # of data.Prompt: all training data
     heldout: dict                        # name -> list of data.Prompt
@@ -460,7 +462,7 @@ def train(cfg, run):
     """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that cfg.method names.
     Returns the last step's metrics."""
     rank, _, device, mesh = run.ranks
-    objective, progress, health = load_objective(cfg), run.progress, Health()
+    objective, progress, health = run.objective, run.progress, Health()
     order = Order(len(run.prompts), cfg.seed, progress.position)
     stopping = finish_step_on_signals()
     metrics, stop, first = {}, False, progress.step + 1
@@ -643,7 +645,8 @@ def setup(cfg):
     ranks = init_distributed(cfg.device)
     device, out = ranks.device, Path(cfg.out)
     say = print if ranks.rank == 0 else lambda *_: None
-    # What can be refused is refused first: loading 7B takes minutes.
+    # What can fail fast comes first: loading 7B takes minutes.
+    objective = load_objective(cfg)
     check_versions(versions(), say)
     check_environment(device)
     if not cfg.resume and (out / "metrics.jsonl").exists():
@@ -681,9 +684,9 @@ def setup(cfg):
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
     log = RunLog(out, ranks.rank == 0, progress.step if checkpoint else -1)
     log.write_settings({**asdict(replace(cfg, resume=False)), "ranks": ranks.world, **environment(device)})
-    return Run(ranks=ranks, tokenizer=tokenizer, prompts=prompts, heldout=heldout, policy=policy,
-               reference=reference, optimizer=optimizer, engine=engine, grader=grader, progress=progress,
-               log=log)
+    return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
+               policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
+               progress=progress, log=log)
 
 
 def name_the_card(device, say):

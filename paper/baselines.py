@@ -11,9 +11,12 @@
 
 Which sequences a method sees, and the flags that the paper sets for it, stand in config.METHODS. A loss takes
 readings.Inputs and the config. It returns (terms, weights): terms are a micro-batch's shares of the whole
-update's loss, scalars with gradient that simply add up; weights are empty, since only SRFT has them.
+update's loss, scalars with gradient that simply add up, none for a kind that the update has no sequences of;
+weights are empty, since only SRFT has them.
 srft.py loads this file only when a flag asks for it.
 """
+from functools import partial
+
 import torch
 
 from paper.readings import (
@@ -69,18 +72,17 @@ def grpo_loss(inputs, cfg):
 
 
 def sft_plus_rl_loss(inputs, cfg):
-    """L_SFT + L_RL of Sec. 3.2.2: Eq. 1 on demonstrations, Eq. 3 on rollouts with the advantages of Eq. 2."""
-    sft, _ = sft_loss(inputs, cfg)
-    rl, _ = grpo_loss(inputs, cfg)
-    return {"sft": sft["sft"], "rl": rl["rl"]}, {}
+    """L_SFT + L_RL of Sec. 3.2.2: Eq. 1 on demonstrations, Eq. 3 on rollouts with the advantages of Eq. 2.
 
-
-def relift_loss(inputs, cfg):
-    """ReLIFT: an update holds either rollouts, which learn by Eq. 3, or the demonstrations of prompts that
-    all rollouts failed, which learn by Eq. 1 (https://arxiv.org/abs/2506.07527)."""
+    Also ReLIFT's (https://arxiv.org/abs/2506.07527): there, an update holds either rollouts, or the
+    demonstrations of prompts that all rollouts failed.
+    """
+    terms = {}
     if inputs.n_demo:
-        return sft_loss(inputs, cfg)
-    return grpo_loss(inputs, cfg)
+        terms.update(sft_loss(inputs, cfg)[0])
+    if inputs.n_rollout:
+        terms.update(grpo_loss(inputs, cfg)[0])
+    return terms, {}
 
 
 def luffy_loss(inputs, cfg):
@@ -93,12 +95,16 @@ def luffy_loss(inputs, cfg):
     n = sum(counts(x, cfg))
     of_rollout = clipped_surrogate(x, cfg.clip_eps)
     of_demo = x.advantage[:, None] * shaped(x.logp.exp(), cfg.demo_shaping)
-    return {"rl": -average(sequence_mean(of_rollout, x, cfg), ~x.is_demo, n),
-            "rl_demo": -average(sequence_mean(of_demo, x, cfg), x.is_demo, n)}, {}
+    terms = {}
+    if x.n_rollout:
+        terms["rl"] = -average(sequence_mean(of_rollout, x, cfg), ~x.is_demo, n)
+    if x.n_demo:
+        terms["rl_demo"] = -average(sequence_mean(of_demo, x, cfg), x.is_demo, n)
+    return terms, {}
 
 
 LOSSES = {"srft": srft_loss, "sft": sft_loss, "sft_kl": sft_kl_loss, "grpo": grpo_loss,
-          "sft+rl": sft_plus_rl_loss, "luffy": luffy_loss, "relift": relift_loss}
+          "sft+rl": sft_plus_rl_loss, "luffy": luffy_loss, "relift": sft_plus_rl_loss}
 
 
 class Objective:
@@ -113,6 +119,32 @@ class Objective:
     def before_update(self, policy, micro_batches, sequences, device):
         """The extra inputs of each micro-batch: see readings.before_update. A collective."""
         return before_update(policy, micro_batches, sequences, self.cfg, device)
+
+    def term_gradient_norms(self, backward, policy, n_demo, n_rollout):
+        """{"grad_norm/TERM": norm of the gradient of that term alone}: which term drives the update? A
+        collective.
+
+        backward(loss) adds up the gradients of an update over its micro-batches, and runs once for each term
+        that the update has sequences of. Weights stay as they are, and gradients are gone afterwards.
+        """
+        # A rank without sequences sees no term. All learn the names by the loss of one token of padding.
+        nothing = torch.zeros(1, 1)
+        terms, _ = self(
+            logp=nothing, entropy=nothing, mask=nothing, reward=nothing[0], advantage=nothing[0],
+            is_demo=nothing[0].bool(), n_demo=n_demo, n_rollout=n_rollout, kl=nothing,
+            step_entropy=nothing[0], demo_tokens=n_demo, rollout_tokens=n_rollout)
+        norms = {}
+        for name in terms:
+            backward(partial(self.one_term, name))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])
+            norms[f"grad_norm/{name}"] = norm.full_tensor().item()
+            policy.zero_grad(set_to_none=True)
+        return norms
+
+    def one_term(self, name, **inputs):
+        """This loss with one of its terms alone."""
+        terms, weights = self(**inputs)
+        return {name: terms[name]}, weights
 
 
 def failed_prompts(prompts, indices, sequences):

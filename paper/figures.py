@@ -133,7 +133,7 @@ def read_responses(file):
             sequences.append(M.Sequence(row["prompt"], row["response"]))
             logp.append(np.array(row["logp"], np.float32))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not a file of `paper/figures.py respond` ({error!r})") from None
+        raise ValueError(f"{file}: not a file of `python -m paper.figures respond` ({error!r})") from None
     return sequences, logp
 
 

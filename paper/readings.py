@@ -76,9 +76,9 @@ def counts(inputs, cfg):
 
 
 def average(x, which, n):
-    """(1/n) sum of x over the sequences `which`; n counts those of the whole update. (B,), (B,) bool ->
-    scalar."""
-    return torch.where(which, x, 0.0).sum() / max(n, 1)
+    """(1/n) sum of x over the sequences `which`; n counts those of the whole update, and is not 0. (B,), (B,)
+    bool -> scalar."""
+    return torch.where(which, x, 0.0).sum() / n
 
 
 def shaped(probability, gamma):
@@ -145,15 +145,16 @@ def srft_loss(inputs, cfg):
     if not cfg.eq12_advantage:
         factor = torch.where(correct, 1.0, -1.0).to(x.logp.dtype)                               # Eq. 11
     ratio = shaped(x.logp.exp(), cfg.demo_shaping)                                              # Eq. 10
-    terms = {
-        "sft_demo": average(mean(w_sft * -x.logp), x.is_demo, n_demo),                          # Eq. 8
-        "rl_demo": average(-x.advantage * mean(ratio), x.is_demo, n_demo),                      # Eq. 9
-        "rl_pos": average(-factor * mean(w_rl * score), correct, n_rollout),                    # Eq. 12, left
-        "rl_neg": average(-factor * mean(score), wrong, n_rollout),                            # Eq. 12, right
-    }
-    if cfg.entropy_coef:
+    terms = {}
+    if n_demo:
+        terms["sft_demo"] = average(mean(w_sft * -x.logp), x.is_demo, n_demo)                   # Eq. 8
+        terms["rl_demo"] = average(-x.advantage * mean(ratio), x.is_demo, n_demo)               # Eq. 9
+    if n_rollout:
+        terms["rl_pos"] = average(-factor * mean(w_rl * score), correct, n_rollout)             # Eq. 12, left
+        terms["rl_neg"] = average(-factor * mean(score), wrong, n_rollout)                     # Eq. 12, right
+    if n_rollout and cfg.entropy_coef:
         terms["entropy"] = -cfg.entropy_coef * average(mean(x.entropy), ~x.is_demo, n_rollout)
-    if cfg.kl_coef:
+    if n_rollout and cfg.kl_coef:
         terms["kl"] = cfg.kl_coef * average(mean(x.kl), ~x.is_demo, n_rollout)
 
     def of_sequences(weight):
@@ -224,34 +225,3 @@ def mean_entropies(micro_batches, entropies):
             sums[int(s.is_demo)] += torch.tensor([h_i, 1.0])
     dist.all_reduce(sums)
     return (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Which term drives the update: --term_gradients.
-
-def term_gradient_norms(backward, loss, policy):
-    """{"grad_norm/TERM": norm of the gradient of that term alone}, for each term of `loss`. A collective.
-
-    backward(loss) adds up the gradients of an update over its micro-batches, and returns what they measured.
-    It runs once for the names of the terms, since a rank without sequences does not see any, and once for
-    each of them. Weights stay as they are, and gradients are gone afterwards.
-    """
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(backward(loss).losses))
-    names = max(everyone, key=len)
-    policy.zero_grad(set_to_none=True)
-    norms = {}
-    for name in names:
-        backward(one_term(loss, name))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])
-        norms[f"grad_norm/{name}"] = norm.full_tensor().item()
-        policy.zero_grad(set_to_none=True)
-    return norms
-
-
-def one_term(loss, name):
-    """The same loss with one of its terms alone."""
-    def only(**inputs):
-        terms, weights = loss(**inputs)
-        return {name: terms[name]}, weights
-    return only

@@ -148,12 +148,13 @@ def finish_step_on_signals():
     """From now on SIGTERM and Ctrl-C only fill the list that this returns; the training loop looks at it once
     a step. A third Ctrl-C interrupts at once."""
     received = []
+    first = dist.get_rank() == 0             # now: a signal may come after the group is gone
 
     def stop_soon(number, _):
         received.append(number)
         if received.count(signal.SIGINT) > 2:             # torchrun passes a Ctrl-C on: it may come twice
             raise KeyboardInterrupt
-        if dist.get_rank() == 0 and len(received) == 1:
+        if first and len(received) == 1:
             print(f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint", flush=True)
 
     signal.signal(signal.SIGTERM, stop_soon)
@@ -257,7 +258,8 @@ def hang_watch():
     """
     done, _here.watched = threading.Event(), True
     phase("start")
-    threading.Thread(target=_watch, args=(done,), daemon=True).start()
+    watch = threading.Thread(target=_watch, args=(done,), daemon=True)
+    watch.start()
     try:
         yield
     except BaseException as error:                   # CheckpointException derives from that
@@ -268,6 +270,7 @@ def hang_watch():
             _stop(f"{_name()} ended with an error")
         raise                                        # and the watch goes on: the way out may hang, too
     done.set()
+    watch.join(timeout=10)          # in C code while Python ends, it would abort a process that is done
     _here.watched = False
     faulthandler.cancel_dump_traceback_later()
 

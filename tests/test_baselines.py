@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import METHODS, Config, check_config, parse_args, sequences_per_prompt
-from paper.baselines import LOSSES, Objective, grpo_loss, luffy_loss, relift_loss
+from paper.baselines import LOSSES, Objective, grpo_loss, luffy_loss
 from paper.readings import Inputs
 from srft import learning_rate
 from support.logprobs import token_kl
@@ -101,7 +101,7 @@ def test_an_update_of_relift_is_sft_on_demonstrations_or_grpo_on_rollouts(is_dem
     cfg, batch = Config(method="relift"), [s for s in mixed_batch(2) if s.is_demo == is_demo]
     n = counts(batch, cfg)
     alone = LOSSES["sft" if is_demo else "grpo"]
-    found = shipped(tensors(batch), cfg, *n, loss=relift_loss)
+    found = shipped(tensors(batch), cfg, *n, loss=LOSSES["relift"])
     assert str(found) == str(shipped(tensors(batch), cfg, *n, loss=alone))
 
 
@@ -110,7 +110,7 @@ def test_an_update_of_relift_is_sft_on_demonstrations_or_grpo_on_rollouts(is_dem
 def test_a_micro_batch_of_one_kind_only_is_no_nan(method, is_demo):
     batch = [s for s in mixed_batch(3) if s.is_demo == is_demo]
     cfg = Config(**METHODS[method].flags)
-    n = counts(batch, cfg)
+    n = counts(batch, cfg, more=2)                               # the others are in other micro-batches
     found = shipped(tensors(batch), cfg, *n, loss=LOSSES[method])
     assert math.isfinite(found[0]) and all(d.isfinite().all() for d in found[2:])
 

@@ -38,11 +38,13 @@ def mean_or_0(values):
 
 def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
     """(loss, stats, d/dlogp, d/dH, d/dKL) of Eq. 13; the gradients as one list a sequence."""
-    stats = dict.fromkeys(TERMS, 0.0)
-    if cfg.entropy_coef:
-        stats["loss/entropy"] = 0.0
-    if cfg.kl_coef:
-        stats["loss/kl"] = 0.0
+    stats = dict.fromkeys(TERMS[:2], 0.0) if n_demo else {}       # no term of what the update has none of
+    if n_rollout:
+        stats |= dict.fromkeys(TERMS[2:], 0.0)
+        if cfg.entropy_coef:
+            stats["loss/entropy"] = 0.0
+        if cfg.kl_coef:
+            stats["loss/kl"] = 0.0
     d_logp, d_entropy, d_kl, weights = [], [], [], {"w_sft": [], "w_rl": []}
     batch_h = {}                                       # of the demonstrations (True), of the rollouts (False)
     for kind in (True, False):
@@ -284,9 +286,17 @@ def test_the_papers_loss_needs_torch_alone():
     assert list(inspect.signature(srft_loss).parameters) == [*INPUTS, "n_demo", "n_rollout", "tis"]
 
 
+@pytest.mark.parametrize("loss", [papers_loss, readings.srft_loss])
+def test_a_term_without_sequences_is_left_out_of_an_update_and_0_in_a_micro_batch(loss):
+    rollouts = tensors([s for s in mixed_batch(1) if not s.is_demo])
+    alone, beside = (shipped(rollouts, Config(), n_demo, 7, loss=loss)[1] for n_demo in (0, 3))
+    assert list(alone) == ["loss/rl_pos", "loss/rl_neg", "w_sft", "w_rl"]
+    assert beside["loss/sft_demo"] == beside["loss/rl_demo"] == 0 and alone.items() <= beside.items()
+
+
 def test_only_flags_that_ask_for_another_loss_leave_the_papers_own():
     assert srft.load_objective(Config()) is srft_loss
-    for switch in SWITCHES[1:] + [dict(updates_per_rollout=2), dict(method="grpo")]:
+    for switch in SWITCHES[1:] + [dict(updates_per_rollout=2), dict(method="grpo"), dict(term_gradients=1)]:
         assert srft.load_objective(Config(**switch)) is not srft_loss, switch
 
 
@@ -311,8 +321,9 @@ def test_a_batch_that_lacks_a_kind_of_sequence_still_equals_the_equations(kinds,
     assert_equal_to_oracle(batch, cfg, counts(batch, cfg))
     present = {"loss/sft_demo": (True, 1.0), "loss/rl_pos": (False, 1.0), "loss/rl_neg": (False, 0.0)}
     stats = shipped(tensors(batch), cfg, *counts(batch, cfg))[1]
-    assert all((stats[name] != 0) == any(k == kind or (name == "loss/sft_demo" and k[0]) for k in kinds)
-               for name, kind in present.items())
+    for name, kind in present.items():
+        there = any(k == kind or (name == "loss/sft_demo" and k[0]) for k in kinds)
+        assert (stats.get(name, 0.0) != 0) == there
 
 
 def test_the_default_loss_of_two_tokens_worked_out_by_hand():

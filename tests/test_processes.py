@@ -213,3 +213,18 @@ def test_a_profile_of_one_step_holds_its_phases_and_operators_and_no_other_step(
     assert "aten::mm" in names
     assert "checkpoint" not in names
     assert "aten::mm" in (folder / "operators-rank0.txt").read_text()
+
+
+def test_a_signal_after_the_group_is_gone_ends_nothing(capfd):
+    code = """
+import os, signal
+import torch.distributed as dist
+from support.processes import finish_step_on_signals, init_distributed
+init_distributed("cpu")
+received = finish_step_on_signals()
+dist.destroy_process_group()
+os.kill(os.getpid(), signal.SIGTERM)
+print("WENT ON", received)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, text=True, capture_output=True)
+    assert "WENT ON [15]" in done.stdout and "finishing this step" in done.stdout, done.stderr

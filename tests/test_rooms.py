@@ -123,10 +123,10 @@ def test_no_script_stands_in_for_a_module_that_another_one_imports(room):
 
 
 def test_a_package_of_the_same_name_elsewhere_does_not_stand_in_for_a_room(tmp_path):
-    for room in ("support", "grading", "bench"):
+    for room in ("support", "grading", "bench", "paper", "tiny"):
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").write_text("raise ImportError('a stranger')")
-    code = "import support.runlog, grading.oat, bench; print('OURS')"
+    code = "import support.runlog, grading.oat, bench, paper.tables, tiny.task; print('OURS')"
     env = ENV | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True, capture_output=True)
     assert "OURS" in done.stdout, done.stderr

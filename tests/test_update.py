@@ -4,6 +4,7 @@
 """
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import srft
 from config import Config
 from paper import readings
 from support.logprobs import token_logprobs
+from support.metrics import summarize
 from updates import whole_update
 
 
@@ -44,6 +46,17 @@ def one_update(monkeypatch, sequences, split=1, policy=None, **switches):
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     micro_batches = [sequences[i::split] for i in range(split)]
     return whole_update(policy, optimizer, micro_batches, sequences, cfg, torch.device("cpu"))
+
+
+def test_with_several_updates_a_loss_term_is_the_mean_over_those_that_have_its_sequences(monkeypatch):
+    sequences = step_of_sequences()                                     # one demonstration, five rollouts
+    for term_of in (["loss/sft_demo", "loss/rl_pos"], ["loss/rl_pos"]):
+        found = one_update(monkeypatch, [s for s in sequences if not s.is_demo or "loss/sft_demo" in term_of])
+        assert [name for name in ("loss/sft_demo", "loss/rl_pos") if name in found] == term_of
+    both = one_update(monkeypatch, sequences)
+    row = summarize(sequences, 6, Counter(), [both, found], [0.0, 1.0, 2.0, 3.0, 4.0])
+    assert row["loss/sft_demo"] == both["loss/sft_demo"]
+    assert row["loss/rl_pos"] == (both["loss/rl_pos"] + found["loss/rl_pos"]) / 2
 
 
 def grad_norm(*args, **kwargs):
