@@ -107,8 +107,9 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
                         so that terms and gradients of micro-batches simply add up
     tis        (B,T) truncated importance weights pi/pi_engine, 1 on demonstrations; None: none
 
-    Returns (terms, weights): the four scalars with gradient, whose sum is the loss, less those of a kind that
-    the update has no sequences of; and "w_sft" and "w_rl", (B,), without gradient. Needs torch alone.
+    Returns (terms, weights): the four scalars with gradient, whose sum is the loss (an update without any
+    demonstration, or without any rollout, has two of them); and "w_sft" and "w_rl", (B,), without gradient.
+    Needs torch alone.
     """
     is_demo = is_demo.bool()
     correct = ~is_demo & (reward > 0)
