@@ -32,7 +32,7 @@ class Method:
 
 
 # Flags that ask for more than srft.srft_loss: another reading of the paper, log pi_old for later updates, or
-# the gradient of each term. paper/readings.py has these.
+# the gradient of each term. paper/readings.py has the first two, paper/baselines.py the third.
 READINGS = ("loss_norm", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
             "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout", "term_gradients")
 SURROGATE = ("clip_eps", "tis_cap", "std_in_advantage")         # what the losses on Eq. 3 ask for
@@ -144,8 +144,8 @@ class Config:
         "sign of H in w_SFT: -1 is Eq. 8; +1 is reported of the released code",
         choices=(-1, 1))
     entropy_level: str = opt("sequence", "objective",
-        "H in the weights: each sequence's mean, each token's own, or the step's mean (costs a second "
-        "forward)",
+        "H in the weights: each sequence's mean, each token's own, or the mean over the update's sequences "
+        "of its kind (costs a second forward)",
         choices=("sequence", "token", "batch"))
     demo_shaping: float = opt(0.0, "objective",
         "gamma of pi/(pi+gamma) in place of pi in Eq. 9-10; LUFFY: 0.1")
@@ -240,8 +240,8 @@ PRESETS = {
 
 
 def parse_args(argv=None, description=__doc__):
-    """The command line -> Config. Unknown flags are errors; --method sets defaults that --preset overrides,
-    and that sets defaults that other flags override."""
+    """The command line -> Config. Unknown flags are errors. A flag that is given wins over --preset, and that
+    wins over what --method brings."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"srft.py: {message} (--help lists all flags)\n")
@@ -343,7 +343,7 @@ def check_numbers(cfg):
 def check_objective(cfg):
     """Of flags that need each other, exclude each other, or have no part in the method."""
     if cfg.entropy_coef and cfg.entropy_level == "batch":
-        raise ValueError("--entropy_coef needs --entropy_level sequence or token: the step's mean has no "
+        raise ValueError("--entropy_coef needs --entropy_level sequence or token: the update's mean has no "
                          "gradient")
     if cfg.reference and not cfg.kl_coef:
         raise ValueError("--reference needs --kl_coef: without, there is no KL to it")

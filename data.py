@@ -248,8 +248,8 @@ class Prompt:
 
 
 def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_tokens, log=print):
-    r"""Examples -> Prompts, within the limits of Sec. 5.1 and App. B (prompts to 1,024,
-    responses to 8,192 tokens).
+    r"""Examples -> Prompts, within limits: in the paper's run prompts to 1,024 tokens,
+    responses to 8,192 (Sec. 5.1).
 
     >>> from tiny.task import make_tokenizer      # a token for each character and mark; EOS is token 0
     >>> example = Example(id="a", problem="1+1=?\n", answer="2", demo="\\boxed{2}")

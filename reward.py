@@ -15,7 +15,7 @@ Sec. 4.2 are the signs of the two sums of Eq. 12, and stand in srft.py.
     python reward.py --response FILE --answer TEXT     # what was extracted and compared, and the verdict
 
 To copy the Grader into another project, take this file and the folder grading/, side by side, and install
-math-verify. Neither imports anything else of this project.
+math-verify and, for "oat", pylatexenc. Neither imports anything else of this project.
 
 Why processes, and not a call, a thread or a signal: a response is text that a model wrote, and graders
 hand it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, eat all

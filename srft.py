@@ -11,8 +11,8 @@ start and end.
 Where the paper leaves something open, the defaults do this (docs/decisions.md has all of it, and why):
 
 1. The demonstration joins the 8 rollouts in one group of 9: Eq. 6 is a union.
-2. The paper's log pi(y|x) is a sum over tokens (A5). Here all four terms divide it by the response's length,
-   as Eq. 3 does, so that the 0.5 of Eq. 8 and the 0.1 of Eq. 12 are on one scale.
+2. The paper's log pi(y|x) is a sum over tokens (A5). Here all four terms divide their sums over tokens by
+   the response's length, as Eq. 3 does, so that the 0.5 of Eq. 8 and the 0.1 of Eq. 12 are on one scale.
 3. The paper writes the weights outside of the expectations. Here each sequence has its own, by the mean
    entropy of its own response tokens, without gradient.
 4. Rewards are 1 and 0 (A2). The +1 and -1 of Eq. 11 are the signs of the two sums of Eq. 12. Both sums are
@@ -105,7 +105,8 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     is_demo    (B,)  bool
     n_demo, n_rollout   sequences of each kind in the WHOLE optimizer update, of all ranks and micro-batches,
                         so that terms and gradients of micro-batches simply add up
-    tis        (B,T) truncated importance weights pi/pi_engine, 1 on demonstrations; None: none
+    tis        (B,T) truncated importance weights pi/pi_engine: factors of log pi in Eq. 12, 1 on
+                     demonstrations; None: none
 
     Returns (terms, weights): the four scalars with gradient, whose sum is the loss (an update without any
     demonstration, or without any rollout, has two of them); and "w_sft" and "w_rl", (B,), without gradient.
@@ -133,9 +134,9 @@ def srft_loss(logp, entropy, mask, reward, advantage, is_demo, n_demo, n_rollout
     H = over_tokens(entropy.detach())                                                           # (B,)
     w_sft = 0.5 * torch.exp(-H)            # Eq. 8: an unsure policy imitates less
     w_rl = 0.1 * torch.exp(H)              # Eq. 12: a policy grown sure reinforces itself less
-    # Eq. 10 with pi_beta = 1, so that the author's probabilities, over another tokenizer, are not needed. The
-    # ratio is then pi itself, at most 1, where the clip of Eq. 9 acts on negative advantages alone. The paper
-    # calls that imbalanced, and omits the clip.
+    # Eq. 10 with pi_beta = 1, so that the probabilities of the demonstration's author, a model with another
+    # tokenizer, are not needed. The ratio is then pi itself, at most 1, where the clip of Eq. 9 acts on
+    # negative advantages alone. The paper calls that imbalanced, and omits the clip.
     ratio = log_pi.exp()                                                                        # (B,T)
     # Rollouts are samples of the engine's policy, which rounds differently: see backward_micro_batch.
     score = log_pi
@@ -182,7 +183,7 @@ def backward_micro_batch(objective, policy, sequences, extra, n_demo, n_rollout,
         with torch.no_grad():
             of_reference = reference(batch, features=True)
     logp, entropy, kl = policy(batch, cfg.temperature, entropy_grad=bool(cfg.entropy_coef),
-                               reference=of_reference)                                          # (B,T) each
+                               reference=of_reference)                   # (B,T) each; kl may be None
     if not sequences:
         (logp.sum() * 0).backward()          # nothing to learn, but other ranks wait in its collectives
         return Tally()
@@ -382,7 +383,7 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
             known[key] = verdict.reward
     samples = sample_rows(prompts, rollouts, verdicts, step, cfg.log_samples if ranks.rank == 0 else 0)
     phase("exchange", step)
-    # Every rank needs all rewards of a group (Eq. 7) and all lengths to pack. Arrays of tokens and of the
+    # Any rank may train on any sequence (deal), and packing needs all lengths. Arrays of tokens and of the
     # engine's log-probs: 20 MB a step, over all ranks.
     everyone = [None] * ranks.world
     dist.all_gather_object(everyone, Answered(sequences, samples, grading, known))
@@ -494,7 +495,7 @@ def train(cfg, run):
         shares, failed = divide(cfg, run.prompts, indices, sequences, progress.failed)
 
         # 4. Pack into micro-batches of at most 16,384 tokens, without padding, and deal them to the ranks.
-        #    1,152 prompts of 256 tokens with responses of 2,000 are 2.6 million: 21 micro-batches a rank.
+        #    1,152 sequences of 256 + 2,000 tokens are 2.6 million: 21 micro-batches for each of 8 ranks.
         micro_batches, extras = deal(cfg, run, objective, shares)
 
         # 5. Forward, loss (Eq. 13) and backward of each micro-batch; then clip, and AdamW.
@@ -623,7 +624,8 @@ def compare_engine(cfg, run, version):
     `version`, gives the trainer's log-probs to 8 rollouts of its own. A collective.
 
     A step's rollouts check the transfer of weights before them only, and SFT has no rollouts. The prompts are
-    random tokens: those of the data would already be in the engine's prefix cache when they are evaluated.
+    random tokens: those of the data would leave their keys and values in the engine's prefix cache, and the
+    evaluation would begin from these instead of computing its own.
     """
     vocabulary, length = run.policy.lm.config.vocab_size, min(16, cfg.max_prompt_tokens)
     prompts = np.random.default_rng(run.ranks.rank).integers(0, vocabulary, (8, length)).tolist()
@@ -669,7 +671,8 @@ def setup(cfg):
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = load_reference(cfg, folder, config, ranks) if cfg.kl_coef else None
-    # The engine after the policy. Its share is of the whole card, and vLLM refuses to start if less is free.
+    # --engine_memory is a share of the whole card, and vLLM refuses to start if less than that is free: what
+    # the policy has taken by now must leave it room.
     phase("start engine")
     dtype = M.compute_dtype(device)
     engine = RolloutEngine(

@@ -4,9 +4,8 @@
     python srft.py --entropy_level token          # H of each token, not of its sequence
 
 `srft.srft_loss` is the objective at the paper's defaults. `srft_loss` here is the same function of the same
-tensors with every choice of docs/decisions.md open. When every flag has its default, it is equal to that one,
-bit for bit.
-srft.py loads this file only when a flag asks for it.
+tensors with every choice open that docs/decisions.md leaves to the loss; when every flag has its default, it
+is equal to that one, bit for bit. srft.py loads this file only when a flag asks for it.
 
 Shapes: B sequences, T response tokens, right-padded. Everything is in nats.
 """
@@ -90,7 +89,7 @@ def shaped(probability, gamma):
 
 
 def importance_ratio(inputs):
-    """pi / pi_old of each token, (B,T). Before the first update it is 1, with the gradient of log pi."""
+    """pi / pi_old of each token, (B,T). In a step's first update it is 1, with the gradient of log pi."""
     logp_old = inputs.logp.detach() if inputs.logp_old is None else inputs.logp_old
     return (inputs.logp - logp_old).exp()
 

@@ -115,7 +115,7 @@ TABLE_2 = {
     "ReLIFT": (28.2, 64.8, 85.0, 37.1, 54.9, 74.9, 40.9, 51.9),
     "SRFT": (35.3, 74.3, 89.8, 39.7, 58.3, 85.3, 46.4, 55.9),
 }
-TABLE_A1 = {            # the base model with other templates, in the order of columns that is printed there
+TABLE_A1 = {            # the base model with other templates, as printed: in the reverse of its heading
     "none": (30.2, 13.2, 59.6, 42.4, 13.4),
     "qwen-math": (14.4, 8.8, 44.6, 30.3, 11.1),
     "paper": (29.6, 16.5, 64.8, 44.8, 14.1),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 # model, served with its weights times 1.2, gives 0.17. Looked at after every step, since every step transfers
 # weights anew, on a GPU into memory that training has used meanwhile.
 MISMATCH_WARNS, MISMATCH_STOPS = 0.05, 0.15
-SKIPPED_STOPS = 5                # updates in a row whose gradient was not finite
+SKIPPED_STOPS = 5                # updates in a row, in steps without a finite one
 
 
 class Health:
