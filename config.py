@@ -12,11 +12,14 @@ from pathlib import Path
 
 from data import TEMPLATES
 from reward import TEXTS
+from support.intervals import check_interval
 
 
-def opt(default, group, help, choices=None):
-    """A field with what the command line needs: its group, its help text, its allowed values."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def opt(default, group, help, choices=None, within=None):
+    """A field with what the command line needs: its group, its help text, and its allowed values, or the
+    interval that a number must lie in, as support.intervals writes it."""
+    metadata = {"group": group, "help": help, "choices": choices, "within": within}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,58 +77,59 @@ class Config:
         "auto: the GPU if torch is built for one, and an error if it cannot be used; else the CPU",
         choices=("auto", "cuda", "cpu"))
     seed: int = opt(0, "run",
-        "seed of data order and sampling")
+        "seed of data order and sampling", within="[0, 4294967295]")
     steps: int = opt(500, "run",
-        "training steps, each with fresh rollouts (App. B: 500)")
+        "training steps, each with fresh rollouts (App. B: 500)", within="[1, inf)")
     resume: bool = opt(False, "run",
         "continue from the newest whole checkpoint in --out; starts anew if there is none")
     save_every: int = opt(50, "run",
-        "steps between checkpoints (one is always written at the end)")
+        "steps between checkpoints (one is always written at the end)", within="[1, inf)")
     keep: int = opt(2, "run",
-        "checkpoints kept")
+        "checkpoints kept", within="[1, inf)")
     hang_minutes: float = opt(30.0, "run",
         "a rank that spends more than this in one phase (rollout, train, checkpoint, ...) or waits "
         "that long for another ends the run, and the rank behind is named; until the first step is "
-        "done, 120")
+        "done, 120", within="(0, inf)")
     profile: int = opt(0, "run",
         "write a torch profiler trace of this step to profile/ in --out, with every token's decoding: "
-        "open it in Perfetto or chrome://tracing; 0: none")
+        "open it in Perfetto or chrome://tracing; 0: none", within="[0, inf)")
     dry_run: bool = opt(False, "run",
         "print parameters, memory and tokens a step of this configuration, then stop")
     dry_run_ranks: int = opt(8, "run",
-        "GPUs that --dry_run plans for, 8 a node; a run itself takes those that torchrun starts")
+        "GPUs that --dry_run plans for, 8 a node; a run itself takes those that torchrun starts",
+        within="[1, inf)")
 
     # Prompts and demonstrations (Sec. 5.1, App. B).
     template: str = opt("paper", "data",
         "prompt template: Fig. A3, Fig. A4, none, LUFFY's, or the tokenizer's own",
         choices=tuple(TEMPLATES))
     max_prompt_tokens: int = opt(1024, "data",
-        "longer prompts are dropped and counted")
+        "longer prompts are dropped and counted", within="[1, inf)")
     max_response_tokens: int = opt(8192, "data",
-        "rollouts are cut here; longer demonstrations are dropped (Sec. 5.1)")
+        "rollouts are cut here; longer demonstrations are dropped (Sec. 5.1)", within="[1, inf)")
     rope_theta: float = opt(40_000.0, "data",
-        "RoPE theta (App. B: 10,000 -> 40,000); 0 keeps the model's own")
+        "RoPE theta (App. B: 10,000 -> 40,000); 0 keeps the model's own", within="[0, inf)")
     window: int = opt(16_384, "data",
-        "context window in tokens (App. B: 16,384); 0 keeps the model's own")
+        "context window in tokens (App. B: 16,384); 0 keeps the model's own", within="[0, inf)")
     skip_bad_rows: bool = opt(False, "data",
         "skip and count unreadable rows instead of stopping at the first")
 
     # What a step samples: 128 prompts x 8 rollouts, and how they become sequences of the loss.
     prompts_per_step: int = opt(128, "rollouts",
-        "prompts x sampled each step, over all ranks")
+        "prompts x sampled each step, over all ranks", within="[1, inf)")
     n_rollouts: int = opt(8, "rollouts",
-        "G: rollouts per prompt (App. B: 8)")
+        "G: rollouts per prompt (App. B: 8)", within="[1, inf)")
     temperature: float = opt(1.0, "rollouts",
-        "of sampling, and of log pi and H; top_p and top_k stay off")
+        "of sampling, and of log pi and H; top_p and top_k stay off", within="(0, inf)")
     demo_in_group: str = opt("joins", "rollouts",
         "the demonstration joins the G rollouts (Eq. 6: 8+1), or replaces one (7+1, public code)",
         choices=("joins", "replaces"))
     updates_per_rollout: int = opt(1, "rollouts",
         "optimizer updates a step, each on its share of the prompts; Eq. 11 assumes 1, public code "
-        "makes 2")
+        "makes 2", within="[1, inf)")
     tis_cap: float = opt(2.0, "rollouts",
         "cap of the importance weight pi/pi_engine on rollout tokens, which corrects for the engine's "
-        "numerics; 0: no weight")
+        "numerics; 0: no weight", within="[0, inf)")
 
     # Readings of Eq. 2-13; docs/decisions.md says why these are the defaults.
     std_in_advantage: bool = opt(True, "objective",
@@ -148,44 +152,44 @@ class Config:
         "of its kind (costs a second forward)",
         choices=("sequence", "token", "batch"))
     demo_shaping: float = opt(0.0, "objective",
-        "gamma of pi/(pi+gamma) in place of pi in Eq. 9-10; LUFFY: 0.1")
+        "gamma of pi/(pi+gamma) in place of pi in Eq. 9-10; LUFFY: 0.1", within="[0, inf)")
     eq12_form: str = opt("log", "objective",
         "Eq. 12 on log pi, or on the ratio pi/pi_old",
         choices=("log", "ratio"))
     eq12_advantage: bool = opt(False, "objective",
         "Eq. 12 scaled by the group's A instead of +1 and -1")
     entropy_coef: float = opt(0.0, "objective",
-        "entropy bonus on rollouts (public code: 0.001)")
+        "entropy bonus on rollouts (public code: 0.001)", within="[0, inf)")
     kl_coef: float = opt(0.0, "objective",
         "weight of KL(pi || base model) over the whole vocabulary: lambda of A1 (0.2), on "
-        "demonstrations; with srft a penalty on rollouts. A second model")
+        "demonstrations; with srft a penalty on rollouts. A second model", within="[0, inf)")
     reference: str = opt("", "objective",
         "the base model of that KL; empty: --model")
     clip_eps: float = opt(0.2, "objective",
-        "epsilon of Eq. 3; only updates after a step's first can be clipped")
+        "epsilon of Eq. 3; only updates after a step's first can be clipped", within="(0, 1)")
     entropy_floor: float = opt(0.0, "objective",
-        "tokens of rollouts with H_t below it, in nats, give no gradient (App. A.2)")
+        "tokens of rollouts with H_t below it, in nats, give no gradient (App. A.2)", within="[0, inf)")
     entropy_quantile: float = opt(0.0, "objective",
         "the same, the floor being this quantile of the update's H_t: 0.8 keeps a fifth of the tokens "
-        "(costs a second forward)")
+        "(costs a second forward)", within="[0, 1)")
     term_gradients: int = opt(0, "objective",
         "every so many steps, measure the gradient norm of each loss term alone (costs a forward and "
-        "backward a term); 0: never")
+        "backward a term); 0: never", within="[0, inf)")
 
     # AdamW and what fits on a card.
     lr: float = opt(1e-6, "optimization",
-        "AdamW learning rate (App. B: 1e-6; SFT: 5e-6)")
+        "AdamW learning rate (App. B: 1e-6; SFT: 5e-6)", within="(0, inf)")
     lr_schedule: str = opt("constant", "optimization",
         "constant, or linear: up during --warmup, then down to 0 (App. B: SFT)",
         choices=("constant", "linear"))
     warmup: float = opt(0.1, "optimization",
-        "share of the steps in which a linear schedule rises")
+        "share of the steps in which a linear schedule rises", within="[0, 1)")
     weight_decay: float = opt(0.01, "optimization",
-        "AdamW weight decay")
+        "AdamW weight decay", within="[0, inf)")
     grad_clip: float = opt(1.0, "optimization",
-        "gradient norm clip")
+        "gradient norm clip", within="(0, inf]")
     micro_batch_tokens: int = opt(16_384, "optimization",
-        "packed tokens per forward and rank, a hard limit")
+        "packed tokens per forward and rank, a hard limit", within="[1, inf)")
     activation_checkpointing: bool = opt(True, "optimization",
         "recompute each block in backward")
     offload: bool = opt(False, "optimization",
@@ -194,13 +198,14 @@ class Config:
 
     # The vLLM engine and the grader.
     engine_memory: float = opt(0.6, "engine",
-        "share of each GPU for vLLM's weights and KV cache while it is awake")
+        "share of each GPU for vLLM's weights and KV cache while it is awake", within="(0, 1]")
     engine_sequences: int = opt(256, "engine",
-        "sequences a rank decodes at once")
+        "sequences a rank decodes at once", within="[1, inf)")
     engine_eager: bool = opt(False, "engine",
         "no CUDA graphs in the engine (on CPU always so)")
     grader_workers: int = opt(0, "engine",
-        "grading processes a rank; 0: the cores divided by the node's ranks, less one for the engine")
+        "grading processes a rank; 0: the cores divided by the node's ranks, less one for the engine",
+        within="[0, inf)")
     grade_text: str = opt("after_think", "engine",
         "what is graded: the text after the last </think>, all of it, or nothing without a </think> "
         "(LUFFY)",
@@ -211,21 +216,21 @@ class Config:
     score_unfinished: bool = opt(False, "engine",
         "a response cut at its limit is graded like any other; off: it earns 0")
     grader_deadline: float = opt(10.0, "engine",
-        "seconds until a grading process is killed, and its reward is 0")
+        "seconds until a grading process is killed, and its reward is 0", within="(0, inf)")
 
     # Held-out accuracy on the way (App. B: temperature 0.6).
     eval_data: str = opt("", "evaluation",
         "held-out sets (as --data), separated by commas; empty: no evaluation")
     eval_every: int = opt(50, "evaluation",
-        "steps between evaluations; also at the start and the end")
+        "steps between evaluations; also at the start and the end", within="[1, inf)")
     eval_samples: int = opt(1, "evaluation",
-        "responses a problem (avg@n)")
+        "responses a problem (avg@n)", within="[1, inf)")
     eval_temperature: float = opt(0.6, "evaluation",
-        "sampling temperature (App. B: 0.6)")
+        "sampling temperature (App. B: 0.6)", within="[0, inf)")
     eval_top_p: float = opt(1.0, "evaluation",
-        "nucleus sampling")
+        "nucleus sampling", within="(0, 1]")
     log_samples: int = opt(4, "evaluation",
-        "rollouts a step written to samples.jsonl")
+        "rollouts a step written to samples.jsonl", within="[0, inf)")
 
 
 TINY = str(Path(__file__).resolve().parent / "tiny")
@@ -286,17 +291,24 @@ def check_config(cfg, world, window):
 
     world: number of ranks; window: the longest sequence, in tokens, that the model takes.
     """
+    check_flags(cfg)
     check_lengths(cfg, window)
     check_step(cfg, world)
-    check_numbers(cfg)
     check_objective(cfg)
+
+
+def check_flags(cfg):
+    """Of each flag by itself: what can be said before anything is fetched or loaded."""
+    for f in dataclasses.fields(cfg):
+        if f.metadata["within"]:
+            check_interval(f"--{f.name}", getattr(cfg, f.name), f.metadata["within"])
+    if not cfg.out.strip():
+        raise ValueError("--out is empty: name the run's own folder")
 
 
 def check_lengths(cfg, window):
     """Of a sequence: it must fit the model and a micro-batch."""
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-    if min(cfg.max_prompt_tokens, cfg.max_response_tokens) < 1:
-        raise ValueError("--max_prompt_tokens and --max_response_tokens must be at least 1")
     if longest > window:
         raise ValueError(
             f"--max_prompt_tokens + --max_response_tokens is {longest}, over the window of {window} tokens: "
@@ -312,36 +324,22 @@ def check_step(cfg, world):
     if cfg.prompts_per_step < world:
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} leaves some of {world} ranks without "
                          "work: raise it, or start fewer ranks")
-    if cfg.n_rollouts < (2 if cfg.demo_in_group == "replaces" else 1):
+    if cfg.demo_in_group == "replaces" and cfg.n_rollouts < 2:
         raise ValueError("--n_rollouts must leave at least one rollout a prompt beside the demonstration")
-    if not 1 <= cfg.updates_per_rollout <= cfg.prompts_per_step:
+    method = METHODS[cfg.method]
+    if method.rollouts and method.demos != "group" and cfg.n_rollouts < 2:
+        raise ValueError(f"--n_rollouts 1: alone in its group, a rollout of --method {cfg.method} has no "
+                         "advantage (Eq. 2); sample at least 2")
+    if cfg.updates_per_rollout > cfg.prompts_per_step:
         raise ValueError("--updates_per_rollout must lie between 1 and --prompts_per_step")
-    if min(cfg.steps, cfg.save_every, cfg.eval_every, cfg.keep, cfg.eval_samples) < 1:
-        raise ValueError("--steps, --save_every, --eval_every, --keep and --eval_samples must be at least 1")
-    if not 0 <= cfg.profile <= cfg.steps:
+    if cfg.profile > cfg.steps:
         raise ValueError("--profile must be one of the --steps, or 0 for none")
-
-
-def check_numbers(cfg):
-    """Of single numbers. `not x > 0` also refuses nan, which `x <= 0` and `min` let pass."""
-    if cfg.grader_workers < 0 or not cfg.grader_deadline > 0:
-        raise ValueError("--grader_workers must be at least 0, --grader_deadline above 0")
-    if not cfg.hang_minutes > 0:
-        raise ValueError("--hang_minutes must be above 0")
-    if not cfg.temperature > 0:
-        raise ValueError("--temperature must be positive: rollouts are samples (Eq. 11)")
-    if not (cfg.lr > 0 and cfg.grad_clip > 0):
-        raise ValueError("--lr and --grad_clip must be positive (--grad_clip inf: none)")
-    if not (cfg.kl_coef >= 0 and cfg.demo_shaping >= 0 and cfg.seed >= 0):
-        raise ValueError("--kl_coef, --demo_shaping and --seed must not be negative")
-    if cfg.tis_cap and not cfg.tis_cap >= 1:
-        raise ValueError("--tis_cap must be 0 (no weights) or at least 1")
-    if not 0 <= cfg.entropy_quantile < 1 or not 0 <= cfg.warmup < 1 or not 0 < cfg.clip_eps < 1:
-        raise ValueError("--entropy_quantile and --warmup must lie in [0, 1), --clip_eps in (0, 1)")
 
 
 def check_objective(cfg):
     """Of flags that need each other, exclude each other, or have no part in the method."""
+    if 0 < cfg.tis_cap < 1:
+        raise ValueError("--tis_cap must be 0 (no weights) or at least 1")
     if cfg.entropy_coef and cfg.entropy_level == "batch":
         raise ValueError("--entropy_coef needs --entropy_level sequence or token: the update's mean has no "
                          "gradient")

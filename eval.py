@@ -34,6 +34,7 @@ import model as M
 from data import TEMPLATES, Prompt, tokenize, unmatchable
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
+from support.intervals import check_interval
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import write_whole
 from support.versions import check_versions, environment, versions
@@ -254,21 +255,25 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
 # ----------------------------------------------------------------------------------------------------------
 # The command line.
 
+INTERVALS = {
+    "samples": "[0, inf)", "temperature": "[0, inf)", "top_p": "(0, 1]", "max_tokens": "[1, inf)",
+    "seed": "[0, 4294967295]", "rope_theta": "[0, inf)", "window": "[0, inf)", "engine_memory": "(0, 1]",
+    "engine_sequences": "[1, inf)", "grader_workers": "[0, inf)", "grader_deadline": "(0, inf)"}
+
+
 def parse(argv=None):
-    """The command line -> argparse.Namespace. Unknown flags are errors."""
+    """The command line -> argparse.Namespace. Unknown flags are errors, and numbers outside of INTERVALS."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (--help lists all flags)\n")
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a run's folder")
     add_flags(parser)
     args = parser.parse_args(argv)
-    least = {"samples": 0, "max_tokens": 1, "engine_sequences": 1, "temperature": 0.0, "seed": 0,
-             "grader_workers": 0}
-    for name, number in least.items():
-        if getattr(args, name) < number:
-            parser.error(f"--{name} must be at least {number}")
-    if not 0 < args.top_p <= 1 or args.grader_deadline <= 0:
-        parser.error("--top_p must lie in (0, 1], --grader_deadline above 0")
+    for name, interval in INTERVALS.items():
+        try:
+            check_interval(f"--{name}", getattr(args, name), interval)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 

@@ -35,7 +35,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import model as M
-from config import METHODS, asks_for_the_papers_loss, check_config, parse_args, sequences_per_prompt
+from config import (
+    METHODS,
+    asks_for_the_papers_loss,
+    check_config,
+    check_flags,
+    parse_args,
+    sequences_per_prompt,
+)
 from data import Order, load_prompts, unmatchable
 from eval import Sampling, evaluate
 from reward import FAILED, Grader
@@ -649,6 +656,7 @@ def setup(cfg):
     device, out = ranks.device, Path(cfg.out)
     say = print if ranks.rank == 0 else lambda *_: None
     # What can fail fast comes first: loading 7B takes minutes.
+    check_flags(cfg)
     objective = load_objective(cfg)
     check_versions(versions(), say)
     check_environment(device)

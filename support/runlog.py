@@ -101,7 +101,7 @@ class RunLog:
         file, text = self.run / "config.json", json.dumps(settings, indent=2)
         if self.step >= 0 and file.read_text() != text:
             file.replace(self.run / f"config-until-{self.step}.json")
-        file.write_text(text)
+        write_whole(file, text)             # a kill must not leave half of it: a resume reads it
 
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
