@@ -11,13 +11,10 @@ model (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugg
 """
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
-
-from support.processes import fetch
 
 # ----------------------------------------------------------------------------------------------------------
 # Templates: the text around a question. {question} is replaced literally, so braces in a problem are safe.
@@ -309,40 +306,6 @@ def _demo_ids(response, prompt_text, tokenizer):
     # What a sampled response ends with, too: EOS is a response token, in the loss and in every length.
     ids.append(tokenizer.eos_token_id)
     return ids
-
-
-# ----------------------------------------------------------------------------------------------------------
-# A run's data, on all ranks.
-
-def load_prompts(source, flag, tokenizer, cfg, say):
-    """A file, folder, hub name or tiny:NAME -> list of Prompt. flag: "--data" or "--eval_data", whose value
-    it is. cfg: config.Config. A collective: of each node one rank downloads."""
-    path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
-    examples = load_examples(path, cfg.skip_bad_rows, say)
-    if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
-        examples = [replace(example, demo=None) for example in examples]
-    return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens, say)
-
-
-def unmatchable(grader, name, prompts, say, kind="math-verify"):
-    """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
-    0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = []                                         # indices; multiple choice has nothing to parse
-    for i in range(rank, len(prompts), world):
-        if getattr(prompts[i].example, "order", None) is None:
-            mine.append(i)
-    reasons = grader.check([prompts[i].example.answer for i in mine], kind)
-    everyone, bad = [None] * world, {}
-    dist.all_gather_object(everyone, {mine[place]: reason for place, reason in reasons.items()})
-    for part in everyone:
-        bad.update(part)
-    for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
-        say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
-            f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
-    if bad:
-        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}")
-    return bad
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import model as M
-from data import TEMPLATES, Prompt, tokenize, unmatchable
+from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.intervals import check_interval
@@ -157,6 +157,27 @@ def evaluate(engine, grader, name, prompts, n, sampling, version):
     return {"accuracy": float(rewards.mean(1).mean()),          # over samples, then over problems
             "tokens": float(np.mean([tokens for _, tokens, _ in dealt])),
             "entropy": float(np.mean([nll for _, _, nll in dealt]))}
+
+
+def unmatchable(grader, name, prompts, say, kind="math-verify"):
+    """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
+    0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = []                                         # indices; multiple choice has nothing to parse
+    for i in range(rank, len(prompts), world):
+        if getattr(prompts[i].example, "order", None) is None:
+            mine.append(i)
+    reasons = grader.check([prompts[i].example.answer for i in mine], kind)
+    everyone, bad = [None] * world, {}
+    dist.all_gather_object(everyone, {mine[place]: reason for place, reason in reasons.items()})
+    for part in everyone:
+        bad.update(part)
+    for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
+        say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
+            f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
+    if bad:
+        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}")
+    return bad
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ from config import (
     parse_args,
     sequences_per_prompt,
 )
-from data import Order, load_prompts, unmatchable
-from eval import Sampling, evaluate
+from data import Order, load_examples, tokenize
+from eval import Sampling, evaluate, unmatchable
 from reward import FAILED, Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -738,6 +738,16 @@ def load_data(cfg, tokenizer, grader, say):
             raise ValueError("--data: no example has a demonstration (`solution`), and --method "
                              f"{cfg.method} learns from nothing else")
     return prompts, heldout
+
+
+def load_prompts(source, flag, tokenizer, cfg, say):
+    """A file, folder, hub name or tiny:NAME -> list of Prompt. flag: "--data" or "--eval_data", whose value
+    it is. cfg: config.Config. A collective: of each node one rank downloads."""
+    path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
+    examples = load_examples(path, cfg.skip_bad_rows, say)
+    if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
+        examples = [replace(example, demo=None) for example in examples]
+    return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens, say)
 
 
 def load_reference(cfg, folder, config, ranks):

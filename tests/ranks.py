@@ -2,6 +2,7 @@
 
     python tests/ranks.py TASK ARGUMENTS
 """
+import dataclasses
 import os
 import pickle
 import sys
@@ -67,7 +68,9 @@ def gradients(out, budget, count, *overrides):
         accumulate(policy, **kwargs)
 
     M.accumulate = noted
-    stats = whole_update(policy, Keep(), packs, sequences, cfg, device, reference, measure_terms=True)
+    measured = dataclasses.replace(cfg, term_gradients=1)
+    stats = whole_update(policy, Keep(), packs, sequences, measured, device, reference, measure_terms=True)
+    stats |= whole_update(policy, Keep(), packs, sequences, cfg, device, reference)
     last = last[-len(packs):]
     if rank == 0:
         torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last}, out)
