@@ -276,21 +276,15 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
 # ----------------------------------------------------------------------------------------------------------
 # The command line.
 
-INTERVALS = {
-    "samples": "[0, inf)", "temperature": "[0, inf)", "top_p": "(0, 1]", "max_tokens": "[1, inf)",
-    "seed": "[0, 4294967295]", "rope_theta": "[0, inf)", "window": "[0, inf)", "engine_memory": "(0, 1]",
-    "engine_sequences": "[1, inf)", "grader_workers": "[0, inf)", "grader_deadline": "(0, inf)"}
-
-
 def parse(argv=None):
-    """The command line -> argparse.Namespace. Unknown flags are errors, and numbers outside of INTERVALS."""
+    """The command line -> argparse.Namespace. Unknown flags and absurd numbers are errors."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (--help lists all flags)\n")
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a run's folder")
-    add_flags(parser)
+    intervals = add_flags(parser)
     args = parser.parse_args(argv)
-    for name, interval in INTERVALS.items():
+    for name, interval in intervals.items():
         try:
             check_interval(f"--{name}", getattr(args, name), interval)
         except ValueError as error:
@@ -299,12 +293,17 @@ def parse(argv=None):
 
 
 def add_flags(parser):
-    """All flags that have a default."""
+    """All flags that have a default. Returns name -> interval of those that are numbers."""
     from paper.benchmarks import BENCHMARKS
     from paper.tables import COLUMNS
 
-    def flag(name, default, help, **how):
-        """Its type is the default's (a bool also gets --no-NAME), and its help ends in the default."""
+    intervals = {}
+
+    def flag(name, default, help, within=None, **how):
+        """Its type is the default's (a bool also gets --no-NAME), and its help ends in the default. within:
+        the interval that a number must lie in, as support.intervals writes it."""
+        if within:
+            intervals[name] = within
         if isinstance(default, bool):
             how["action"] = argparse.BooleanOptionalAction
         elif default is not None and "choices" not in how:
@@ -320,25 +319,29 @@ def add_flags(parser):
          choices=tuple(TEMPLATES))
     flag("grader", "both", "verifier: the paper's final one, its training one, or both (Sec. 5.1)",
          choices=("oat", "math-verify", "both"))
-    flag("samples", 0, "responses a problem; 0: 32 for AIME24 and AMC, else 1 (Sec. 5.1)")
+    flag("samples", 0, "responses a problem; 0: 32 for AIME24 and AMC, else 1 (Sec. 5.1)", within="[0, inf)")
     flag("limit", None, "only the first problems of each benchmark", type=int)
-    flag("temperature", 0.6, "sampling temperature (App. B: 0.6); 0 is greedy")
-    flag("top_p", 1.0, "nucleus sampling; the paper is silent")
-    flag("max_tokens", 8192, "longest response (App. B: 8,192)")
-    flag("seed", 0, "of sampling and of the order of options")
-    flag("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own. App. B, for the base model: 40000")
-    flag("window", 0, "context window in tokens; 0 keeps the model's own. App. B, for the base model: 16384")
+    flag("temperature", 0.6, "sampling temperature (App. B: 0.6); 0 is greedy", within="[0, inf)")
+    flag("top_p", 1.0, "nucleus sampling; the paper is silent", within="(0, 1]")
+    flag("max_tokens", 8192, "longest response (App. B: 8,192)", within="[1, inf)")
+    flag("seed", 0, "of sampling and of the order of options", within="[0, 4294967295]")
+    flag("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own. App. B, for the base model: 40000",
+         within="[0, inf)")
+    flag("window", 0, "context window in tokens; 0 keeps the model's own. App. B, for the base model: 16384",
+         within="[0, inf)")
     flag("grade_text", "after_think", "what is graded: after the last </think>, all, or nothing without one",
          choices=TEXTS)
     flag("strict_box", True, "Math-Verify grades the last box only, not any number it finds in the text")
     flag("score_unfinished", True, "a response cut at --max_tokens is graded like any other (public code)")
     flag("device", "auto", "auto: the GPU if torch is built for one, and an error if it cannot be used; else "
          "the CPU", choices=("auto", "cuda", "cpu"))
-    flag("engine_memory", 0.9, "share of each GPU for vLLM")
-    flag("engine_sequences", 256, "responses a rank decodes at once")
+    flag("engine_memory", 0.9, "share of each GPU for vLLM", within="(0, 1]")
+    flag("engine_sequences", 256, "responses a rank decodes at once", within="[1, inf)")
     flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
-         "one for the engine")
-    flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0")
+         "one for the engine", within="[0, inf)")
+    flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0",
+         within="(0, inf)")
+    return intervals
 
 
 def main(argv=None):

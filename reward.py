@@ -42,7 +42,6 @@ MAX_CHARS = 50_000      # of a longer text only the end is graded: answers stand
 STARTUP_S = 120.0       # importing sympy takes 0.5 s, but minutes for 200 workers on a cold network disk
 MAX_FAILURES = 3        # workers lost in a row before they did anything: the installation, not a response
 TEXTS = ("after_think", "whole", "require_think")
-FAILED = ("timeout", "killed")          # reasons that say nothing about the response
 
 
 @dataclass

@@ -45,7 +45,8 @@ from config import (
 )
 from data import Order, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
-from reward import FAILED, Grader
+from grading.answers import FAILED
+from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from support.device import memory_gb, peak_flops, read_once
@@ -814,6 +815,7 @@ def finish(cfg, run, stopped):
 
 
 def main():
+    """The command line: a plan, or a run."""
     cfg = parse_args(description=__doc__)
     with hang_watch():
         with mistakes_in_one_line("srft.py"):

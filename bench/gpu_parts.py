@@ -262,16 +262,22 @@ def full_micro_batch(cfg, vocabulary, seed=0):
     return sequences
 
 
-def one_update(run, cfg, batches):
-    """(metrics, seconds) of one optimizer update by the paper's loss."""
+def update(run, cfg, batches):
+    """Metrics of one optimizer update by the paper's loss."""
     everything = [s for batch in batches for s in batch]
+    return srft.update_policy(run.policy, run.optimizer, srft.srft_loss, everything, batches,
+                              [{}] * len(batches), None, cfg, run.device)
+
+
+def one_update(run, cfg, batches):
+    """(metrics, seconds) of one optimizer update."""
     began = common.clock(run.device)
-    metrics = srft.update_policy(run.policy, run.optimizer, srft.srft_loss, everything, batches,
-                                 [{}] * len(batches), None, cfg, run.device)
+    metrics = update(run, cfg, batches)
     return metrics, common.clock(run.device) - began
 
 
 def trained(report, device):
+    """The trainer part: packing, one update's memory, and where it waits for the device."""
     _, _, device, mesh = init_distributed(device.type)
     config, cfg = shape(device, "wide"), Config(**sizes(device).batch)
     run = trainer(config, device, mesh)
@@ -310,8 +316,9 @@ def peak_of_update(report, run, cfg, batches):
 
 
 def waits_of_update(report, run, cfg, batches):
+    """Where an update makes the host wait. Untimed, since a clock would wait, too."""
     with synchronisations(run.device) as places:
-        one_update(run, cfg, batches)
+        update(run, cfg, batches)
     what = f"synchronisations of an update of {len(batches)} micro-batches"
     if run.device.type == "cpu":
         return report.add(what, "-")
@@ -582,6 +589,7 @@ def warm(report, device):
 
 
 def decode(report, device):
+    """The decode part: tokens a second at several numbers of sequences."""
     tokens, (engine, config, seconds) = sizes(device).tokens, engine_alone(device)
     report.add("7B widths: start", f"{seconds:.1f} s", number=seconds)
     engine.generate(random_prompts(config, 2), 1, 1.0, 8, seed=0)                      # the first is slow

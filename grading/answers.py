@@ -20,6 +20,7 @@ from grading import oat
 
 KINDS = ("math-verify", "oat", "choice")
 REASONS = ("ok", "wrong", "no_box", "unclosed", "parse_fail", "timeout")    # what `judge` may answer
+FAILED = ("timeout", "killed")          # of a verdict; these say nothing about the response
 DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5
 
 

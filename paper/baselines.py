@@ -132,7 +132,7 @@ class Objective:
         terms, _ = self(
             logp=nothing, entropy=nothing, mask=nothing, reward=nothing[0], advantage=nothing[0],
             is_demo=nothing[0].bool(), n_demo=n_demo, n_rollout=n_rollout, kl=nothing,
-            step_entropy=nothing[0], demo_tokens=n_demo, rollout_tokens=n_rollout)
+            update_entropy=nothing[0], demo_tokens=n_demo, rollout_tokens=n_rollout)
         norms = {}
         for name in terms:
             backward(partial(self.one_term, name))

@@ -336,6 +336,7 @@ def distribution(before, after):
 
 
 def draw_distributions(file, found, sources):
+    """Fig. 2(b): the changes as histograms, one for each tuned model."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
     for label, row in found.items():

@@ -34,7 +34,7 @@ class Inputs:
     tis: torch.Tensor | None = None          # (B,T) truncated importance weights of rollout tokens
     kl: torch.Tensor | None = None           # (B,T) KL(pi_theta || base model) at each token, with gradient
     logp_old: torch.Tensor | None = None     # (B,T) log pi before the step's first update; None: pi itself
-    step_entropy: torch.Tensor | None = None  # (B,) mean H_i of the update's sequences of this kind
+    update_entropy: torch.Tensor | None = None  # (B,) mean H_i of the update's sequences of this kind
     entropy_floor: float = 0.0               # App. A.2: tokens below it give no gradient
     demo_tokens: int = 0                     # response tokens of each kind in the whole optimizer update
     rollout_tokens: int = 0
@@ -131,7 +131,7 @@ def srft_loss(inputs, cfg):
     if cfg.entropy_level == "token":
         h = x.entropy.detach()
     elif cfg.entropy_level == "batch":
-        h = x.step_entropy[:, None]
+        h = x.update_entropy[:, None]
     else:
         h = (x.entropy.detach() * x.mask).sum(1, keepdim=True) / length[:, None]
     w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                                  # Eq. 8
@@ -174,8 +174,8 @@ def before_update(policy, micro_batches, sequences, cfg, device):
     policy: model.Policy. micro_batches: this rank's, lists of model.Sequence. sequences: all of the update.
 
     With several updates a step, pi_old is no longer pi: logp_old. With cfg.entropy_level "batch", H is a mean
-    over the whole update: step_entropy. With cfg.entropy_quantile, entropy_floor is that quantile of H_t over
-    all rollout tokens of the update. If any of them is asked for, one more forward pass gives all three.
+    over the whole update: update_entropy. With cfg.entropy_quantile, entropy_floor is that quantile of H_t
+    over all rollout tokens of the update. If any of them is asked for, one more forward pass gives all three.
     """
     known = {"entropy_floor": cfg.entropy_floor, "demo_tokens": 0, "rollout_tokens": 0}
     for s in sequences:
@@ -198,7 +198,7 @@ def before_update(policy, micro_batches, sequences, cfg, device):
         of_rollouts, of_demos = mean_entropies(micro_batches, entropies)
         for inputs, batch in zip(found, micro_batches):
             h = [of_demos if s.is_demo else of_rollouts for s in batch]                         # (B,)
-            inputs["step_entropy"] = to_device(h, device, torch.float32)
+            inputs["update_entropy"] = to_device(h, device, torch.float32)
     return found
 
 

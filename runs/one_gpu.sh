@@ -20,9 +20,8 @@
 #
 # Needs:   one GPU of 80 GB, `pip install -r requirements.txt`, 160 GB of host memory (the plan's, beside all
 #          else), 300 GB of disk.
-# Takes:   by the arithmetic of bench/scale.py, on an H100, ten minutes a step where responses have 2,000
-#          tokens on average, so 500 steps in less than four days; an hour a step where all are as long as
-#          they may be. --prompts_per_step 16 is an eighth of the work, and another experiment.
+# Takes:   days: more than eight times what docs/benchmarks.md models for eight cards. Neither measured nor
+#          modelled for one. --prompts_per_step 16 is an eighth of the work, and another experiment.
 # Writes:  out/one_gpu: metrics.jsonl, samples.jsonl, curves.png, checkpoints/ (91 GB each, three at a time),
 #          and hf/, the trained model. The same command goes on where it was interrupted.
 set -euo pipefail

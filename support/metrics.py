@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch.distributed as dist
 
+from grading.answers import FAILED
 from support.health import MISMATCH_WARNS, gradings
 
 
@@ -85,7 +86,7 @@ def summarize(sequences, n_prompts, grading, updates, clock):
         "response_len/mean": mean_of(lengths),
         "response_len/max": max(lengths, default=None),
         "response_len/truncated": mean_of(not s.finished for s in rollouts),
-        "grader/timeouts": grading["timeout"] + grading["killed"],
+        "grader/timeouts": sum(grading[reason] for reason in FAILED),
         "perf/grader_ms": grading["ms"] / max(1, gradings(grading))}
     for reason in ("no_box", "unclosed", "truncated", "parse_fail"):
         metrics[f"grader/{reason}"] = grading[reason]

@@ -70,7 +70,7 @@ def test_a_micro_batch_of_a_later_update_and_one_without_work_wait_for_nothing_e
     with fake_gpu("srft", *flags) as (_, micro_batch, reads):
         sequences = made_up_sequences()[:6]
         shape = len(sequences), max(len(s.response) for s in sequences)
-        micro_batch(sequences, logp_old=torch.zeros(shape), step_entropy=torch.zeros(shape[0]))
+        micro_batch(sequences, logp_old=torch.zeros(shape), update_entropy=torch.zeros(shape[0]))
         assert len(reads) == 1
         micro_batch([])
         assert len(reads) == 1

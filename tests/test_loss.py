@@ -125,10 +125,10 @@ def tensors(batch, padding=0.0):
     named["mask"] = torch.tensor(mask, dtype=torch.float64)
     named["reward"], named["advantage"] = each("reward"), each("advantage")
     named["is_demo"] = each("is_demo").bool()
-    step_entropy = []
+    update_entropy = []
     for s in batch:
-        step_entropy.append(mean_or_0([mean_or_0(o.entropy) for o in batch if o.is_demo == s.is_demo]))
-    named["step_entropy"] = torch.tensor(step_entropy, dtype=torch.float64)
+        update_entropy.append(mean_or_0([mean_or_0(o.entropy) for o in batch if o.is_demo == s.is_demo]))
+    named["update_entropy"] = torch.tensor(update_entropy, dtype=torch.float64)
     return named
 
 
@@ -149,7 +149,7 @@ def shipped(arguments, cfg, n_demo, n_rollout, old=False, tis=False, loss=readin
         tis=a["tis"] if tis else None,
         kl=a["kl"] if cfg.kl_coef else None,
         logp_old=a["logp_old"] if old else None,
-        step_entropy=a["step_entropy"], demo_tokens=n_demo, rollout_tokens=n_rollout, **more)
+        update_entropy=a["update_entropy"], demo_tokens=n_demo, rollout_tokens=n_rollout, **more)
     terms, weights = loss(inputs, cfg)
     value = sum(terms.values())
     value.backward()
@@ -386,7 +386,7 @@ def test_with_entropy_level_batch_micro_batches_add_up_by_the_mean_entropy_of_th
     parts = []
     for i in range(5):
         part = tensors(batch[i::5])
-        part["step_entropy"] = whole["step_entropy"][i::5]
+        part["update_entropy"] = whole["update_entropy"][i::5]
         parts.append(shipped(part, cfg, *n)[0])
     assert sum(parts) == pytest.approx(loss, abs=1e-10)
 
