@@ -9,12 +9,15 @@ r"""Prompts, templates and demonstrations: everything between a file and a list 
 A demonstration is what the paper calls an element of D_demo: a problem x with a response y of a stronger
 model (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugging Face tokenizer.
 """
-import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from support.readers import READERS, data_files
+from support.tokens import encode_text, reserved_tokens, split_at_reserved
 
 # ----------------------------------------------------------------------------------------------------------
 # Templates: the text around a question. {question} is replaced literally, so braces in a problem are safe.
@@ -119,9 +122,9 @@ def _text(row, *names, required=True):
     Finite numbers are accepted, since answers often are: 4 -> "4". ValueError: no text there.
     """
     found = {name: row[name] for name in names if row.get(name) is not None}
-    for value in found.values():
+    for column, value in found.items():
         if isinstance(value, str) and value.strip():
-            return value
+            return check_characters(value, column)
         # To Python, True is an int; and nan, which is no answer, a float.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return repr(value)
@@ -141,44 +144,18 @@ def _message(row, column, role=None):
     if not texts or not isinstance(texts[-1], str) or not texts[-1].strip():
         raise ValueError(f"expected a non-empty {role or ''} message in {column!r}, "
                          f"found {str(turns)[:80]!r}")
-    return texts[-1]
+    return check_characters(texts[-1], column)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Files: a reader gives (row number counted from 1, row, or the ValueError that reading this row raised).
-
-def read_parquet(file):
-    """The rows of a parquet file. Raises ValueError, naming the file, where it cannot be read on."""
-    # Only needed here: the paper's data set comes as parquet, one's own may not.
-    import pyarrow
-    import pyarrow.parquet as pq
+def check_characters(text, column):
+    """The text itself. ValueError: it holds half a character, a lone surrogate, which JSON can spell and no
+    tokenizer reads."""
     try:
-        number = 0
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(1024):    # rows
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file}: not a readable parquet file ({error}); download it again") from error
-
-
-def read_jsonl(file):
-    """The rows of a file with one JSON object a line. Empty lines are no rows, but count."""
-    # Bytes, not text: a stray byte then spoils its own row only, and the row number stays right.
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            # Bad JSON and bad UTF-8 are ValueErrors, too many nested brackets a RecursionError.
-            except (ValueError, RecursionError) as error:
-                row = ValueError(f"expected one JSON object on the line: {error}")
-            yield number, row
-
-
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected text in column {column!r}, found half a character (the lone surrogate "
+                         f"{text[error.start]!r}, at place {error.start})") from error
+    return text
 
 
 def load_examples(path, skip_bad_rows=False, log=print):
@@ -194,7 +171,8 @@ def load_examples(path, skip_bad_rows=False, log=print):
         return [parse_row(row) for row in rows(str(path).removeprefix("tiny:"))]
     path = Path(path)
     examples, ids, bad = [], set(), []
-    for file in _files(path):
+    seen = set()
+    for file in data_files(path):
         name = file.relative_to(path) if path.is_dir() else file.name
         for number, row in READERS[file.suffix](file):
             try:
@@ -210,27 +188,16 @@ def load_examples(path, skip_bad_rows=False, log=print):
                 example.id = f"{name}/{number}"
             ids.add(example.id)
             examples.append(example)
+            seen.add(hash((example.problem, example.answer, example.demo)))
     if bad:
         log(f"{path}: skipped {len(bad)} bad rows, {len(examples)} remain; the first: {bad[0]}")
+    if len(seen) < len(examples):
+        log(f"{path}: {len(examples) - len(seen)} of {len(examples)} rows repeat an earlier one, with the "
+            "same problem, answer and demonstration; they are kept")
     if not examples:
         raise ValueError(f"{path}: no usable row among {len(bad)} (expected problem/answer/solution columns, "
                          "or prompt/target/reward_model)")
     return examples
-
-
-def _files(path):
-    """The files that `path` is or holds. FileNotFoundError, ValueError: there is none to read."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory; --data takes a parquet or JSONL file, "
-                                "or a folder")
-    files = [path]
-    if path.is_dir():
-        # Sorted: file systems list in any order, and every rank must number the examples alike.
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
-    if not files or files[0].suffix not in READERS:
-        raise ValueError(f"{path}: expected .parquet or .jsonl, "
-                         f"found {path.suffix or 'no such file inside'}")
-    return files
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -262,12 +229,13 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
         raise ValueError("this tokenizer has no eos_token, so a response could never end; "
                          "set one in its config")
     prompts, long_prompt, long_demo = [], 0, 0
+    reserved = reserved_tokens(tokenizer)
     for example in examples:
         text = render(template, example.problem, tokenizer)
-        ids = _prompt_ids(text, tokenizer, template)
+        ids = _prompt_ids(example, text, tokenizer, template, reserved)
         demo = None
         if example.demo is not None:
-            demo = _demo_ids(example.demo, text, tokenizer)
+            demo = _demo_ids(example.demo, text, tokenizer, reserved)
         if not 0 < len(ids) <= max_prompt_tokens:
             long_prompt += 1
         elif demo and len(demo) > max_response_tokens:
@@ -284,28 +252,58 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     return prompts
 
 
-def _prompt_ids(text, tokenizer, template):
-    """The prompt's tokens, from BOS (where the tokenizer has one) to where the response begins."""
-    # These two templates spell their special tokens out; the others let the tokenizer add its BOS, if any.
-    written_out = template in ("tokenizer", "qwen-math")
-    ids = tokenizer(text, add_special_tokens=not written_out)["input_ids"]
+def _prompt_ids(example, text, tokenizer, template, reserved):
+    """The tokens of a prompt's text, from BOS (where the tokenizer has one) to where the response begins."""
+    if template not in ("tokenizer", "qwen-math"):
+        ids = encode_text(text, tokenizer, reserved, add_special_tokens=True)
+    # These two templates spell their special tokens out, BOS, too; the problem's text must not become any.
+    elif any(token in example.problem for token in reserved.values()):
+        ids = _prompt_ids_in_parts(example, text, tokenizer, template, reserved)
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     # A few tokenizers close every text with EOS; a prompt is not over yet.
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids
 
 
-def _demo_ids(response, prompt_text, tokenizer):
+def _prompt_ids_in_parts(example, text, tokenizer, template, reserved):
+    """The tokens of a prompt of which the template's special tokens are special, and the problem's text."""
+    place = "\ue000"                               # stands for the problem; a character that no text has
+    before, _, after = render(template, place, tokenizer).partition(place)
+    if not (text.startswith(before) and text.endswith(after)):
+        raise ValueError(f"example {example.id}: its problem holds special tokens as text, and this chat "
+                         "template does more than insert it; leave it out, or use another --template")
+    problem = text[len(before):len(text) - len(after)]         # not example.problem: many templates strip it
+    head, middle, tail = split_at_reserved(before, problem, after, reserved)
+    return (tokenizer(head, add_special_tokens=False)["input_ids"]
+            + encode_text(middle, tokenizer, reserved)
+            + tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def _demo_ids(response, prompt_text, tokenizer, reserved):
     """A demonstration's tokens as a response to this prompt, EOS at the end exactly once."""
-    # "luffy" opens the thought in the prompt: the demonstration must not open it a second time.
-    if prompt_text.endswith("<think>\n"):
-        response = response.removeprefix("<think>\n")
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id:      # the text may spell EOS out
-        ids.pop()
+    # "luffy" and some chat templates open the thought: the demonstration must not open it a second time.
+    opened = re.search(r"<think>(\s*)$", prompt_text)
+    if opened and response.lstrip().startswith("<think>"):
+        response = response.lstrip().removeprefix("<think>").removeprefix(opened[1])
+    while response.rstrip().endswith(tokenizer.eos_token):                # the text may spell EOS out
+        response = response.rstrip().removesuffix(tokenizer.eos_token)
     # What a sampled response ends with, too: EOS is a response token, in the loss and in every length.
-    ids.append(tokenizer.eos_token_id)
-    return ids
+    return encode_text(response, tokenizer, reserved) + [tokenizer.eos_token_id]
+
+
+def check_vocabulary(prompts, tokenizer, rows):
+    """Raise ValueError if a token that they use has no row in the model's embedding, which has `rows`."""
+    if max(tokenizer.get_vocab().values()) < rows:         # Qwen's embeddings have hundreds to spare
+        return
+    for prompt in prompts:
+        largest = max([*prompt.ids, *(prompt.demo or []), tokenizer.eos_token_id])
+        if largest >= rows:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(f"example {prompt.example.id} needs token {largest} ({token!r}), but the "
+                             f"model's embedding has {rows} rows: its folder holds another model's "
+                             "tokenizer, or one with tokens added and the embedding not resized")
 
 
 # ----------------------------------------------------------------------------------------------------------

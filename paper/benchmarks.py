@@ -20,8 +20,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import READERS, Example, load_examples, parse_row
+from data import Example, check_characters, load_examples, parse_row
 from grading.answers import last_box, repair_scientific
+from support.readers import READERS, data_files
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -163,13 +164,7 @@ def _read_path(path):
                                 f"of {', '.join(BENCHMARKS)}")
     path = Path(path)
     readers = {**READERS, ".json": _read_json, ".csv": _read_csv}
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in readers)
-    if not files or files[0].suffix not in readers:
-        raise ValueError(f"{path}: expected {', '.join(readers)} or a folder of such files, "
-                         f"found {path.suffix or 'none inside'}")
-    for file in files:
+    for file in data_files(path, readers):
         own = file.relative_to(path) if path.is_dir() else file.name
         for number, row in readers[file.suffix](file):
             yield f"{file}, row {number}", f"{own}/{number}", row
@@ -288,6 +283,8 @@ def _checked(options, index, letter):
     if not texts or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"expected a list of 2 to {len(LETTERS)} options, each a text (letters A to "
                          f"{LETTERS[-1]}), found {str(options)[:80]}")
+    for option in options:
+        check_characters(option, "options")
     letters = list(LETTERS[:len(options)])
     if index is None and letter in letters:
         index = letters.index(letter)

@@ -451,6 +451,7 @@ BAD_ROWS = [
     ("mmlu_pro", MMLU_PRO | {"options": ["a"]}, "2 to 10 options"),
     ("mmlu_pro", MMLU_PRO | {"options": "['a' 'b']"}, "list of 2 to 10"),
     ("mmlu_pro", MMLU_PRO | {"options": ["a", " "]}, "each a text"),
+    ("mmlu_pro", MMLU_PRO | {"options": ["a", "b\ud800"]}, "'options', found half a character"),
     ("gpqa", {k: v for k, v in GPQA.items() if k != "Incorrect Answer 2"}, "2 to 10 options"),
     ("arc_c", ARC | {"answerKey": "E"}, "answerKey.*'E' and labels"),
     ("arc_c", ARC | {"choices": None}, "answerKey.*labels"),

@@ -88,6 +88,55 @@ def test_a_folder_is_read_file_by_file_in_sorted_order_and_other_files_are_left_
     assert [e.problem for e in load_examples(tmp_path)] == ["a.jsonl", "b.parquet", "c.jsonl", "sub/b.jsonl"]
 
 
+@pytest.mark.parametrize("name", [
+    "._a.jsonl", ".hidden.parquet", ".ipynb_checkpoints/a-checkpoint.jsonl", ".cache/huggingface/a.parquet",
+    "sub/.git/a.jsonl"])
+def test_a_folders_hidden_files_which_other_programs_leave_are_not_data(name, tmp_path):
+    folder = tmp_path / ".data"                                          # its own name may begin with a point
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"\0\5\26\7")                            # as macOS begins its ._ files
+    jsonl(folder / "a.jsonl", GOOD)
+    (folder / "b.jsonl").mkdir()
+    assert len(load_examples(folder)) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_git_lfs_pointer_is_named_in_the_place_of_the_data_that_was_not_fetched(name, skip, tmp_path):
+    jsonl(tmp_path / "b.jsonl", GOOD)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1a2b\nsize 123\n")
+    with pytest.raises(ValueError, match=f"{name}: a Git-LFS pointer.*git lfs pull"):
+        load_examples(tmp_path, skip_bad_rows=skip)
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error_and_not_a_smaller_data_set(tmp_path):
+    jsonl(tmp_path / "b.jsonl", GOOD)
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="a.jsonl"):
+        load_examples(tmp_path)
+
+
+def test_rows_that_repeat_an_earlier_one_are_kept_and_counted(tmp_path):
+    said, rows = [], [GOOD, GOOD, GOOD | {"solution": "2"}, GOOD | {"id": "own"}]
+    jsonl(tmp_path / "a.jsonl", *rows)
+    jsonl(tmp_path / "b.jsonl", GOOD)
+    assert len(load_examples(tmp_path, log=said.append)) == 5
+    assert said == [f"{tmp_path}: 3 of 5 rows repeat an earlier one, with the same problem, answer and "
+                    "demonstration; they are kept"]
+
+
+def test_a_parquet_row_whose_text_is_no_utf_8_is_a_bad_row_like_any_other(tmp_path):
+    path = parquet(tmp_path / "d.parquet", *[GOOD | {"answer": str(i)} for i in range(3)])
+    table = pyarrow.parquet.read_table(path)
+    broken = pyarrow.array([b"p", b"\xff", b"q"]).cast(pyarrow.string(), safe=False)
+    table = table.set_column(table.schema.get_field_index("problem"), "problem", broken)
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match="d.parquet, row 2: expected text in UTF-8"):
+        load_examples(path)
+    examples = load_examples(path, skip_bad_rows=True, **quiet)
+    assert [(e.problem, e.answer) for e in examples] == [("p", "0"), ("q", "2")]
+
+
 def test_empty_lines_and_windows_line_ends_are_no_rows(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"\n  \n" + json.dumps(GOOD).encode() + b"\r\n\r\n")
     assert len(load_examples(tmp_path / "d.jsonl")) == 1
@@ -113,12 +162,19 @@ BAD_ROWS = {
         "user message in 'prompt'",
     json.dumps(openr1(demo="")).encode(): "message in 'target'",
     json.dumps(openr1() | {"target": ["d"]}).encode(): "'target' to be a list of {role, content}",
+    json.dumps(GOOD | {"problem": "a\ud83d"}).encode(): r"'problem', found half a character (the lone "
+                                                        r"surrogate '\ud83d', at place 1)",
+    json.dumps(GOOD | {"answer": "\udc00"}).encode(): "'answer', found half a character",
+    json.dumps(GOOD | {"solution": "\udc00"}).encode(): "'solution', found half a character",
+    json.dumps(GOOD | {"id": "\udc00"}).encode(): "'id', found half a character",
+    json.dumps(openr1("\ud800")).encode(): "'prompt', found half a character",
+    json.dumps(openr1(demo="\ud800")).encode(): "'target', found half a character",
 }
 
 
 @pytest.mark.parametrize("bad", BAD_ROWS, ids=lambda b: b[:40].decode(errors="replace"))
 def test_a_bad_row_is_named_by_file_and_row_with_what_was_expected_or_skipped_and_counted(tmp_path, bad):
-    path, said = jsonl(tmp_path / "d.jsonl", GOOD, bad, GOOD, bad), []
+    path, said = jsonl(tmp_path / "d.jsonl", GOOD, bad, GOOD | {"answer": "3"}, bad), []
     with pytest.raises(ValueError, match=re.escape(f"{path}, row 2: ")) as error:
         load_examples(path)
     assert BAD_ROWS[bad] in str(error.value) and "expected" in str(error.value)
@@ -250,17 +306,6 @@ def test_prompt_and_demonstration_become_tokens_and_eos_ends_the_demonstration(t
 def test_eos_ends_a_demonstration_exactly_once(tokenizer, text):
     [prompt] = tokenize([Example("a", "1+1=?\n", "2", text)], tokenizer, "none", 40, 40)
     assert prompt.demo.count(tokenizer.eos_token_id) == 1 and prompt.demo[-1] == tokenizer.eos_token_id
-
-
-def test_a_tokenizer_that_closes_every_text_with_eos_leaves_the_prompt_open(tokenizer):
-    class Closing:
-        eos_token_id = tokenizer.eos_token_id
-
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": tokenizer(text)["input_ids"] + [self.eos_token_id] * add_special_tokens}
-
-    [prompt] = tokenize([Example("a", "1+1=?", "2", "2")], Closing(), "none", 40, 40)
-    assert prompt.ids == tokenizer("1+1=?")["input_ids"] and prompt.demo == tokenizer("2")["input_ids"] + [0]
 
 
 def test_a_tokenizer_without_eos_is_refused():
