@@ -28,10 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import model as M
-from data import TEMPLATES, Prompt, tokenize
+from data import TEMPLATES, Prompt, check_vocabulary, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.intervals import check_interval
@@ -163,15 +162,24 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
     """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
     0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = []                                         # indices; multiple choice has nothing to parse
-    for i in range(rank, len(prompts), world):
-        if getattr(prompts[i].example, "order", None) is None:
-            mine.append(i)
-    reasons = grader.check([prompts[i].example.answer for i in mine], kind)
+    places = {}                                       # each answer once -> indices of its prompts
+    for i, prompt in enumerate(prompts):
+        if getattr(prompt.example, "order", None) is None:        # multiple choice has nothing to parse
+            places.setdefault(prompt.example.answer, []).append(i)
+    mine, reasons = list(places)[rank::world], {}
+    size = 100 * grader.workers                       # at each part's end, workers wait for its slowest
+    bar = tqdm(total=len(mine), desc=f"{name}: reference answers", disable=rank != 0, delay=3, leave=False)
+    for start in range(0, len(mine), size):
+        part = mine[start:start + size]
+        for place, reason in grader.check(part, kind).items():
+            reasons[part[place]] = reason
+        bar.update(len(part))
+    bar.close()
     everyone, bad = [None] * world, {}
-    dist.all_gather_object(everyone, {mine[place]: reason for place, reason in reasons.items()})
+    dist.all_gather_object(everyone, reasons)
     for part in everyone:
-        bad.update(part)
+        for answer, reason in part.items():
+            bad.update(dict.fromkeys(places[answer], reason))
     for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
         say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
             f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
@@ -360,8 +368,9 @@ def measure(args):
     check_environment(device)
     folder = locate(args)
     config = M.load_config(folder, args.rope_theta, args.window)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = M.load_tokenizer(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
+    check_vocabulary([task.prompt for task in tasks], tokenizer, config.vocab_size)
     if rank == 0:
         claim(args.out)
     settle(args, folder, device, rank)

@@ -34,7 +34,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from support.device import to_device
 from support.logprobs import token_kl, token_logprobs
@@ -347,6 +347,22 @@ def load_config(path, rope_theta=0.0, window=0):
         config.eos_token_id = eos
     config.use_cache = False                           # of keys and values, for generation: the engine's work
     return config
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model's folder. Raises ValueError if there is none, or none that can be read."""
+    # Looked for here: of a folder without one, transformers makes an empty tokenizer for some types of model,
+    # and for others asks to install sentencepiece.
+    kinds = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
+    if not any(list(Path(path).glob(kind)) for kind in kinds):
+        raise ValueError(f"{path}: no tokenizer here; copy tokenizer.json and tokenizer_config.json from the "
+                         "model that it was made of")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:                         # of several libraries, which share no class of errors
+        raise ValueError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: "
+                         f"{str(error).strip()[:150]}); copy tokenizer.json and tokenizer_config.json anew "
+                         "from the model that it was made of") from error
 
 
 def compute_dtype(device):

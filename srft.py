@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import model as M
 from config import (
@@ -43,7 +42,7 @@ from config import (
     parse_args,
     sequences_per_prompt,
 )
-from data import Order, load_examples, tokenize
+from data import Order, check_vocabulary, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from grading.answers import FAILED
 from reward import Grader
@@ -670,11 +669,11 @@ def setup(cfg):
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
     name_the_card(device, say)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = M.load_tokenizer(folder)
     # The grader before the model: its processes start while that is loaded.
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
-    prompts, heldout = load_data(cfg, tokenizer, grader, say)
+    prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("load model")
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
@@ -714,41 +713,62 @@ def name_the_card(device, say):
         say(f"{name}: peak FLOP/s not listed in support.device.PEAK_FLOPS, so no perf/mfu")
 
 
-def load_data(cfg, tokenizer, grader, say):
+def load_data(cfg, tokenizer, vocab_size, grader, say):
     """-> (the training prompts, name -> held-out prompts). A collective.
 
     A training prompt whose reference answer nothing can match is left out: every right response would count
     as wrong, and Eq. 12 would push it down. In a held-out set it is named and stays in the denominator.
+    Raises ValueError where no answer can be matched, or the method has nothing to imitate.
     """
     phase("load data")
-    prompts, heldout = load_prompts(cfg.data, "--data", tokenizer, cfg, say), {}
+    prompts, heldout = load_prompts(cfg.data, "--data", tokenizer, vocab_size, cfg, say), {}
     for source in filter(None, cfg.eval_data.split(",")):
         name = Path(source).stem.removeprefix("tiny:")
         if name in heldout:
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
-        heldout[name] = load_prompts(source, "--eval_data", tokenizer, cfg, say)
-        unmatchable(grader, f"--eval_data {name}", heldout[name], say)
-    reasons = unmatchable(grader, "--data", prompts, say)
-    # A check that ran out of time proves nothing, and would differ after a resume: its prompt stays.
-    prompts = [prompt for i, prompt in enumerate(prompts) if reasons.get(i) in (None, *FAILED)]
-    if not prompts:
-        raise ValueError("--data: no reference answer can be matched; is `answer` the final answer alone?")
+        heldout[name] = load_prompts(source, "--eval_data", tokenizer, vocab_size, cfg, say)
+    check_demonstrations(cfg, prompts)                # now: the next lines may take minutes
+    for name, asked in heldout.items():
+        matchable(grader, f"--eval_data {name}", asked, say)
+    prompts = matchable(grader, "--data", prompts, say)
+    check_demonstrations(cfg, prompts)
+    without = sum(not prompt.demo for prompt in prompts)
+    if without and METHODS[cfg.method].demos != "none":
+        say(f"--data: {without} of {len(prompts)} examples have no demonstration, so --method {cfg.method} "
+            "has nothing to imitate there")
     if not METHODS[cfg.method].rollouts:
         prompts = [prompt for prompt in prompts if prompt.demo]
-        if not prompts:
-            raise ValueError("--data: no example has a demonstration (`solution`), and --method "
-                             f"{cfg.method} learns from nothing else")
     return prompts, heldout
 
 
-def load_prompts(source, flag, tokenizer, cfg, say):
+def matchable(grader, name, prompts, say):
+    """The prompts whose reference answer can be matched. ValueError: there is none. A collective."""
+    reasons = unmatchable(grader, name, prompts, say)
+    # A check that ran out of time proves nothing, and would differ after a resume: its prompt stays.
+    found = [prompt for i, prompt in enumerate(prompts) if reasons.get(i) in (None, *FAILED)]
+    if not found:
+        raise ValueError(f"{name}: no reference answer can be matched; is `answer` the final answer alone?")
+    return found
+
+
+def check_demonstrations(cfg, prompts):
+    """Raise ValueError if the method imitates demonstrations, and there is none: it would be another one."""
+    if METHODS[cfg.method].demos != "none" and not any(prompt.demo for prompt in prompts):
+        raise ValueError(f"--method {cfg.method} learns from demonstrations, and no example of --data "
+                         f"{cfg.data} has one (column `solution` or `target`); add them, or pass --method "
+                         "grpo, which needs none")
+
+
+def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
     """A file, folder, hub name or tiny:NAME -> list of Prompt. flag: "--data" or "--eval_data", whose value
     it is. cfg: config.Config. A collective: of each node one rank downloads."""
     path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
     examples = load_examples(path, cfg.skip_bad_rows, say)
     if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
         examples = [replace(example, demo=None) for example in examples]
-    return tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens, say)
+    prompts = tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens, say)
+    check_vocabulary(prompts, tokenizer, vocab_size)
+    return prompts
 
 
 def load_reference(cfg, folder, config, ranks):

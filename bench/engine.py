@@ -12,7 +12,7 @@ same bytes between two sets of warm tensors.
 import statistics
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import LlamaConfig
 from vllm import SamplingParams
 
 import common
@@ -37,10 +37,10 @@ def main(argv=None):
     _, _, device, mesh = init_distributed(args.device)
     check_environment(device)
     if args.model:
-        config, tokenizer = M.load_config(args.model), AutoTokenizer.from_pretrained(args.model)
+        config, tokenizer = M.load_config(args.model), M.load_tokenizer(args.model)
         policy = M.load_policy(args.model, config, mesh, device)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(TINY)
+        tokenizer = M.load_tokenizer(TINY)
         config, policy = random_llama(mesh, device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = RolloutEngine(config, tokenizer, dtype, PROMPT + args.tokens, args.prompts * args.group,

@@ -13,9 +13,9 @@ both: here through vLLM's limit of each request, there by a logits processor tha
 its length. Rows that have ended stay in TRL's batch, and all its rows are padded to the longest, as in any
 run of it.
 
-Both train the same tokens: no demonstrations here, no reference model there. Here every response is graded as
-in training, by a worker process; TRL's reward is a number made from the text, which costs nothing. TRL's loss
-is GRPO's with one update a batch, so it needs no pass for old log-probs. Both compute the entropy of each
+Both train the same tokens by one loss, GRPO's with one update a batch, which needs no pass for old log-probs:
+no demonstrations here, no reference model there. Here every response is graded as in training, by a worker
+process; TRL's reward is a number made from the text, which costs nothing. Both compute the entropy of each
 token.
 
 TRL generates by transformers. Its other ways, tried with the versions in bench/requirements.txt on a CPU:

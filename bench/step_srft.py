@@ -72,8 +72,9 @@ class Report:
                      prompt_tokens=sum(len(p.ids) for p in run.prompts) * spec["group"])
 
 
+# GRPO, as the other side: the data have no demonstrations.
 cfg = Config(
-    device=spec["device"], model=spec["model"], data=spec["data"], out=spec["out"], template="none",
+    method="grpo", device=spec["device"], model=spec["model"], data=spec["data"], out=spec["out"], template="none",
     rope_theta=0.0, window=0, max_prompt_tokens=spec["max_prompt"], max_response_tokens=spec["max_response"],
     prompts_per_step=spec["prompts"], n_rollouts=spec["group"],
     engine_sequences=spec["prompts"] * spec["group"],

@@ -31,10 +31,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from transformers import AutoTokenizer
 
 import model as M
-from data import TEMPLATES, load_examples, tokenize
+from data import TEMPLATES, check_vocabulary, load_examples, tokenize
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.checkpoint import inspect_checkpoint
 from support.processes import fetch, init_distributed, mistakes_in_one_line
@@ -101,8 +100,9 @@ def respond(args, mesh, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     folder = model_folder(args.model)
     config = M.load_config(folder, args.rope_theta, args.window)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = M.load_tokenizer(folder)
     prompts = read_prompts(args, tokenizer)
+    check_vocabulary(prompts, tokenizer, config.vocab_size)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = RolloutEngine(config, tokenizer, dtype, args.max_prompt_tokens + args.max_response_tokens, 128,
                            gpu_memory_utilization=0.9)
@@ -178,7 +178,7 @@ def fig2a(args, mesh, device):
     """A heat map of the first response that --data and --responses give."""
     label, name = named(args.tuned)[0]
     base, tuned = model_folder(args.base), model_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = M.load_tokenizer(base)
     args.limit = 1
     sequence = responses(args, args.responses[0], tokenizer)[0]
     # log p of each token of the response, the same tokens under both models.
@@ -301,7 +301,7 @@ def fig2b(args, mesh, device):
     """p_tuned - p_base of every response token, as a histogram for each tuned model."""
     base = model_folder(args.base)
     tuned = [(label, model_folder(name)) for label, name in named(args.tuned)]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = M.load_tokenizer(base)
     sources = args.responses
     if len(sources) == 1:
         sources = sources * len(tuned)

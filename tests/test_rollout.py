@@ -346,7 +346,8 @@ def test_prompts_that_together_exceed_vllms_budget_of_tokens_are_trained_on_and_
     for _ in range(100):            # of 44 tokens: 4,400 in one decoding step, where vLLM's budget is 4,096
         terms = [rng.randint(10, 99) for _ in range(14)]
         problem = "+".join(map(str, terms)) + "=?\n"
-        problems.append(json.dumps({"problem": problem, "answer": str(sum(terms))}))
+        problems.append(json.dumps({"problem": problem, "answer": str(sum(terms)),
+                                    "solution": f"\\boxed{{{sum(terms)}}}"}))
     long = tmp_path / "long.jsonl"
     long.write_text("\n".join(problems))
     run(["srft.py", "--preset", "tiny", "--device", "cpu", "--data", long, "--eval_data", long,

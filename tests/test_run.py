@@ -287,11 +287,11 @@ def test_relift_demonstrates_what_all_rollouts_failed_and_its_buffer_survives_a_
 
 
 @pytest.mark.slow
-def test_sft_without_demonstrations_is_refused(tmp_path):
+def test_a_run_without_demonstrations_ends_in_one_line_on_every_rank(tmp_path):
     data = tmp_path / "mine.jsonl"
     write_jsonl(data, [{"problem": "1+1=?\n", "answer": "2"}])
-    done = run([*SMALL, "--method", "sft", "--data", data, "--out", tmp_path / "run"], ok=False)
-    assert "no example has a demonstration" in done and "Traceback" not in done
+    done = run([*SMALL, "--data", data, "--out", tmp_path / "run"], ranks=2, ok=False)
+    assert "--method srft learns from demonstrations" in done and "Traceback" not in done
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -376,8 +376,8 @@ def test_every_program_that_starts_an_engine_checks_its_stack_before_anything_is
         return Ranks(0, 1, torch.device("cpu"), None)
 
     module = {"srft": srft, "eval": eval, "figures": figures}[program]
-    for name in ("init_distributed", "fetch", "AutoTokenizer"):
-        monkeypatch.setattr(module, name, started if name == "init_distributed" else None)
+    monkeypatch.setattr(module, "init_distributed", started)
+    monkeypatch.setattr(module, "fetch", None)
     monkeypatch.setattr(module, check, refuse)
     flags = {"srft": ["--preset", "tiny", "--out", tmp_path],
              "eval": ["--model", TINY],
@@ -407,7 +407,10 @@ def test_a_step_without_any_reward_because_grading_broke_down_is_shouted_about(t
 @pytest.mark.slow
 def test_a_reference_that_nothing_can_match_is_named_and_left_out_of_training_but_stays_in_the_evaluation(
         tmp_path):
-    good = [{"id": f"good{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i)} for i in range(6)]
+    good = []
+    for i in range(6):
+        good.append({"id": f"good{i}", "problem": f"1{i}+11=?\n", "answer": str(21 + i),
+                     "solution": f"\\boxed{{{21 + i}}}"})
     bad = {"id": "bad0", "problem": "11+11=?\n", "answer": r"\frac{"}
     write_jsonl(tmp_path / "mine.jsonl", [*good, bad])
     write_jsonl(tmp_path / "held.jsonl", [*good[:1], bad])
@@ -438,6 +441,6 @@ def test_a_demonstration_is_graded_once_whatever_rank_meets_it_again_and_after_a
 @pytest.mark.slow
 def test_data_whose_every_reference_is_unusable_is_refused(tmp_path):
     data = tmp_path / "mine.jsonl"
-    write_jsonl(data, [{"problem": "1+1=?\n", "answer": r"\frac{"}])
+    write_jsonl(data, [{"problem": "1+1=?\n", "answer": r"\frac{", "solution": "\\boxed{2}"}])
     done = run([*SMALL, "--steps", "1", "--data", data, "--out", tmp_path / "run"], ok=False)
     assert "no reference answer can be matched" in done and "Traceback" not in done
