@@ -35,7 +35,7 @@ from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.intervals import check_interval
 from support.processes import fetch, init_distributed, mistakes_in_one_line
-from support.runlog import write_whole
+from support.runlog import json_line, write_whole
 from support.versions import check_versions, environment, versions
 
 # Nothing of paper/ here: srft.py loads this file for `evaluate`, and trains without that room. The functions
@@ -210,7 +210,7 @@ def read_results(path):
 
 def append_results(path, rows):
     """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(map(json_line, rows))
     with path.open("ab+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)              # until the file is closed
         end = file.seek(0, os.SEEK_END)

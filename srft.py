@@ -49,7 +49,7 @@ from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from support.device import memory_gb, peak_flops, read_once
-from support.health import Health, check_engine
+from support.health import Health, check_alive, check_engine
 from support.metrics import Tally, shown_on_the_bar, summarize
 from support.processes import (
     Ranks,
@@ -471,7 +471,8 @@ def train(cfg, run):
     """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that cfg.method names.
     Returns the last step's metrics."""
     rank, _, device, mesh = run.ranks
-    objective, progress, health = run.objective, run.progress, Health()
+    objective, progress = run.objective, run.progress
+    health = Health(run.policy.lm.config.vocab_size, cfg.prompts_per_step * sequences_per_prompt(cfg)[0])
     order = Order(len(run.prompts), cfg.seed, progress.position)
     stopping = finish_step_on_signals()
     metrics, stop, first = {}, False, progress.step + 1
@@ -548,6 +549,7 @@ def train(cfg, run):
             raise RuntimeError(trouble)
         phase("checkpoint", step)
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
+            look_for_life(run)
             state = {**asdict(progress), "data": [cfg.data, len(run.prompts), cfg.seed]}
             save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
@@ -644,6 +646,18 @@ def compare_engine(cfg, run, version):
     ours = [row[:len(s.response)] for row, s in zip(logp.cpu().numpy(), sequences)]
     theirs = [group[0].logprobs for group in groups]
     check_engine(ours, theirs, f"before the evaluation of step {version}")
+
+
+@torch.no_grad()
+def look_for_life(run):
+    """Before weights are saved or exported: raise RuntimeError if they are not finite, or give no finite
+    log-probs, or none that differ. A collective."""
+    policy, vocabulary = run.policy, run.policy.lm.config.vocab_size
+    tokens = [place % vocabulary for place in range(16)]                     # the same on every rank
+    logp, *_ = policy(M.collate([M.Sequence(tokens[:8], tokens[8:])], run.ranks.device))        # (1, 8)
+    policy.reshard()                   # a forward without backward leaves the root gathered
+    shards = [(name.removeprefix("lm."), p.to_local()) for name, p in policy.named_parameters()]
+    check_alive(shards, logp, vocabulary)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -798,6 +812,8 @@ def restore(cfg, checkpoint, policy, optimizer, n_prompts, say):
     said = f"resumed {path}"
     for name, now in asdict(replace(cfg, resume=False)).items():
         then = settings.get(name, now)
+        if then == str(now):                                  # "inf": JSON has no number for it
+            continue
         if then != now and name in ("method", "template"):
             raise ValueError(f"{cfg.out}: was trained with --{name} {then}; resume with that, or start "
                              "another run from a model of its own, --model DIR")
@@ -814,6 +830,7 @@ def finish(cfg, run, stopped):
     far held-out accuracy has come. A collective."""
     if not stopped:
         phase("export", cfg.steps)
+        look_for_life(run)
         M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(run.ranks.device))
     run.grader.close()
     dist.barrier()                                    # no rank leaves while another still talks to it

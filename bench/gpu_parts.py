@@ -641,8 +641,11 @@ def command(report, *args):
 def last_step(report, what, path, step, seconds, device):
     """The step asked for, finite numbers, an engine that agrees with the trainer."""
     row = json.loads(path.read_text().splitlines()[-1])
-    reward, norm, mean = row["reward/mean"], row["grad_norm"], row["engine/logp_diff_mean"]
-    finite = bool(np.isfinite([reward, norm, mean, row["engine/logp_diff_max"]]).all())
+    names = ["reward/mean", "grad_norm", "engine/logp_diff_mean", "engine/logp_diff_max"]
+    # metrics.jsonl has null for what is not finite; as a float it is nan.
+    numbers = np.array([row[name] for name in names], float)
+    reward, norm, mean, _ = numbers.tolist()
+    finite = bool(np.isfinite(numbers).all())
     report.add(what, f"step {row['step']}, reward {reward:.2f}, gradient norm {norm:.2g}, {seconds:.1f} s",
                f"step {step}, finite", finite and row["step"] == step and not row["steps_skipped"],
                metrics=row)

@@ -74,9 +74,9 @@ class Report:
 
 # GRPO, as the other side: the data have no demonstrations.
 cfg = Config(
-    method="grpo", device=spec["device"], model=spec["model"], data=spec["data"], out=spec["out"], template="none",
-    rope_theta=0.0, window=0, max_prompt_tokens=spec["max_prompt"], max_response_tokens=spec["max_response"],
-    prompts_per_step=spec["prompts"], n_rollouts=spec["group"],
+    method="grpo", template="none", device=spec["device"], model=spec["model"], data=spec["data"],
+    out=spec["out"], rope_theta=0.0, window=0, max_prompt_tokens=spec["max_prompt"],
+    max_response_tokens=spec["max_response"], prompts_per_step=spec["prompts"], n_rollouts=spec["group"],
     engine_sequences=spec["prompts"] * spec["group"],
     micro_batch_tokens=spec["micro_batch"] * (spec["max_prompt"] + spec["max_response"]),
     activation_checkpointing=False, lr=spec["lr"], weight_decay=spec["weight_decay"],

@@ -5,11 +5,12 @@
     rows = read_rows("out/run/metrics.jsonl")
 
 One JSON object a line, so that a run of days is a file which any tool reads while it grows, and which a kill
-spoils by one line at most. curves.png has the panels of Fig. 6.
+spoils by one line at most. What is not a finite number is null. curves.png has the panels of Fig. 6.
 
 To copy: this file, with PANELS named anew. It needs matplotlib; tensorboard is used where it is installed.
 """
 import json
+import math
 import time
 import warnings
 from pathlib import Path
@@ -37,6 +38,15 @@ def read_rows(file):
             if number < len(lines):
                 raise ValueError(f"{file}: line {number} of {len(lines)} is not JSON") from None
     return rows
+
+
+def json_line(row):
+    """A row as one line of strict JSON, which has no word for nan and infinity: null."""
+    row = dict(row)
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row[name] = None
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def write_whole(path, text):
@@ -86,7 +96,7 @@ class RunLog:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
-            write_whole(self.run / name, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.run / name, "".join(map(json_line, rows)))
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.run, purge_step=step + 1)
@@ -95,10 +105,13 @@ class RunLog:
 
     def write_settings(self, settings):
         """config.json: `settings`. What held until now, if a resume has changed any, becomes
-        config-until-STEP.json."""
+        config-until-STEP.json. An infinity, such as --grad_clip inf, becomes the text "inf"."""
         if not self.active:
             return
-        file, text = self.run / "config.json", json.dumps(settings, indent=2)
+        for name, value in settings.items():
+            if value == math.inf:
+                settings = {**settings, name: "inf"}
+        file, text = self.run / "config.json", json.dumps(settings, indent=2, allow_nan=False)
         if self.step >= 0 and file.read_text() != text:
             file.replace(self.run / f"config-until-{self.step}.json")
         write_whole(file, text)             # a kill must not leave half of it: a resume reads it
@@ -109,7 +122,7 @@ class RunLog:
             return
         for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
             with (self.run / name).open("a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+                f.writelines(map(json_line, rows))
         if self.board:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
