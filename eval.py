@@ -33,7 +33,7 @@ import model as M
 from data import TEMPLATES, Prompt, check_vocabulary, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
-from support.intervals import check_interval
+from support.intervals import check_interval, positive
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import json_line, write_whole
 from support.versions import check_versions, environment, versions
@@ -328,7 +328,7 @@ def add_flags(parser):
     flag("grader", "both", "verifier: the paper's final one, its training one, or both (Sec. 5.1)",
          choices=("oat", "math-verify", "both"))
     flag("samples", 0, "responses a problem; 0: 32 for AIME24 and AMC, else 1 (Sec. 5.1)", within="[0, inf)")
-    flag("limit", None, "only the first problems of each benchmark", type=int)
+    flag("limit", None, "only the first problems of each benchmark", type=positive)
     flag("temperature", 0.6, "sampling temperature (App. B: 0.6); 0 is greedy", within="[0, inf)")
     flag("top_p", 1.0, "nucleus sampling; the paper is silent", within="(0, 1]")
     flag("max_tokens", 8192, "longest response (App. B: 8,192)", within="[1, inf)")

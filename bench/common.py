@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))                    # `python bench/x.py` finds the
 import torch  # noqa: E402
 
 from support.device import choose_device  # noqa: E402
+from support.intervals import number_in  # noqa: E402
 from support.versions import environment  # noqa: E402
 
 
@@ -31,7 +32,8 @@ def parser(doc, name):
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                    help="auto: the GPU if torch is built for one, and an error if it cannot be used; "
                    "else the CPU [%(default)s]")
-    p.add_argument("--threads", type=int, default=1, help="threads of this process [%(default)s]")
+    p.add_argument("--threads", type=number_in(int, "[1, 4096]"), default=1,
+                   help="threads of this process [%(default)s]")
     return p
 
 

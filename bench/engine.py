@@ -20,6 +20,7 @@ import common
 import model as M
 from config import TINY
 from rollout import RolloutEngine, check_environment
+from support.intervals import positive
 from support.processes import init_distributed
 
 PROMPT = 64               # tokens
@@ -28,10 +29,10 @@ PROMPT = 64               # tokens
 def main(argv=None):
     p = common.parser(__doc__, "engine")
     p.add_argument("--model", help="Hugging Face folder; default: a random Llama, 20M parameters, V = 32k")
-    p.add_argument("--prompts", type=int, default=8, help=f"prompts, of {PROMPT} tokens [%(default)s]")
-    p.add_argument("--group", type=int, default=8, help="samples a prompt [%(default)s]")
-    p.add_argument("--tokens", type=int, default=128, help="tokens a response [%(default)s]")
-    p.add_argument("--pairs", type=int, default=7, help="alternating measurements [%(default)s]")
+    p.add_argument("--prompts", type=positive, default=8, help=f"prompts, of {PROMPT} tokens [%(default)s]")
+    p.add_argument("--group", type=positive, default=8, help="samples a prompt [%(default)s]")
+    p.add_argument("--tokens", type=positive, default=128, help="tokens a response [%(default)s]")
+    p.add_argument("--pairs", type=positive, default=7, help="alternating measurements [%(default)s]")
     args = p.parse_args(argv)
     common.start(args)
     _, _, device, mesh = init_distributed(args.device)

@@ -27,6 +27,7 @@ and two cases at D = 896, the width of Qwen2-0.5B, where the products do: there,
 time makes four products of three. The inputs are such that the target's probability ranges from 1e-8 to
 almost 1, as in text.
 """
+import argparse
 import ctypes
 import json
 import statistics
@@ -39,6 +40,8 @@ from functools import cached_property
 import torch
 
 from common import PeakMemory, clock, parser, save, show, start, work_clock
+
+from support.intervals import number_in, positive
 
 PATHS = ("ours", "full", "TRL", "Liger", "Liger Triton")
 CASES = ["1024,32000,64", "1024,151936,64", "512,32000,896", "1024,151936,896", "8192,32000,64",
@@ -225,15 +228,22 @@ def run_case(args, workers, case, folder):
     return {"tokens": n, "vocabulary": vocab, "width": width, "paths": found}
 
 
+def sizes(text):
+    """A case of the command line, "N,V,D", as it is; an error of argparse unless these are three counts."""
+    if len([positive(size) for size in text.split(",")]) != 3:
+        raise argparse.ArgumentTypeError(f"{text}: three counts, N,V,D")
+    return text
+
+
 def main(argv=None):
     p = parser(__doc__, "logprob")
     p.add_argument("--trl_python",
                    help="python of an environment with trl and liger-kernel; without it these are left out")
-    p.add_argument("--cases", nargs="+", default=CASES, metavar="N,V,D",
+    p.add_argument("--cases", type=sizes, nargs="+", default=CASES, metavar="N,V,D",
                    help="tokens, vocabulary, width [%(default)s]")
-    p.add_argument("--rounds", type=int, default=3,
+    p.add_argument("--rounds", type=positive, default=3,
                    help="runs of each path; one where N V is over 1e9 [%(default)s]")
-    p.add_argument("--limit_gb", type=float, default=6.0,
+    p.add_argument("--limit_gb", type=number_in(float, "(0, inf)"), default=6.0,
                    help="leave the full path out where it needs more [%(default)s]")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                    help="of hidden states and head [%(default)s]")

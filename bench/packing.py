@@ -33,6 +33,7 @@ from transformers import Qwen2Config
 from common import parser, save, show, start, work_clock
 
 import model as M
+from support.intervals import positive
 from support.logprobs import token_logprobs
 from support.processes import init_distributed
 
@@ -192,11 +193,11 @@ def main(argv=None):
     p.add_argument("--shapes", nargs="+", choices=SHAPES, default=["3M", "26M"], help="models [%(default)s]")
     p.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS),
                    help="distributions [%(default)s]")
-    p.add_argument("--sequences", type=int, default=32, help="sequences of a distribution [%(default)s]")
-    p.add_argument("--max_tokens", type=int, default=256, help="longest response [%(default)s]")
-    p.add_argument("--padded_batch", type=int, default=8,
+    p.add_argument("--sequences", type=positive, default=32, help="sequences of a distribution [%(default)s]")
+    p.add_argument("--max_tokens", type=positive, default=256, help="longest response [%(default)s]")
+    p.add_argument("--padded_batch", type=positive, default=8,
                    help="sequences of a padded micro-batch (8: TRL) [%(default)s]")
-    p.add_argument("--rounds", type=int, default=3, help="runs of each way, in turn [%(default)s]")
+    p.add_argument("--rounds", type=positive, default=3, help="runs of each way, in turn [%(default)s]")
     args = p.parse_args(argv)
     start(args)
     results = []

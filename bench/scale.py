@@ -39,6 +39,7 @@ import common
 import model as M
 from bench import plan
 from config import Config, check_config
+from support.intervals import number_in, positive
 from support.processes import init_distributed
 
 GB = 1e9
@@ -576,13 +577,13 @@ def main():
                    help="folder or hub name, for its config.json only [%(default)s]")
     p.add_argument("--measure", choices=("yes", "no"), default="yes",
                    help="part 1, which starts real ranks [%(default)s]")
-    p.add_argument("--mfu", type=float,
+    p.add_argument("--mfu", type=number_in(float, "(0, 1]"),
                    help="share of peak FLOP/s in training, recomputation counted, for all machines")
-    p.add_argument("--decode", type=float, default=0.7,
+    p.add_argument("--decode", type=number_in(float, "(0, 1]"), default=0.7,
                    help="share of memory bandwidth in decoding [%(default)s]")
-    p.add_argument("--mean_response", type=int, default=plan.TYPICAL[1],
+    p.add_argument("--mean_response", type=positive, default=plan.TYPICAL[1],
                    help="tokens, typical lengths [%(default)s]")
-    p.add_argument("--engine_sequences", type=int, default=Config.engine_sequences,
+    p.add_argument("--engine_sequences", type=positive, default=Config.engine_sequences,
                    help="decoded at once, a rank [%(default)s]")
     p.set_defaults(device="cpu")                       # a simulation, and ranks of this machine's CPU
     args = p.parse_args()

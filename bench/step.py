@@ -44,6 +44,8 @@ from pathlib import Path
 
 from common import ROOT, parser, resident, save, show, start
 
+from support.intervals import number_in, positive
+
 PHASES = ("generation", "grade", "preparation", "log-probs", "forward-backward", "update", "sync", "other")
 TRAINING = ("log-probs", "forward-backward", "update")
 GROUP, MICRO_BATCH, LR, WEIGHT_DECAY = 8, 8, 1e-6, 0.01
@@ -282,8 +284,9 @@ def main():
     p.add_argument("--shape", nargs="+", choices=SHAPES, default=["1.5M", "20M", "135M"],
                    help="[all but tiny]")
     p.add_argument("--smollm2", default="", help="folder of SmolLM2-135M or -Instruct, for the shape 135M")
-    p.add_argument("--pairs", type=int, default=5, help="counted pairs of steps a shape [%(default)s]")
-    p.add_argument("--seed", type=int, default=0, help="of the response lengths [%(default)s]")
+    p.add_argument("--pairs", type=positive, default=5, help="counted pairs of steps a shape [%(default)s]")
+    p.add_argument("--seed", type=number_in(int, "[0, 4294967295]"), default=0,
+                   help="of the response lengths [%(default)s]")
     p.add_argument("--profile", default="",
                    help="folder for tables of operators by torch's profiler, from two more steps of each "
                    "side: of generation, and of all else")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from support.intervals import number_in, positive  # noqa: E402
 from support.runlog import read_rows  # noqa: E402
 
 # Paradigm: its stages, (method, share of the steps).
@@ -101,10 +102,11 @@ def parse():
     parser.add_argument("--train", required=True, help="problems with solutions")
     parser.add_argument("--test", required=True, help="held-out problems")
     parser.add_argument("--cpu", action="store_true", help="the reduced size")
-    parser.add_argument("--ranks", type=int, default=1, help="processes [%(default)s]")
-    parser.add_argument("--limit", type=int, default=0,
+    parser.add_argument("--ranks", type=positive, default=1, help="processes [%(default)s]")
+    parser.add_argument("--limit", type=number_in(int, "[0, inf)"), default=0,
                         help="only the first test problems; 0: all, or 100 with --cpu")
-    parser.add_argument("--steps", type=int, default=0, help="of each paradigm; 0: 200, or 20 with --cpu")
+    parser.add_argument("--steps", type=number_in(int, "[0, inf)"), default=0,
+                        help="of each paradigm; 0: 200, or 20 with --cpu")
     parser.add_argument("--only", choices=tuple(RUNS), action="append",
                         help="some of the paradigms; may be repeated")
     parser.add_argument("--out", default="out/smollm2", help="folder of the runs [%(default)s]")

@@ -33,6 +33,7 @@ import claims  # noqa: E402
 import preloaded  # noqa: E402
 from data import Example, load_examples  # noqa: E402
 from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED  # noqa: E402
+from support.intervals import positive  # noqa: E402
 from support.runlog import read_rows  # noqa: E402
 from tiny.task import SPLITS, draw_terms, write_problem, write_response  # noqa: E402
 
@@ -376,7 +377,7 @@ def parse():
                         help="a part and what it needs; may be repeated")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11), metavar="1..10",
                         help="seeds 0, 1, ... of each run [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count(),
                         help="processes at a time, one core each [%(default)s]")
     parser.add_argument("--report", action="store_true", help="no runs, only tables, figures and claims")
     return parser.parse_args()

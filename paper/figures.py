@@ -36,6 +36,7 @@ import model as M
 from data import TEMPLATES, check_vocabulary, load_examples, tokenize
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.checkpoint import inspect_checkpoint
+from support.intervals import number_in, positive
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
 from support.versions import check_versions, versions
@@ -595,7 +596,7 @@ def add_figure_flags(flag, name):
     """What one of the figures that read models asks. flag: add_argument of its parser."""
     if name == "respond":
         flag("--model", required=True, help="whose responses")
-        flag("--seed", type=int, default=0, help="of sampling [%(default)s]")
+        flag("--seed", type=number_in(int, "[0, 4294967295]"), default=0, help="of sampling [%(default)s]")
     if name == "fig3":
         flag("--references", nargs=3, required=True, metavar="LABEL=FILE",
              help="responses of the three models that span the space, written by `respond` (paper: base, "
@@ -614,7 +615,8 @@ def add_figure_flags(flag, name):
     if name != "fig3":
         flag("--data", default="",
              help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
-        flag("--limit", type=int, default=1024, help="problems of each file (App. E: 1,024) [%(default)s]")
+        flag("--limit", type=positive, default=1024,
+             help="problems of each file (App. E: 1,024) [%(default)s]")
         flag("--template", choices=tuple(TEMPLATES), default="paper", help="prompt template [%(default)s]")
 
 
@@ -622,13 +624,14 @@ def add_common_flags(flag):
     """What all figures that read models ask."""
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto",
          help="auto: the GPU if torch is built for one, else the CPU [%(default)s]")
-    for option, default, meaning in (
-            ("max_prompt_tokens", 1024, "longer prompts are dropped"),
-            ("max_response_tokens", 8192, "longer demonstrations are dropped, responses cut"),
-            ("micro_batch_tokens", 16_384, "packed tokens per forward"),
-            ("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own"),
-            ("window", 0, "context window; 0 keeps the model's own")):
-        flag(f"--{option}", type=type(default), default=default, help=f"{meaning} [%(default)s]")
+    for option, default, within, meaning in (
+            ("max_prompt_tokens", 1024, "[1, inf)", "longer prompts are dropped"),
+            ("max_response_tokens", 8192, "[1, inf)", "longer demonstrations are dropped, responses cut"),
+            ("micro_batch_tokens", 16_384, "[1, inf)", "packed tokens per forward"),
+            ("rope_theta", 0.0, "[0, inf)", "RoPE theta; 0 keeps the model's own"),
+            ("window", 0, "[0, inf)", "context window; 0 keeps the model's own")):
+        flag(f"--{option}", type=number_in(type(default), within), default=default,
+             help=f"{meaning} [%(default)s]")
 
 
 def main(argv=None):

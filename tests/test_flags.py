@@ -3,15 +3,19 @@
     pytest tests/test_flags.py
 """
 import argparse
+import ast
 import dataclasses
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 
 import eval
 import srft
 from config import Config, check_flags, parse_args
-from support.intervals import check_interval
+from conftest import ROOT
+from support.intervals import check_interval, number_in
 
 NUMBERS = [f for f in dataclasses.fields(Config) if f.type in (int, float)]
 ABSURD = [math.nan, -math.inf, -1, -1e-9]
@@ -62,3 +66,84 @@ def test_every_number_of_an_evaluation_refuses_absurd_values(name, capsys):
         with pytest.raises(SystemExit):
             eval.parse(["--model", "m", f"--{name}={value}"])
         assert f"--{name} " in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The other programs: paper/figures.py, reward.py and whatever stands in bench/ and experiments/.
+
+FILES = [ROOT / "reward.py"]
+for room in ("paper", "bench", "experiments"):
+    FILES += sorted((ROOT / room).glob("*.py"))
+PROGRAMS = [str(path.relative_to(ROOT)) for path in FILES if "parse_args(" in path.read_text()]
+
+
+class Caught(Exception):
+    """The parser of a program, caught before it has read anything."""
+
+
+def parser_of(program, monkeypatch):
+    def catch(parser, argv=None):
+        raise Caught(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", catch)
+    name = Path(program).stem
+    module = importlib.import_module(f"paper.{name}" if program.startswith("paper") else name)
+    with pytest.raises(Caught) as caught:
+        if program == "reward.py":
+            module.explain([])
+        else:
+            getattr(module, "parse", getattr(module, "main", None))()
+    monkeypatch.undo()
+    return caught.value.args[0]
+
+
+def flags_of(parser):
+    """All flags of a parser and of its subcommands, by name."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                found += flags_of(subparser)
+        elif action.option_strings:
+            found.append((parser, action))
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_number_of_every_other_program_has_its_interval_and_refuses_absurd_values(
+        program, monkeypatch, capsys):
+    for parser, action in flags_of(parser_of(program, monkeypatch)):
+        flag = action.option_strings[0]
+        assert action.type not in (int, float) or action.choices, f"{program} {flag}: has no interval"
+        if action.type is None or action.choices:
+            continue
+        for value in ["-1", "-0.5", "nan", "-inf", "inf", "", "x", "1e400", "-" + "9" * 400]:
+            with pytest.raises(SystemExit):
+                parser.parse_args([f"{flag}={value}"])
+            said = capsys.readouterr().err
+            assert flag in said and ("must lie in" in said or "invalid" in said), f"{program} {flag}={value}"
+
+
+def test_all_programs_are_walked():
+    assert {"paper/figures.py", "reward.py", "bench/step.py", "bench/scale.py", "bench/engine.py",
+            "bench/packing.py", "bench/logprob.py", "bench/gpu.py", "experiments/tiny_paper.py",
+            "experiments/smollm2_gsm8k.py"} <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("path", [ROOT / "eval.py", *FILES], ids=lambda path: path.name)
+def test_no_flag_takes_any_number_there_is(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        keywords = {keyword.arg: keyword.value for keyword in getattr(node, "keywords", [])}
+        kind = keywords.get("type")
+        if isinstance(kind, ast.Name) and kind.id in ("int", "float"):
+            assert "choices" in keywords, f"{path.name}, line {node.lineno}: use support.intervals.number_in"
+
+
+def test_a_type_for_argparse_names_flag_value_and_interval(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", type=number_in(float, "(0, 1]"))
+    assert parser.parse_args(["--share", "0.5"]).share == 0.5
+    for value, says in (("1.5", "1.5 must lie in (0, 1]"), ("half", "invalid float value: 'half'")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--share", value])
+        assert f"argument --share: {says}" in capsys.readouterr().err
