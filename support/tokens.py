@@ -19,7 +19,10 @@ THOUGHT = ("<think>", "</think>")
 def reserved_tokens(tokenizer):
     """id -> text of the special tokens, which text must not become. The one for unknown text is none."""
     reserved = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
-    for id, token in tokenizer.added_tokens_decoder.items():
+    added = tokenizer.added_tokens_decoder
+    if callable(added):               # mistral-common's, which makes no special token of a text in any case
+        added = {}
+    for id, token in added.items():
         if token.special:             # also those without a name, such as <|reserved_special_token_7|>
             reserved[id] = token.content
     reserved.pop(tokenizer.unk_token_id, None)

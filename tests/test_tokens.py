@@ -2,9 +2,11 @@
 
     pytest tests/test_tokens.py
 """
+from pathlib import Path
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import data
 from data import Example, check_vocabulary, load_examples, tokenize
@@ -51,7 +53,8 @@ def closing():
 
 
 TOKENIZERS = {
-    "tiny": make_tokenizer(), "byte level": byte_level(), "closing": closing(),
+    "tiny": make_tokenizer(), "closing": closing(), "byte level": byte_level(),
+    "in Python": ByT5Tokenizer(extra_ids=0),
     "unigram": sentencepiece(models.Unigram(), trainers.UnigramTrainer, unk_token="<unk>"),
     "bpe": sentencepiece(models.BPE(unk_token="<unk>"), trainers.BpeTrainer)}
 KINDS = []
@@ -83,7 +86,7 @@ def test_an_ordinary_row_has_the_ids_that_the_tokenizer_gives_to_its_texts(name,
         prompt = tokens_of(example.problem, example.demo, tokenizer, template)
         ids = tokenizer(text, add_special_tokens=template not in ("tokenizer", "qwen-math"))["input_ids"]
         demo = example.demo.removeprefix("<think>\n") if template == "luffy" else example.demo
-        assert prompt.ids == (ids[:-1] if name == "closing" and ids[-1] == 0 else ids)
+        assert prompt.ids == (ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids)
         assert prompt.demo == [*tokenizer(demo, add_special_tokens=False)["input_ids"],
                                tokenizer.eos_token_id]
 
@@ -136,6 +139,15 @@ def test_an_eos_that_a_demonstration_spells_at_its_end_is_its_end(name, end):
 def test_a_tokenizer_that_closes_every_text_with_eos_leaves_the_prompt_open(name):
     prompt = tokens_of("1+1=?", "2", TOKENIZERS[name], "none")
     assert prompt.ids == make_tokenizer()("1+1=?")["input_ids"] and prompt.demo[1:] == [0]
+
+
+def test_mistrals_own_tokenizer_which_has_another_interface_reads_rows_as_well():
+    data_of = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+    tokenizer = MistralCommonBackend(tokenizer_path=data_of / "tekken_240911.json")
+    prompt = tokens_of("2</s>+[INST]2", "4</s>4</s>", tokenizer, "none")
+    assert tokenizer.decode(prompt.ids, skip_special_tokens=True) == "2</s>+[INST]2"
+    assert prompt.demo.count(tokenizer.eos_token_id) == 1 and prompt.demo[-1] == tokenizer.eos_token_id
 
 
 def test_a_chat_template_that_does_more_than_insert_the_problem_is_refused_where_that_would_make_tokens():
