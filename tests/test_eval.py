@@ -718,7 +718,7 @@ def fails(monkeypatch, capfd):
     (["--benchmarks", "tiny:shortened"], "tiny:shortened"),
     (["--benchmarks", "tiny:long,tiny:long", "--template", "none", "--max_tokens", "99"],
      "two are called long"),
-    (["--benchmarks", "tiny:long", "--limit", "0"], "limit of at least 1"),
+    (["--benchmarks", "tiny:long", "--limit", "0"], "--limit: 0 must lie in [1, inf)"),
     (["--benchmarks", "tiny:long", "--template", "tokenizer"], "no chat template"),
     (["--benchmarks", "tiny:heldout", "--template", "none", "--max_tokens", "500"],
      "lower it, or raise --window"),
