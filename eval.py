@@ -15,7 +15,6 @@ response cut off scores 0 there unless --score_unfinished says otherwise.
 """
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -33,11 +32,12 @@ from transformers import AutoTokenizer
 import model as M
 from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
-from rollout import RolloutEngine, check_environment, stored_tensors
+from rollout import RolloutEngine, check_environment
 from support.intervals import check_interval
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import write_whole
 from support.versions import check_versions, environment, versions
+from support.weights import fingerprints, stored_tensors
 
 # Nothing of paper/ here: srft.py loads this file for `evaluate`, and trains without that room. The functions
 # of the command line load benchmarks and tables themselves.
@@ -453,9 +453,7 @@ SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p",
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = {**vars(args), **environment(device), "weights": {}}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        settings["weights"][file.name] = fingerprint(file)
+    settings = {**vars(args), **environment(device), "weights": fingerprints(folder)}
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():
@@ -467,16 +465,6 @@ def settle(args, folder, device, rank=0):
                              + "; ".join(changed))
     if rank == 0:
         write_whole(path, json.dumps(settings, indent=2))
-
-
-def fingerprint(file):
-    """Of a weights file: size and a hash of its first and last megabyte. Training changes every weight."""
-    size, ends = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as content:
-        ends.update(content.read(1 << 20))
-        content.seek(max(0, size - (1 << 20)))
-        ends.update(content.read())
-    return f"{size} {ends.hexdigest()[:16]}"
 
 
 def name_unmatchable(grader, tasks, kinds, say):

@@ -35,11 +35,12 @@ from transformers import AutoTokenizer
 
 import model as M
 from data import TEMPLATES, load_examples, tokenize
-from rollout import RolloutEngine, check_environment, stored_tensors
+from rollout import RolloutEngine, check_environment
 from support.checkpoint import inspect_checkpoint
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
 from support.versions import check_versions, versions
+from support.weights import stored_tensors
 
 # ----------------------------------------------------------------------------------------------------------
 # Models, and the probabilities that they give to responses.

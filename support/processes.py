@@ -12,7 +12,7 @@ Python stacks, say who is behind, and exit: torchrun tears the job down, a sched
 same phases are the named ranges of a profile (start_profiler, write_profile).
 
 To copy: this file with support/device.py, for choose_device; both need torch and numpy alone. `fetch` also
-needs huggingface_hub.
+needs huggingface_hub and support/weights.py.
 """
 import faulthandler
 import json
@@ -122,16 +122,18 @@ def fetch(name, repo_type, flag):
         have = [rank for rank, exists in enumerate(here) if exists]
         raise FileNotFoundError(f"{flag} {name}: only ranks {have} have this path; put it on every node")
     from huggingface_hub import snapshot_download
+
+    from support.weights import snapshot
     first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
-    wanted = ["*.parquet", "*.jsonl"]
-    if repo_type == "model":
-        wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
     # Two turns: a node's first rank downloads; after the barrier, the others find it in the cache.
     for my_turn in (first, not first):
         if my_turn:
             try:
-                folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
-                                           allow_patterns=wanted)
+                if repo_type == "model":
+                    folder = snapshot(name, local_files_only=not first)
+                else:
+                    folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
+                                               allow_patterns=["*.parquet", "*.jsonl"])
             except Exception as e:                             # the hub's errors share no useful base class
                 error = e
         if dist.is_initialized():
