@@ -14,7 +14,6 @@ its standard error. `evaluate` is the same measurement inside a training run, bu
 response cut off scores 0 there unless --score_unfinished says otherwise.
 """
 import argparse
-import fcntl
 import json
 import os
 import sys
@@ -33,9 +32,10 @@ import model as M
 from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
+from support.claim import claim, lock
+from support.disk import append_whole, write_whole
 from support.intervals import check_interval
-from support.processes import fetch, init_distributed, mistakes_in_one_line
-from support.runlog import write_whole
+from support.processes import all_or_none, fetch, init_distributed, mistakes_in_one_line
 from support.versions import check_versions, environment, versions
 from support.weights import fingerprints, stored_tensors
 
@@ -203,15 +203,13 @@ def read_results(path):
 def append_results(path, rows):
     """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)              # until the file is closed
+    with path.open("ab+", buffering=0) as file:
+        lock(file)                                    # until the file is closed
         end = file.seek(0, os.SEEK_END)
         # A torn line has no newline: without one, the first row to come would be torn with it.
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-            file.write(b"\n")
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())                       # on the disk, before anyone counts on it
+            lines = "\n" + lines
+        append_whole(file, lines)                     # on the disk, before anyone counts on it
 
 
 def chunks(tasks, world, size):
@@ -362,8 +360,9 @@ def measure(args):
     config = M.load_config(folder, args.rope_theta, args.window)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
-    if rank == 0:
-        claim(args.out)
+    with all_or_none():
+        if rank == 0:
+            claim(args.out)
     settle(args, folder, device, rank)
     dist.barrier()                                    # settings.json is there, before anyone writes results
     tensors = stored_tensors(folder)                  # says now if files are missing, and reads them later
@@ -430,18 +429,6 @@ def prepare(args, tokenizer, window, say):
         say(f"{name}: {len(problems)} problems x {n}")
         tasks += [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
     return tasks
-
-
-def claim(out):
-    """Hold the folder --out for this process alone, until it ends; ValueError if another one does."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)                  # never closed: the lock ends with the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{out}: another evaluation is writing there; use another --out") from None
-    return lock
 
 
 # What results of one folder must have in common. Benchmarks, samples and limit may grow; the rest is of the

@@ -37,6 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from support.device import to_device
+from support.disk import discard
 from support.logprobs import token_kl, token_logprobs
 from support.packing import pack  # noqa: F401  (so that callers find pack beside collate)
 from support.weights import WeightsReader
@@ -582,7 +583,8 @@ def export_hf(folder, policy, tokenizer, dtype):
         readable_by_transformers_4(partial)
         for file in partial.iterdir():
             file.chmod(0o644)                                  # safetensors are written for their owner alone
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            discard(folder)
         partial.rename(folder)
     del state
     gc.collect()

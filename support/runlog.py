@@ -7,12 +7,16 @@
 One JSON object a line, so that a run of days is a file which any tool reads while it grows, and which a kill
 spoils by one line at most. curves.png has the panels of Fig. 6.
 
-To copy: this file, with PANELS named anew. It needs matplotlib; tensorboard is used where it is installed.
+To copy: this file with support/claim.py and support/disk.py, and PANELS named anew. It needs matplotlib;
+tensorboard is used where it is installed.
 """
 import json
 import time
 import warnings
 from pathlib import Path
+
+from support.claim import claim, is_claimed
+from support.disk import append_whole, write_whole
 
 PANELS = [                     # title; metrics drawn in it, or how all of them begin
     ("reward (Fig. 6a)", ["reward/mean", "reward/demo_mean"]),
@@ -37,14 +41,6 @@ def read_rows(file):
             if number < len(lines):
                 raise ValueError(f"{file}: line {number} of {len(lines)} is not JSON") from None
     return rows
-
-
-def write_whole(path, text):
-    """Write a file at once: no reader, and no kill, sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")        # beside it: a rename is whole only within a file system
-    new.write_text(text)
-    new.replace(path)
 
 
 def draw_curves(run):
@@ -81,9 +77,10 @@ class RunLog:
     def __init__(self, run, active, step):
         """Rows after `step`, which a resumed run is about to write again, are cut off first. -1: all rows."""
         self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
-        self.step = step
+        self.step, self.settings = step, None
         if not active:
             return
+        claim(self.run)
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
             write_whole(self.run / name, "".join(json.dumps(row) + "\n" for row in rows))
@@ -98,18 +95,21 @@ class RunLog:
         config-until-STEP.json."""
         if not self.active:
             return
-        file, text = self.run / "config.json", json.dumps(settings, indent=2)
-        if self.step >= 0 and file.read_text() != text:
+        self.settings = json.dumps(settings, indent=2)
+        file = self.run / "config.json"
+        if self.step >= 0 and file.exists() and file.read_text() != self.settings:
             file.replace(self.run / f"config-until-{self.step}.json")
-        write_whole(file, text)             # a kill must not leave half of it: a resume reads it
+        write_whole(file, self.settings)
 
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
         if not self.active:
             return
+        if not is_claimed(self.run):
+            self._start_over(metrics["step"])
         for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with (self.run / name).open("a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+            with (self.run / name).open("ab", buffering=0) as f:
+                append_whole(f, "".join(json.dumps(row) + "\n" for row in rows))
         if self.board:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
@@ -123,3 +123,11 @@ class RunLog:
                 warnings.warn(f"could not draw {self.run}/curves.png: {error}")
             self.drawn = time.monotonic()
 
+    def _start_over(self, step):
+        """The folder was renamed or removed: say so, and go on in a new one of its name, where the next
+        checkpoint will be. ValueError if another run has taken that."""
+        warnings.warn(f"{self.run}: was moved or removed while its run goes on, which writes it anew, from "
+                      f"step {step} on. What was written until now is where it was moved to")
+        claim(self.run)
+        if self.settings is not None:
+            write_whole(self.run / "config.json", self.settings)
