@@ -70,8 +70,10 @@ def check_room(folder, weights, saves, keep, exported, log=print):
     """
     size, free = BYTES_A_WEIGHT * weights, free_bytes(folder)
     there = len(checkpoints_in(folder))
-    most = max(there, min(keep + 1, there + saves))    # at a time: a new one is whole before an old one goes
-    needed = max((most - there) * size, (min(keep, most) - there) * size + exported)
+    # At a time, since a new one is whole before an old one goes; and at the end, beside the model.
+    most = max(there + (saves > 0), min(keep + 1, there + saves))
+    last = min(keep, there + saves) if saves else there
+    needed = max((most - there) * size, (last - there) * size + exported)
     if free is None or free >= needed:
         return
     text = (f"{folder}: the disk has {amount(free)} free, and this run needs {amount(needed)}: checkpoints "
