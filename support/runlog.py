@@ -26,6 +26,7 @@ PANELS = [                     # title; metrics drawn in it, or how all of them 
     ("loss terms of Eq. 13", "loss/"),
     ("held-out accuracy", "eval/"),
 ]
+PARTIAL_CURVES = ".curves.partial.png"
 
 
 def read_rows(file):
@@ -65,7 +66,7 @@ def draw_curves(run):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    partial = Path(run) / ".curves.partial.png"
+    partial = Path(run) / PARTIAL_CURVES
     figure.savefig(partial, dpi=90)
     partial.rename(Path(run) / "curves.png")       # a viewer never sees half a picture
 
@@ -121,6 +122,7 @@ class RunLog:
                 draw_curves(self.run)
             except Exception as error:         # a picture (fonts, a full disk) is not worth a run of days
                 warnings.warn(f"could not draw {self.run}/curves.png: {error}")
+                (self.run / PARTIAL_CURVES).unlink(missing_ok=True)
             self.drawn = time.monotonic()
 
     def _start_over(self, step):

@@ -35,6 +35,7 @@ from paper import tables as scores
 from paper.benchmarks import BENCHMARKS, Problem
 from reward import Grader, Verdict
 from rollout import Rollout
+from test_resume import hold
 
 PAPER = ROOT.parent / "shared" / "paper" / "srft-paper.md"
 FORK = multiprocessing.get_context("fork")                      # for a process without seconds of imports
@@ -178,12 +179,14 @@ def test_a_torn_line_costs_its_own_row_alone_and_what_is_appended_has_its_own_li
     assert path.read_bytes().count(b"\n") == 4
 
 
-def test_an_evaluation_holds_its_folder_alone(tmp_path):
-    first = E.claim(tmp_path / "out")
-    with pytest.raises(ValueError, match="another evaluation is writing there"):
-        E.claim(tmp_path / "out")
-    os.close(first)
-    os.close(E.claim(tmp_path / "out"))
+@pytest.mark.slow
+def test_a_second_evaluation_into_one_folder_is_refused_on_all_ranks(tmp_path):
+    holder, mine = hold(tmp_path), tmp_path / "mine.jsonl"
+    mine.write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
+    output = run(["eval.py", "--model", TINY, "--device", "cpu", "--benchmarks", mine, "--template", "none",
+                  "--max_tokens", "32", "--out", tmp_path], ranks=2, ok=False)
+    holder.kill()
+    assert f"process {holder.pid} on" in output and "Traceback" not in output
 
 
 def append_many(path, writer):
