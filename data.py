@@ -206,8 +206,8 @@ def load_examples(path, skip_bad_rows=False, log=print):
                 if not skip_bad_rows:
                     raise ValueError(f"{bad[0]} (--skip_bad_rows skips and counts)") from error
                 continue
-            # Ids must differ: a demonstration's reward is remembered by its example's. Some public copies
-            # carry index -1 in every row.
+            # Ids must differ: samples.jsonl names examples by them. Some public copies carry index -1 in
+            # every row.
             if not example.id or example.id in ids:
                 example.id = f"{name}/{number}"
             ids.add(example.id)

@@ -183,10 +183,13 @@ def test_a_torn_line_costs_its_own_row_alone_and_what_is_appended_has_its_own_li
 def test_a_second_evaluation_into_one_folder_is_refused_on_all_ranks(tmp_path):
     holder, mine = hold(tmp_path), tmp_path / "mine.jsonl"
     mine.write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
-    output = run(["eval.py", "--model", TINY, "--device", "cpu", "--benchmarks", mine, "--template", "none",
-                  "--max_tokens", "32", "--out", tmp_path], ranks=2, ok=False)
+    ranks = start(["eval.py", "--model", TINY, "--device", "cpu", "--benchmarks", mine, "--template", "none",
+                   "--max_tokens", "32", "--out", tmp_path], ranks=2)
+    outputs = [process.communicate(timeout=100)[0] for process in ranks]
     holder.kill()
-    assert f"process {holder.pid} on" in output and "Traceback" not in output
+    for process, output in zip(ranks, outputs):
+        assert process.returncode == 1
+        assert f"process {holder.pid} on" in output and "Traceback" not in output
 
 
 def append_many(path, writer):
