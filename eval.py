@@ -33,7 +33,7 @@ from data import TEMPLATES, Prompt, tokenize
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
 from support.claim import claim, lock
-from support.disk import append_whole, write_whole
+from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval
 from support.processes import all_or_none, fetch, init_distributed, mistakes_in_one_line
 from support.versions import check_versions, environment, versions
@@ -397,7 +397,7 @@ def locate(args):
             raise ValueError(f"--model {path}: this run has no hf/ yet; it is written when training ends")
         args.out = args.out or str(path / "eval")
         # The template that it was trained with: another would measure something else.
-        args.template = args.template or json.loads((path / "config.json").read_text())["template"]
+        args.template = args.template or read_json(path / "config.json")["template"]
         return str(path / "hf")
     if path.is_file():
         raise ValueError(f"--model {path}: expected a folder, found a file")
@@ -444,7 +444,7 @@ def settle(args, folder, device, rank=0):
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
         changed = [f"{name} was {known.get(name)}, is {settings[name]}" for name in SETTINGS
                    if known.get(name) != settings[name]]
         if changed:

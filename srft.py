@@ -798,8 +798,6 @@ def check_resume(cfg, checkpoint, identity, say):
     if checkpoint is None:
         return
     path, manifest = checkpoint
-    # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
-    check_identity(path, manifest["state"]["identity"], identity, ["data", "reference"], say)
     then = manifest["state"]["settings"]
     for name, now in settings(cfg).items():
         until_now = then.get(name, now)
@@ -808,6 +806,8 @@ def check_resume(cfg, checkpoint, identity, say):
                              "flags, or start another run from a model of its own, --model DIR")
         if now != until_now:
             say(f"  with --{name} {now}, until now {until_now}")
+    # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
+    check_identity(path, manifest["state"]["identity"], identity, ["data", "reference"], say)
 
 
 def ask_for_room(cfg, checkpoint, config, ranks, say):

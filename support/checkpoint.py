@@ -200,10 +200,13 @@ def inspect_checkpoint(path):
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        digest = manifest.pop("sha256", None)
+        if digest is None:
+            raise ValueError("it has no digest: an earlier version wrote it, or another program")
+        if digest != _digest_of(manifest):
+            raise ValueError("its content is not what was written, by its own digest")
         manifest["state"]["step"], manifest["world"], manifest["shapes"]         # all that resuming will read
         sizes = {name: size for name, (size, _) in manifest["files"].items()}
-        if manifest.pop("sha256") != _digest_of(manifest):
-            raise ValueError("its content is not what was written, by its own digest")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a complete checkpoint of this program "
                          f"(manifest.json: {e})") from None

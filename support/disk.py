@@ -8,6 +8,7 @@
 To copy: this file. It needs nothing but Python.
 """
 import errno
+import json
 import os
 import re
 import shutil
@@ -90,6 +91,14 @@ def write_whole(path, text):
         except OSError:
             new.unlink(missing_ok=True)              # it may be what fills the disk
             raise
+
+
+def read_json(path):
+    """Its content. Raises ValueError, naming it, where that is empty, cut short or otherwise no JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not whole ({error}); put it back as it was") from None
 
 
 def discard(path):

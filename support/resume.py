@@ -29,7 +29,7 @@ def open_run(run, resume, rank, log=print):
         if rank == 0:
             claim(run)                   # before anything is read that another run may be writing
     with all_or_none():
-        if not resume and (run / "metrics.jsonl").exists():
+        if not resume and ((run / "metrics.jsonl").exists() or checkpoints_in(run / "checkpoints")):
             raise ValueError(f"{run} already holds a run: pass --resume to continue it, or another --out")
         rows = read_rows(run / "metrics.jsonl")
     if resume:

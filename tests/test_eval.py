@@ -672,6 +672,14 @@ def test_other_weights_are_refused_even_under_the_same_name_and_of_the_same_size
         E.settle(args, folder, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("text", ["", '{"temp'])
+def test_settings_that_are_not_whole_are_named_and_the_results_not_mixed_with_others(settled, text):
+    args, folder = settled
+    (Path(args.out) / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json: is not whole"):
+        E.settle(args, folder, torch.device("cpu"))
+
+
 def test_a_runs_folder_gives_its_export_its_template_and_the_place_for_the_results(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     args = E.parse(["--model", str(tmp_path)])

@@ -161,6 +161,7 @@ NO_CHECKPOINTS = "and none of its checkpoints, so there is nothing to resume"
     ({"metrics.jsonl": rows(0, 1, 2), "checkpoints/.none-yet": ""}, True, None),  # before a checkpoint
     ({"metrics.jsonl": rows(0)}, False, "already holds a run: pass --resume"),
     ({"metrics.jsonl": ""}, False, "already holds a run: pass --resume"),
+    ({"checkpoints/step-1/manifest.json": "{"}, False, "already holds a run: pass --resume"),
     ({"metrics.jsonl": rows(0, 1, 2)}, True, f"a run of 2 steps {NO_CHECKPOINTS}"),
     ({"metrics.jsonl": rows(0, 1), "hf/config.json": "", "checkpoints/.none-yet": ""}, True, NO_CHECKPOINTS),
     ({"hf/config.json": ""}, True, NO_CHECKPOINTS),
