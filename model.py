@@ -430,7 +430,7 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
     """build_policy, with the weights read from the safetensors of `path` (support/weights.py): each rank
     reads only its own shards. Raises FileNotFoundError if there are none, ValueError if they do not fit the
     config."""
-    reader = WeightsReader(path)              # before anything is built, which takes minutes at 7B
+    reader = WeightsReader(path)              # says now if files are missing, before anything is built
     policy = build_policy(config, mesh, device, checkpointing, offload=offload)
     policy.generation = stored_generation(path)
     # dcp.load fills these DTensors in place, casting what is stored to fp32. A tied head appears once.

@@ -807,7 +807,8 @@ def check_resume(cfg, checkpoint, identity, say):
         if now != until_now:
             say(f"  with --{name} {now}, until now {until_now}")
     # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
-    check_identity(path, manifest["state"]["identity"], identity, ["data", "reference"], say)
+    must = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
+    check_identity(path, manifest["state"]["identity"], identity, must, say)
 
 
 def ask_for_room(cfg, checkpoint, config, ranks, say):

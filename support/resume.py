@@ -1,7 +1,7 @@
 """Before a run begins or goes on: is its folder this run's, what is there, is it the same run, is there room?
 
     checkpoint = open_run("out/run", resume=True, rank=rank)     # (path, manifest), or None: begin
-    check_identity(path, then, now, must=["data"])               # of what was trained on, by content
+    check_identity(path, then, now, must={"data": "--data"})     # of what was trained on, by content
     check_room(folder, weights, saves, keep, exported)           # of the checkpoints that are to come
 
 All are collectives where that is said, and then end alike on all ranks.
@@ -49,14 +49,14 @@ def open_run(run, resume, rank, log=print):
 
 def check_identity(path, then, now, must, log=print):
     """Compare what the checkpoint `path` was trained with to what the flags name now; both: name of a flag ->
-    digests of its content, None where it has none. Raises ValueError if one that `must` be the same is not;
-    the others are said."""
+    digests of its content, None where it has none. Raises ValueError if one that must be the same (`must`:
+    its name -> what to call it) is not; the others are said."""
     for name, found in now.items():
         if found is None or then[name] is None or found == then[name]:
             continue
         if name in must:
-            raise ValueError(f"{path}: --{name} is not what this run was trained on until now (compared by "
-                             "content: a file may move). Resume with the run's own, or start another run "
+            raise ValueError(f"{path}: {must[name]} is not what this run was trained on until now (compared "
+                             "by content: a file may move). Resume with the run's own, or start another run "
                              "from a model of its own, --model DIR")
         log(f"--{name} holds something else than until now; the run goes on from {path}")
 

@@ -268,7 +268,7 @@ def test_other_data_are_refused_another_model_or_held_out_set_under_the_same_nam
 
 def test_another_base_model_is_refused_where_a_kl_is_taken_to_it_and_a_new_kl_is_not():
     cfg, found, identity = manifest(reference={"model.safetensors": "1 a"})
-    with pytest.raises(ValueError, match="--reference is not what"):
+    with pytest.raises(ValueError, match=r"\(--reference, else --model\) is not what"):
         srft.check_resume(cfg, found, identity | {"reference": {"model.safetensors": "1 b"}}, print)
     srft.check_resume(cfg, found, identity | {"reference": None}, print)
 
