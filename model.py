@@ -583,8 +583,7 @@ def export_hf(folder, policy, tokenizer, dtype):
         readable_by_transformers_4(partial)
         for file in partial.iterdir():
             file.chmod(0o644)                                  # safetensors are written for their owner alone
-        if folder.exists():
-            discard(folder)
+        discard(folder)
         partial.rename(folder)
     del state
     gc.collect()

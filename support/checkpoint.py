@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from support.disk import amount, discard, free_bytes
+from support.disk import amount, discard, discard_leftovers, free_bytes
 
 BYTES_A_WEIGHT = 12      # fp32: the weight and AdamW's two moments; 91 GB at 7.6 B
 NONE_YET = ".none-yet"   # in a run's folder of checkpoints until the first is there
@@ -82,8 +82,7 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
     partial = folder / f".partial-{final.name}"
     needed = BYTES_A_WEIGHT * sum(p.numel() for p in policy.parameters())
     if rank == 0:
-        for left_by_a_kill in folder.glob(".partial-*"):
-            discard(left_by_a_kill)
+        discard_leftovers(folder)
     with _all_or_nothing(partial, needed):
         if rank == 0:
             free = free_bytes(folder)
@@ -107,8 +106,7 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
                 json.dump({**manifest, "sha256": _digest_of(manifest)}, f)
                 f.flush()
                 os.fsync(f.fileno())
-            if final.exists():
-                discard(final)
+            discard(final)
             # A rename is one step of the file system: under the final name there is never half a checkpoint.
             partial.rename(final)
             (folder / NONE_YET).unlink(missing_ok=True)

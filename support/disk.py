@@ -102,22 +102,22 @@ def read_json(path):
 
 
 def discard(path):
-    """Remove a folder. Where files cannot be removed (open over NFS, not ours), warn and go on.
+    """Remove a folder, if it is there. Where that fails (files open over NFS, or not ours), warn and go on.
 
-    It gets a hidden name first: half removed under its own, it would still look like what it was. Whoever
-    removes something in the same folder later tries what is left once more.
+    It gets a hidden name first: half removed under its own, it would still look like what it was.
     """
-    path = Path(path)
-    leftovers = list(path.parent.glob(".removing-*"))
+    hidden = path = Path(path)
     try:
-        if path.exists():
+        if path.exists() and not path.name.startswith(".removing-"):
             hidden = path.with_name(f".removing-{path.name.lstrip('.')}-{time.time_ns()}")
             path.rename(hidden)
-            leftovers.append(hidden)
+        if hidden.exists():
+            shutil.rmtree(hidden)
     except OSError as error:
         warnings.warn(f"{path}: cannot be removed, and takes room on the disk: {error}")
-    for folder in leftovers:
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            warnings.warn(f"{folder}: cannot be removed, and takes room on the disk: {error}")
+
+
+def discard_leftovers(folder):
+    """Remove what a kill has left half written in a folder, and, once more, what could not be removed."""
+    for path in [*Path(folder).glob(".partial-*"), *Path(folder).glob(".removing-*")]:
+        discard(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.checkpoint import BYTES_A_WEIGHT, begin_run, checkpoints_in, has_none_yet, newest_checkpoint
 from support.claim import claim
-from support.disk import amount, free_bytes
+from support.disk import amount, discard_leftovers, free_bytes
 from support.processes import all_or_none
 from support.runlog import read_rows
 
@@ -28,6 +28,8 @@ def open_run(run, resume, rank, log=print):
     with all_or_none():
         if rank == 0:
             claim(run)                   # before anything is read that another run may be writing
+            discard_leftovers(run)       # of a kill, before anyone asks what room there is
+            discard_leftovers(run / "checkpoints")
     with all_or_none():
         if not resume and ((run / "metrics.jsonl").exists() or checkpoints_in(run / "checkpoints")):
             raise ValueError(f"{run} already holds a run: pass --resume to continue it, or another --out")

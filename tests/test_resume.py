@@ -182,6 +182,14 @@ def test_a_run_begins_only_where_that_deletes_no_records(tmp_path, mesh, files, 
         assert (tmp_path / name).read_text() == text
 
 
+def test_what_a_kill_has_left_half_written_is_removed_before_the_room_is_asked_for(tmp_path, mesh):
+    left = [".partial-hf", "checkpoints/.partial-step-2", "checkpoints/.removing-step-1-17"]
+    for folder in left:
+        (tmp_path / folder / "deep").mkdir(parents=True)
+    resume.open_run(tmp_path, True, 0)
+    assert not any((tmp_path / folder).exists() for folder in left)
+
+
 def test_the_first_checkpoint_takes_the_note_away_that_there_is_none(checkpoints):
     folder, *training = checkpoints
     checkpoint.begin_run(folder)
