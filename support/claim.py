@@ -40,7 +40,8 @@ def claim(folder):
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-        if holder.get("host") == socket.gethostname() and _start_time(holder["pid"]) == holder["start"]:
+        here = holder.get("host") == socket.gethostname()
+        if here and holder["start"] and _start_time(holder["pid"]) == holder["start"]:
             os.close(descriptor)
             raise ValueError(_held(folder, holder)) from None
         _warn_once(folder, error, f" The last to write there was {_who(holder)}." if holder else "")

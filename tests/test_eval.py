@@ -836,7 +836,7 @@ def greedy(trained, sums):
 @pytest.mark.slow
 def test_an_evaluation_leaves_results_a_summary_and_its_settings_in_the_runs_folder(trained, measured):
     assert {path.name for path in measured.iterdir()} == {
-        "results.jsonl", "settings.json", "summary.json", "summary.md"}
+        ".lock", "results.jsonl", "settings.json", "summary.json", "summary.md"}
     rows, examples = rows_of(measured), {e.id: e for e in load_examples("tiny:heldout")}
     assert {key for key in responses(measured)} == {("heldout", id, k) for id in examples for k in range(2)}
     for row in rows:
