@@ -9,8 +9,11 @@ r"""Prompts, templates and demonstrations: everything between a file and a list 
 A demonstration is what the paper calls an element of D_demo: a problem x with a response y of a stronger
 model (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugging Face tokenizer.
 """
+import hashlib
+import json
 import math
 import re
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,8 +185,8 @@ def load_examples(path, skip_bad_rows=False, log=print):
                 if not skip_bad_rows:
                     raise ValueError(f"{bad[0]} (--skip_bad_rows skips and counts)") from error
                 continue
-            # Ids must differ: a demonstration's reward is remembered by its example's. Some public copies
-            # carry index -1 in every row.
+            # Ids must differ: samples.jsonl names examples by them. Some public copies carry index -1 in
+            # every row.
             if not example.id or example.id in ids:
                 example.id = f"{name}/{number}"
             ids.add(example.id)
@@ -329,3 +332,24 @@ class Order:
             taken.append(int(permutation[place]))
         self.position += k
         return taken
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which data these are.
+
+def digest(prompts):
+    """SHA-256 of what a run uses of its data, as hexadecimal text: problems, answers and demonstrations, as
+    text and as tokens, in their order. Ids are left out: they may hold a file's name, and files move."""
+    content = hashlib.sha256()
+    for prompt in prompts:
+        example = prompt.example
+        texts = [example.problem, example.answer, example.demo, len(prompt.ids)]
+        content.update(json.dumps(texts).encode())
+        content.update(array("i", prompt.ids + (prompt.demo or [])).tobytes())
+    return content.hexdigest()
+
+
+def demo_key(example):
+    """What the reward of a demonstration is remembered by: its text and the answer, so that a mended one is
+    graded anew."""
+    return hashlib.sha256(json.dumps([example.demo, example.answer]).encode()).hexdigest()[:16]

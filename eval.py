@@ -14,8 +14,6 @@ its standard error. `evaluate` is the same measurement inside a training run, bu
 response cut off scores 0 there unless --score_unfinished says otherwise.
 """
 import argparse
-import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -32,11 +30,14 @@ from tqdm import tqdm
 import model as M
 from data import TEMPLATES, Prompt, check_vocabulary, tokenize
 from reward import TEXTS, Grader
-from rollout import RolloutEngine, check_environment, stored_tensors
+from rollout import RolloutEngine, check_environment
+from support.claim import claim, lock
+from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval, positive
-from support.processes import fetch, init_distributed, mistakes_in_one_line
-from support.runlog import json_line, write_whole
+from support.processes import all_or_none, fetch, init_distributed, mistakes_in_one_line
+from support.runlog import json_line
 from support.versions import check_versions, environment, versions
+from support.weights import fingerprints, stored_tensors
 
 # Nothing of paper/ here: srft.py loads this file for `evaluate`, and trains without that room. The functions
 # of the command line load benchmarks and tables themselves.
@@ -211,15 +212,13 @@ def read_results(path):
 def append_results(path, rows):
     """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
     lines = "".join(map(json_line, rows))
-    with path.open("ab+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)              # until the file is closed
+    with path.open("ab+", buffering=0) as file:
+        lock(file)                                    # until the file is closed
         end = file.seek(0, os.SEEK_END)
         # A torn line has no newline: without one, the first row to come would be torn with it.
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-            file.write(b"\n")
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())                       # on the disk, before anyone counts on it
+            lines = "\n" + lines
+        append_whole(file, lines)                     # on the disk, before anyone counts on it
 
 
 def chunks(tasks, world, size):
@@ -371,8 +370,9 @@ def measure(args):
     tokenizer = M.load_tokenizer(folder)
     tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
     check_vocabulary([task.prompt for task in tasks], tokenizer, config.vocab_size)
-    if rank == 0:
-        claim(args.out)
+    with all_or_none():
+        if rank == 0:
+            claim(args.out)
     settle(args, folder, device, rank)
     dist.barrier()                                    # settings.json is there, before anyone writes results
     tensors = stored_tensors(folder)                  # says now if files are missing, and reads them later
@@ -407,7 +407,7 @@ def locate(args):
             raise ValueError(f"--model {path}: this run has no hf/ yet; it is written when training ends")
         args.out = args.out or str(path / "eval")
         # The template that it was trained with: another would measure something else.
-        args.template = args.template or json.loads((path / "config.json").read_text())["template"]
+        args.template = args.template or read_json(path / "config.json")["template"]
         return str(path / "hf")
     if path.is_file():
         raise ValueError(f"--model {path}: expected a folder, found a file")
@@ -441,18 +441,6 @@ def prepare(args, tokenizer, window, say):
     return tasks
 
 
-def claim(out):
-    """Hold the folder --out for this process alone, until it ends; ValueError if another one does."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    lock = os.open(out, os.O_RDONLY)                  # never closed: the lock ends with the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{out}: another evaluation is writing there; use another --out") from None
-    return lock
-
-
 # What results of one folder must have in common. Benchmarks, samples and limit may grow; the rest is of the
 # machine.
 SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
@@ -462,13 +450,11 @@ SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p",
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = {**vars(args), **environment(device), "weights": {}}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        settings["weights"][file.name] = fingerprint(file)
+    settings = {**vars(args), **environment(device), "weights": fingerprints(folder)}
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
         changed = [f"{name} was {known.get(name)}, is {settings[name]}" for name in SETTINGS
                    if known.get(name) != settings[name]]
         if changed:
@@ -476,16 +462,6 @@ def settle(args, folder, device, rank=0):
                              + "; ".join(changed))
     if rank == 0:
         write_whole(path, json.dumps(settings, indent=2))
-
-
-def fingerprint(file):
-    """Of a weights file: size and a hash of its first and last megabyte. Training changes every weight."""
-    size, ends = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as content:
-        ends.update(content.read(1 << 20))
-        content.seek(max(0, size - (1 << 20)))
-        ends.update(content.read())
-    return f"{size} {ends.hexdigest()[:16]}"
 
 
 def name_unmatchable(grader, tasks, kinds, say):

@@ -37,8 +37,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from support.device import to_device
+from support.disk import discard
 from support.logprobs import token_kl, token_logprobs
 from support.packing import pack  # noqa: F401  (so that callers find pack beside collate)
+from support.weights import WeightsReader
 
 # ----------------------------------------------------------------------------------------------------------
 # Packing. A step's 128 prompts x (8 rollouts + 1 demonstration) are 1,152 sequences of up to 1,024 + 8,192
@@ -441,16 +443,16 @@ def shard(policy, mesh, device, bf16, offload):
 
 
 def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
-    """build_policy, with the weights read from the safetensors in `path`: each rank reads only its own
-    shards. Raises FileNotFoundError if there are none, ValueError if they do not fit the config."""
-    if not list(Path(path).glob("*.safetensors")):
-        raise FileNotFoundError(f"{path}: no *.safetensors here; --model takes a Hugging Face model folder")
+    """build_policy, with the weights read from the safetensors of `path` (support/weights.py): each rank
+    reads only its own shards. Raises FileNotFoundError if there are none, ValueError if they do not fit the
+    config."""
+    reader = WeightsReader(path)              # says now if files are missing, before anything is built
     policy = build_policy(config, mesh, device, checkpointing, offload=offload)
     policy.generation = stored_generation(path)
     # dcp.load fills these DTensors in place, casting what is stored to fp32. A tied head appears once.
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}
     try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        dcp.load(state, storage_reader=reader)
     except (Exception, dcp.api.CheckpointException) as e:       # the latter derives from BaseException
         raise ValueError(f"{path}: the weights do not fit this config "
                          f"({type(e).__name__}: {str(e)[-300:]})") from e
@@ -597,7 +599,7 @@ def export_hf(folder, policy, tokenizer, dtype):
         readable_by_transformers_4(partial)
         for file in partial.iterdir():
             file.chmod(0o644)                                  # safetensors are written for their owner alone
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         partial.rename(folder)
     del state
     gc.collect()

@@ -14,7 +14,7 @@ a sequence. Both take a GPU's memory, so engine and trainer take turns in it.
 
 Only vLLM's public API is used, but for a wrapper around its model's load_weights and for its core's shutdown.
 The engine never reads weights from disk, so it can serve nothing but what it was sent: by the trainer, or, in
-eval.py, by `stored_tensors`. Each transfer carries a version (in srft.py, the step whose update made these
+eval.py, by support/weights.py. Each transfer carries a version (in srft.py, the step whose update made these
 weights) and must bring the whole model, and asking for another version than the one loaded is an error: stale
 weights, the classic silent bug of RL stacks, cannot happen. No other file of the root imports vllm.
 
@@ -25,7 +25,6 @@ import atexit
 import gc
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -39,7 +38,6 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import transformers
-from safetensors import safe_open
 from tqdm import tqdm
 
 # vLLM reads these when it is first imported, which happens further down, in functions. Who sets one of them
@@ -434,29 +432,3 @@ def refuse_partial_loads(model):
         return loaded
 
     model.load_weights = load_all
-
-
-def stored_tensors(folder):
-    """(Hugging Face name, tensor on CPU) of every weight in a folder's safetensors, one at a time.
-
-    Raises FileNotFoundError at once if files are missing: the engine would serve random numbers for them.
-    """
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"     # of a model in several files: weight -> file
-    files = ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    missing = [name for name in files if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(f"{folder}: lacks {', '.join(missing[:3])}; expected a whole model as "
-                                "transformers' save_pretrained writes it, in safetensors")
-
-    # A function in the function: what stands above runs now, what a generator does only when it is read.
-    def tensors():
-        for name in files:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():
-                    if not key.endswith("rotary_emb.inv_freq"):   # in old files; computed from the config
-                        yield key, file.get_tensor(key)
-
-    return tensors()

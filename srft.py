@@ -21,7 +21,6 @@ Where the paper leaves something open, the defaults do this (docs/decisions.md h
    one.
 6. Rollout tokens carry a truncated importance weight pi/pi_engine: the engine computes with other kernels.
 """
-import json
 import math
 import time
 from collections import Counter
@@ -42,17 +41,20 @@ from config import (
     parse_args,
     sequences_per_prompt,
 )
-from data import Order, check_vocabulary, load_examples, tokenize
+from data import Order, check_vocabulary, demo_key, digest, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from grading.answers import FAILED
 from reward import Grader
 from rollout import RolloutEngine, check_environment
-from support.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from support.checkpoint import load_checkpoint, save_checkpoint
 from support.device import memory_gb, peak_flops, read_once
+from support.disk import words_if_full
 from support.health import Health, check_alive, check_engine
 from support.metrics import Tally, shown_on_the_bar, summarize
 from support.processes import (
     Ranks,
+    agreed,
+    all_or_none,
     anyone,
     fetch,
     finish_step_on_signals,
@@ -65,8 +67,10 @@ from support.processes import (
     start_profiler,
     write_profile,
 )
+from support.resume import check_identity, check_room, open_run
 from support.runlog import RunLog, read_rows
 from support.versions import check_versions, environment, versions
+from support.weights import fingerprints
 
 # ----------------------------------------------------------------------------------------------------------
 # The objective.
@@ -310,7 +314,7 @@ class Answered:
     sequences: list                # of model.Sequence; Sequence.group is the prompt's place in the step
     samples: list                  # rows for samples.jsonl
     grading: Counter               # reason of a verdict -> how many; "ms" -> milliseconds of all of them
-    demo_rewards: dict             # id -> reward of the demonstrations graded in this step
+    demo_rewards: dict             # data.demo_key -> reward of the demonstrations graded in this step
 
 
 def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
@@ -319,16 +323,17 @@ def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
     prompts: the step's, list of data.Prompt; this rank answers those at `places` (a range). demo_rewards: of
     the demonstrations whose reward is known; others are graded beside the rollouts.
     Returns (place -> list of Rollout; verdicts; the time when generation ended). verdicts: (place, k) of the
-    k-th rollout of a prompt, or the id of an example for its demonstration, -> Verdict.
+    k-th rollout of a prompt, or the data.demo_key of a demonstration, -> Verdict.
     """
     n_rollouts, n_demos = sequences_per_prompt(cfg)
     submitted = []             # what each verdict will be of: the grader answers in the order of submission
     for place in places:
         example = prompts[place].example
         has_demo = n_demos > 0 and prompts[place].demo is not None
-        if has_demo and example.id not in demo_rewards and example.id not in submitted:
+        key = demo_key(example) if has_demo else None
+        if has_demo and key not in demo_rewards and key not in submitted:
             grader.submit([example.demo], [example.answer])
-            submitted.append(example.id)
+            submitted.append(key)
 
     def grade_finished(ended):
         """The engine calls it after every decoding step. Often nothing has ended; the grader then only hands
@@ -379,8 +384,8 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
                 reward=verdicts[place, k].reward, engine_logp=np.asarray(rollout.logprobs, np.float32),
                 engine=ranks.rank, finished=rollout.finished))
         if prompt.demo and sequences_per_prompt(cfg)[1]:
-            id = prompt.example.id
-            reward = verdicts[id].reward if id in verdicts else demo_rewards[id]
+            key = demo_key(prompt.example)
+            reward = verdicts[key].reward if key in verdicts else demo_rewards[key]
             sequences.append(demonstration(prompt, place, reward))
 
     grading, known = Counter(), {}
@@ -417,9 +422,10 @@ def sample_rows(prompts, rollouts, verdicts, step, count):
         for place, group in rollouts.items():
             if len(rows) < count:
                 rows.append(row(prompts[place].example, group[k].text, verdicts[place, k], demo=False))
-    for id, example in examples.items():
-        if id in verdicts and not verdicts[id].reward:
-            rows.append(row(example, example.demo, verdicts[id], demo=True))
+    for example in examples.values():
+        verdict = verdicts.get(demo_key(example))
+        if verdict and not verdict.reward:
+            rows.append(row(example, example.demo, verdict, demo=True))
     return rows
 
 
@@ -447,7 +453,7 @@ class Progress:
     skipped: int = 0                                      # updates skipped for a gradient that was not finite
     position: int = 0                                     # examples that data.Order has handed out
     failed: list = field(default_factory=list)            # ReLIFT: prompts that wait for their demonstration
-    demo_rewards: dict = field(default_factory=dict)      # id -> reward of the demonstrations graded so far
+    demo_rewards: dict = field(default_factory=dict)      # data.demo_key -> reward, of those graded so far
 
 
 @dataclass(kw_only=True)
@@ -464,6 +470,7 @@ class Run:
     engine: RolloutEngine                # pi_theta once more, as vLLM serves it
     grader: Grader
     progress: Progress
+    identity: dict                       # of data and models, by content: see identify
     log: RunLog
 
 
@@ -550,7 +557,7 @@ def train(cfg, run):
         phase("checkpoint", step)
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             look_for_life(run)
-            state = {**asdict(progress), "data": [cfg.data, len(run.prompts), cfg.seed]}
+            state = {**asdict(progress), "settings": settings(cfg), "identity": run.identity}
             save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if stop:
             break
@@ -674,9 +681,6 @@ def setup(cfg):
     objective = load_objective(cfg)
     check_versions(versions(), say)
     check_environment(device)
-    if not cfg.resume and (out / "metrics.jsonl").exists():
-        raise ValueError(f"{out} already holds a run: pass --resume to continue it, or another --out")
-    checkpoint = find_checkpoint(out / "checkpoints", say) if cfg.resume else None
     folder = fetch(cfg.model, "model", "--model")
     config = M.load_config(folder, cfg.rope_theta, cfg.window)
     check_config(cfg, ranks.world, config.max_position_embeddings)
@@ -688,6 +692,11 @@ def setup(cfg):
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
+    phase("open run")
+    identity = identify(cfg, folder, prompts, heldout)
+    checkpoint = open_run(out, cfg.resume, ranks.rank, say)
+    check_resume(cfg, checkpoint, identity, say)
+    ask_for_room(cfg, checkpoint, config, ranks, say)
     phase("load model")
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
@@ -703,16 +712,16 @@ def setup(cfg):
     # After the engine, whose start draws from the same generators, and before a checkpoint restores them.
     seed_everything(cfg.seed + ranks.rank)
     phase("load checkpoint")
-    progress = restore(cfg, checkpoint, policy, optimizer, len(prompts), say) if checkpoint else Progress()
+    progress = restore(cfg, checkpoint, policy, optimizer, say) if checkpoint else Progress()
     if 0 < cfg.profile <= progress.step:
         say(f"--profile {cfg.profile}: that step is done, so there will be no trace")
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
     log = RunLog(out, ranks.rank == 0, progress.step if checkpoint else -1)
-    log.write_settings({**asdict(replace(cfg, resume=False)), "ranks": ranks.world, **environment(device)})
+    log.write_settings({**settings(cfg), "ranks": ranks.world, **environment(device)})
     return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
                policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
-               progress=progress, log=log)
+               progress=progress, identity=identity, log=log)
 
 
 def name_the_card(device, say):
@@ -799,29 +808,69 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def restore(cfg, checkpoint, policy, optimizer, n_prompts, say):
+def settings(cfg):
+    """All flags but --resume, as a dictionary: what config.json and every checkpoint hold."""
+    return asdict(replace(cfg, resume=False))
+
+
+def identify(cfg, folder, prompts, heldout):
+    """What this run is about, by content, since a name may stand for something else when it is resumed: name
+    of a flag -> digests. A collective. ValueError if ranks (of several nodes) have read different things."""
+    reference = None
+    if cfg.kl_coef:
+        reference = fingerprints(fetch(cfg.reference or folder, "model", "--reference"))
+    identity = {"data": digest(prompts), "model": fingerprints(folder), "reference": reference,
+                "eval_data": {name: digest(held) for name, held in heldout.items()}}
+    for name, value in identity.items():
+        agreed(f"--{name}", value)
+    return identity
+
+
+def check_resume(cfg, checkpoint, identity, say):
+    """Raise ValueError where this run cannot go on from `checkpoint`, (path, manifest) or None; say what else
+    its flags change."""
+    if checkpoint is None:
+        return
+    path, manifest = checkpoint
+    then = manifest["state"]["settings"]
+    for name, now in settings(cfg).items():
+        until_now = then.get(name, now)
+        if now != until_now and name in ("method", "template", "seed"):
+            raise ValueError(f"{cfg.out}: was trained with --{name} {until_now}; resume with the run's own "
+                             "flags, or start another run from a model of its own, --model DIR")
+        if now != until_now:
+            say(f"  with --{name} {now}, until now {until_now}")
+    # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
+    must = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
+    check_identity(path, manifest["state"]["identity"], identity, must, say)
+
+
+def ask_for_room(cfg, checkpoint, config, ranks, say):
+    """Raise ValueError if the disk has no room for the checkpoints to come. A collective."""
+    done = checkpoint[1]["state"]["step"] if checkpoint else 0
+    saves = len({*range(cfg.save_every, cfg.steps, cfg.save_every), cfg.steps} - {*range(done + 1)})
+    weights = sum(p.numel() for p in M.empty_model(config).parameters())
+    with all_or_none():
+        if ranks.rank == 0:
+            check_room(Path(cfg.out) / "checkpoints", weights, saves, cfg.keep,
+                       exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
+
+
+GRADING = ("grade_text", "strict_box", "score_unfinished")       # what a demonstration's reward hangs on
+
+
+def restore(cfg, checkpoint, policy, optimizer, say):
     """Put weights and optimizer back to where `checkpoint` (path, manifest) was written -> its Progress. A
-    collective. ValueError: it was trained on other data, or by another method or template."""
+    collective."""
     path, manifest = checkpoint
     state = load_checkpoint(path, manifest, policy, optimizer)
-    trained_on, data = state.pop("data"), [cfg.data, n_prompts, cfg.seed]
-    if trained_on != data:
-        raise ValueError(f"{path}: was trained on {trained_on} (data, prompts, seed), now {data}; resume "
-                         "with the run's own flags")
-    settings = json.loads((Path(cfg.out) / "config.json").read_text())
-    said = f"resumed {path}"
-    for name, now in asdict(replace(cfg, resume=False)).items():
-        then = settings.get(name, now)
-        if then == str(now):                                  # "inf": JSON has no number for it
-            continue
-        if then != now and name in ("method", "template"):
-            raise ValueError(f"{cfg.out}: was trained with --{name} {then}; resume with that, or start "
-                             "another run from a model of its own, --model DIR")
-        if then != now:
-            said += f"\n  with --{name} {now}, until now {then}"
+    then = state.pop("settings")
+    del state["identity"]
     for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
         group["weight_decay"] = cfg.weight_decay
-    say(said)
+    if any(then[name] != getattr(cfg, name) for name in GRADING):
+        state["demo_rewards"] = {}                            # they were graded by other rules
+    say(f"resumed {path}")
     return Progress(**state)
 
 
@@ -831,7 +880,8 @@ def finish(cfg, run, stopped):
     if not stopped:
         phase("export", cfg.steps)
         look_for_life(run)
-        M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(run.ranks.device))
+        with words_if_full(Path(cfg.out) / "hf"):
+            M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(run.ranks.device))
     run.grader.close()
     dist.barrier()                                    # no rank leaves while another still talks to it
     run.engine.close()                                # before the process group: it owns parts of it

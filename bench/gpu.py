@@ -38,7 +38,7 @@ import torch
 import common
 
 from support.device import choose_device
-from support.runlog import write_whole
+from support.disk import write_whole
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,13 @@ import torch.distributed.checkpoint as dcp
 
 import model as M
 from data import TEMPLATES, check_vocabulary, load_examples, tokenize
-from rollout import RolloutEngine, check_environment, stored_tensors
-from support.checkpoint import inspect_checkpoint
+from rollout import RolloutEngine, check_environment
+from support.checkpoint import verify_checkpoint
 from support.intervals import number_in, positive
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
 from support.versions import check_versions, versions
+from support.weights import stored_tensors
 
 # ----------------------------------------------------------------------------------------------------------
 # Models, and the probabilities that they give to responses.
@@ -67,7 +68,7 @@ class Scorer:
 
     def load_checkpoint(self, path):
         """The weights of checkpoints/step-N, without its optimizer."""
-        inspect_checkpoint(path)
+        verify_checkpoint(path)
         # dcp.load writes into these tensors, which are the policy's own shards.
         state = {"model": {name: p.detach() for name, p in self.policy.named_parameters()}}
         dcp.load(state, checkpoint_id=str(path))

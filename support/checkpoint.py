@@ -6,15 +6,21 @@
 
 A checkpoint holds the fp32 weights and AdamW's moments, each rank's shards written by that rank
 (torch.distributed.checkpoint, "dcp"), each rank's random generators, and, written last, manifest.json: the
-state, the weights' shapes, and the size of every other file. It is complete if, and only if, all of them are
-there with those sizes.
+state, the weights' shapes, size and SHA-256 of every other file, and its own. It is complete if, and only if,
+all of them are there as the manifest has them.
 
-To copy: this file, for any model of FSDP2. It needs torch and numpy alone.
+dcp's own list of tensors, .metadata, is a pickle: to read it is to run what its author wrote. So nothing of a
+folder is read before its digests are right, which keeps out what is damaged or another program's. It does not
+keep out a forger, who can write digests, too: resume from folders of people that you trust.
+
+To copy: this file with support/disk.py, for any model of FSDP2. They need torch and numpy alone.
 """
+import hashlib
 import json
 import os
 import random
-import shutil
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +28,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from support.disk import amount, discard, discard_leftovers, free_bytes
+
+BYTES_A_WEIGHT = 12      # fp32: the weight and AdamW's two moments; 91 GB at 7.6 B
+NONE_YET = ".none-yet"   # in a run's folder of checkpoints until the first is there
 
 
 def _rng_state():
@@ -46,43 +57,106 @@ def _shapes(policy):
     return {name: list(p.shape) for name, p in policy.named_parameters()}
 
 
+def _of_all_ranks(value):
+    """The `value` of each rank. A collective, where there is a group."""
+    everyone = [value]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing.
+
 def save_checkpoint(folder, policy, optimizer, state, keep):
     """Write weights, optimizer, RNGs and the JSON-able dict `state` (with its "step") to
     folder/step-N. A collective.
 
     Everything goes to a temporary name first and is renamed when it is complete, so a kill at any moment
-    leaves the previous checkpoint whole. The newest `keep` are kept.
+    leaves the previous checkpoint whole. The newest `keep` are kept. Where it cannot be written, as on a full
+    disk, every rank raises OSError, nothing of it is left, and no older one is touched.
     """
     folder, rank = Path(folder), dist.get_rank()
     final = folder / f"step-{state['step']}"
     partial = folder / f".partial-{final.name}"
+    needed = BYTES_A_WEIGHT * sum(p.numel() for p in policy.parameters())
     if rank == 0:
-        for left_by_a_kill in folder.glob(".partial-*"):
-            shutil.rmtree(left_by_a_kill, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()                                        # the folder is there before any rank writes to it
-    weights, moments = get_state_dict(policy, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(partial))
-    torch.save(_rng_state(), partial / f"rng-{rank}.pt")
-    dist.barrier()                                        # all files are written before rank 0 lists them
+        discard_leftovers(folder)
+    with _all_or_nothing(partial, needed):
+        if rank == 0:
+            free = free_bytes(folder)
+            if free is not None and free < needed:        # all ranks would write for minutes, in vain
+                raise OSError("the disk has no room for it")
+            partial.mkdir(parents=True)
+    with _all_or_nothing(partial, needed):
+        weights, moments = get_state_dict(policy, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(partial))
+        torch.save(_rng_state(), partial / f"rng-{rank}.pt")
+    with _all_or_nothing(partial, needed):                # all files are written before any rank lists them
+        mine = _digests_by(rank, partial)
+    files = {}
+    for part in _of_all_ranks(mine):
+        files.update(part)
+    with _all_or_nothing(partial, needed):
+        if rank == 0:
+            manifest = {"state": state, "world": dist.get_world_size(), "shapes": _shapes(policy),
+                        "files": files}
+            with (partial / "manifest.json").open("w") as f:
+                json.dump({**manifest, "sha256": _digest_of(manifest)}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            discard(final)
+            # A rename is one step of the file system: under the final name there is never half a checkpoint.
+            partial.rename(final)
+            (folder / NONE_YET).unlink(missing_ok=True)
     if rank == 0:
-        # Sizes, since a full disk or a copy that was cut leaves files of the right names.
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        manifest = {"state": state, "world": dist.get_world_size(), "shapes": _shapes(policy), "files": sizes}
-        with (partial / "manifest.json").open("w") as f:
-            json.dump(manifest, f)
-            f.flush()
-            os.fsync(f.fileno())
-        # A rename is one step of the file system: under the final name there is never half a checkpoint.
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
         # By number, not by name: step-10 is after step-6. One with a higher number than this is broken, since
         # the run went back behind it, and does not count.
-        older = [path for path in _checkpoints(folder) if step_of(path) < state["step"]]
+        older = [path for path in checkpoints_in(folder) if step_of(path) < state["step"]]
         for path in older[:max(0, len(older) - (keep - 1))]:
-            shutil.rmtree(path)
+            discard(path)
     dist.barrier()                                        # no rank goes on while there is none to go back to
 
+
+@contextmanager
+def _all_or_nothing(partial, needed):
+    """Inside, what fails on one rank is an OSError on all, and the partial checkpoint goes. A collective."""
+    error = None
+    try:
+        yield
+    except (Exception, dcp.api.CheckpointException) as e:        # the latter derives from BaseException
+        error = e
+    # The last line alone: dcp puts a traceback of every rank into its message.
+    reasons = _of_all_ranks(error and f"{type(error).__name__}: {error}".strip().splitlines()[-1])
+    reason = next(filter(None, reasons), None)
+    if reason is None:
+        return
+    if dist.get_rank() == 0:
+        discard(partial)
+    dist.barrier()
+    free = free_bytes(partial)
+    # torch hides a full disk behind "unexpected pos 704 vs 598", so what is said first is what is free.
+    what = "the disk is full" if free is not None and free < needed else "could not be written"
+    raise OSError(f"{partial.parent / partial.name.removeprefix('.partial-')}: {what}. A checkpoint takes "
+                  f"{amount(needed)}, {amount(free)} are free now that what was written of it is removed "
+                  f"(a quota may be lower). Older checkpoints are untouched: make room, then --resume. "
+                  f"({reason})") from error
+
+
+def begin_run(folder):
+    """Note that a run begins which has no checkpoint yet. Where the note is missing and there is none, they
+    were lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NONE_YET).touch()
+
+
+def has_none_yet(folder):
+    return (folder / NONE_YET).exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Which one is whole.
 
 def step_of(path):
     """N of a folder step-N, -1 of any other: a copy that somebody named step-N-mine is theirs."""
@@ -90,36 +164,95 @@ def step_of(path):
     return int(number) if number.isdigit() else -1
 
 
-def _checkpoints(folder):
+def checkpoints_in(folder):
     """Paths of all step-N in the folder, the oldest first."""
     return sorted((path for path in folder.glob("step-*") if step_of(path) >= 0), key=step_of)
 
 
+def _digest_of(content):
+    """SHA-256 of what json.dump writes."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _digests_by(rank, folder):
+    """Name -> [bytes, SHA-256] of the files in `folder` that are this rank's to read: those that it wrote,
+    which are still in its machine's memory."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if _reader_of(file.name) == rank:
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found[file.name] = [file.stat().st_size, digest]
+    return found
+
+
+def _reader_of(name):
+    """The rank that reads this file to check it: rank 3 __3_0.distcp and rng-3.pt, rank 0 all else."""
+    writer = re.match(r"(?:__|rng-)(\d+)", name)
+    return int(writer[1]) % dist.get_world_size() if writer and dist.is_initialized() else 0
+
+
 def inspect_checkpoint(path):
-    """The manifest of one checkpoint. Raises ValueError naming the file that is missing,
-    cut short or foreign."""
+    """The manifest of one checkpoint. Raises ValueError naming the file that is missing, cut short or
+    foreign. What is in the files is not looked at: see verify_checkpoint."""
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"].items()
+        digest = manifest.pop("sha256", None)
+        if digest is None:
+            raise ValueError("it has no digest: an earlier version wrote it, or another program")
+        if digest != _digest_of(manifest):
+            raise ValueError("its content is not what was written, by its own digest")
         manifest["state"]["step"], manifest["world"], manifest["shapes"]         # all that resuming will read
+        sizes = {name: size for name, (size, _) in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a complete checkpoint of this program "
                          f"(manifest.json: {e})") from None
-    for name, size in files:
+    for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).exists() else "no such file"
         if found != size:
             raise ValueError(f"{path / name}: truncated checkpoint, expected {size} bytes, found {found}")
     return manifest
 
 
+def verify_checkpoint(path):
+    """inspect_checkpoint, and the digest of every file. Raises ValueError, the same on every rank. A
+    collective.
+
+    Each rank reads its share, so that 91 GB at 7.6 B are 11 GB for each of 8: at 1.4 GB/s, SHA-256 on one
+    core that has instructions for it, 8 s once the disk has delivered them.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    manifest = error = None
+    try:
+        manifest = inspect_checkpoint(path)
+        found = _digests_by(rank, Path(path))
+        for name, written in manifest["files"].items():
+            if _reader_of(name) == rank and found[name] != written:
+                raise ValueError(f"{Path(path) / name}: damaged checkpoint: the file has the size that was "
+                                 "written, and another content (SHA-256)")
+    except (OSError, ValueError) as e:
+        error = str(e)
+    error = next(filter(None, _of_all_ranks(error)), None)
+    if error:
+        raise ValueError(error)
+    return manifest
+
+
 def newest_checkpoint(folder, log=print):
-    """(path, manifest) of the newest whole checkpoint, or None. A broken one is named and passed over; if
-    checkpoints exist but none is whole, ValueError: to start over in silence would throw a run away."""
-    paths = _checkpoints(Path(folder))
+    """(path, manifest) of the newest whole checkpoint, or None: the same on every rank. A collective.
+
+    A broken one is named and passed over; if checkpoints exist but none is whole, ValueError: to start over
+    in silence would throw a run away. ValueError too if ranks see different ones.
+    """
+    paths = checkpoints_in(Path(folder))
+    everyone = _of_all_ranks([path.name for path in paths])
+    if any(names != everyone[0] for names in everyone):
+        raise ValueError(f"{folder}: ranks see different checkpoints ({everyone}): --out must lie on a "
+                         "shared file system")
     for path in reversed(paths):
         try:
-            return path, inspect_checkpoint(path)
+            return path, verify_checkpoint(path)
         except ValueError as e:
             log(f"refusing a checkpoint: {e}")
     if paths:
@@ -128,16 +261,8 @@ def newest_checkpoint(folder, log=print):
     return None
 
 
-def find_checkpoint(folder, log=print):
-    """newest_checkpoint, the same on every rank. A collective. ValueError if ranks see different ones."""
-    checkpoint = newest_checkpoint(folder, log)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, checkpoint and str(checkpoint[0]))
-    if len(set(everyone)) > 1:
-        raise ValueError(f"ranks see different checkpoints ({everyone}): --out must lie on a shared file "
-                         "system")
-    return checkpoint
-
+# ----------------------------------------------------------------------------------------------------------
+# Reading.
 
 def load_checkpoint(path, manifest, policy, optimizer):
     """Restore weights, optimizer and RNGs in place; returns the saved `state`. Works on another number of

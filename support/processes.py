@@ -12,8 +12,9 @@ Python stacks, say who is behind, and exit: torchrun tears the job down, a sched
 same phases are the named ranges of a profile (start_profiler, write_profile).
 
 To copy: this file with support/device.py, for choose_device; both need torch and numpy alone. `fetch` also
-needs huggingface_hub.
+needs huggingface_hub and support/weights.py.
 """
+import ctypes
 import faulthandler
 import json
 import os
@@ -60,6 +61,7 @@ def init_distributed(device="auto", timeout_minutes=START_MINUTES):
     timeout_minutes: see set_timeouts. Raises ValueError for a device that is not there, and for ranks that
     are not whole nodes.
     """
+    die_with_launcher()
     describe_a_group_of_one()
     world = int(os.environ["WORLD_SIZE"])
     device = choose_device(device, int(os.environ["LOCAL_RANK"]))
@@ -78,6 +80,17 @@ def init_distributed(device="auto", timeout_minutes=START_MINUTES):
     mesh = init_device_mesh(device.type, **mesh_shape(world, int(os.environ["LOCAL_WORLD_SIZE"])))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return Ranks(dist.get_rank(), world, device, mesh)
+
+
+def die_with_launcher():
+    """From now on, whatever ends torchrun ends this process, which it has started.
+
+    Without it, the ranks of a torchrun that was killed (kill -9, out of memory) train on, unseen, while a
+    scheduler starts the job again. Linux alone knows this (prctl's PR_SET_PDEATHSIG, 1). "Parent" there means
+    the thread that started this process; torchrun does that from the one that waits for its ranks.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def describe_a_group_of_one():
@@ -122,16 +135,18 @@ def fetch(name, repo_type, flag):
         have = [rank for rank, exists in enumerate(here) if exists]
         raise FileNotFoundError(f"{flag} {name}: only ranks {have} have this path; put it on every node")
     from huggingface_hub import snapshot_download
+
+    from support.weights import snapshot
     first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
-    wanted = ["*.parquet", "*.jsonl"]
-    if repo_type == "model":
-        wanted = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
     # Two turns: a node's first rank downloads; after the barrier, the others find it in the cache.
     for my_turn in (first, not first):
         if my_turn:
             try:
-                folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
-                                           allow_patterns=wanted)
+                if repo_type == "model":
+                    folder = snapshot(name, local_files_only=not first)
+                else:
+                    folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
+                                               allow_patterns=["*.parquet", "*.jsonl"])
             except Exception as e:                             # the hub's errors share no useful base class
                 error = e
         if dist.is_initialized():
@@ -167,6 +182,31 @@ def anyone(flag):
     found = torch.tensor(float(flag))
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
+
+
+@contextmanager
+def all_or_none():
+    """Inside, an OSError or a ValueError of one rank becomes a ValueError of all, which so end alike. A
+    collective at its end; there must be none inside, since other ranks would wait in it."""
+    error, everyone = None, [None] * dist.get_world_size()
+    try:
+        yield
+    except (OSError, ValueError) as found:
+        error = found
+    dist.all_gather_object(everyone, error and str(error))
+    first = next(filter(None, everyone), None)
+    if first:
+        raise ValueError(first) from error
+
+
+def agreed(what, value):
+    """`value`, which must be the same on every rank: ValueError if it is not. A collective."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if others:
+        raise ValueError(f"{what}: {_ranks(others)} read another one than rank 0; put the same on every node")
+    return value
 
 
 def seed_everything(seed):

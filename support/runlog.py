@@ -7,13 +7,17 @@
 One JSON object a line, so that a run of days is a file which any tool reads while it grows, and which a kill
 spoils by one line at most. What is not a finite number is null. curves.png has the panels of Fig. 6.
 
-To copy: this file, with PANELS named anew. It needs matplotlib; tensorboard is used where it is installed.
+To copy: this file with support/claim.py and support/disk.py, and PANELS named anew. It needs matplotlib;
+tensorboard is used where it is installed.
 """
 import json
 import math
 import time
 import warnings
 from pathlib import Path
+
+from support.claim import claim, is_claimed
+from support.disk import append_whole, write_whole
 
 PANELS = [                     # title; metrics drawn in it, or how all of them begin
     ("reward (Fig. 6a)", ["reward/mean", "reward/demo_mean"]),
@@ -23,6 +27,7 @@ PANELS = [                     # title; metrics drawn in it, or how all of them 
     ("loss terms of Eq. 13", "loss/"),
     ("held-out accuracy", "eval/"),
 ]
+PARTIAL_CURVES = ".curves.partial.png"
 
 
 def read_rows(file):
@@ -49,14 +54,6 @@ def json_line(row):
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-def write_whole(path, text):
-    """Write a file at once: no reader, and no kill, sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")        # beside it: a rename is whole only within a file system
-    new.write_text(text)
-    new.replace(path)
-
-
 def draw_curves(run):
     """Draw run/curves.png from run/metrics.jsonl: PANELS."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training
@@ -79,7 +76,7 @@ def draw_curves(run):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    partial = Path(run) / ".curves.partial.png"
+    partial = Path(run) / PARTIAL_CURVES
     figure.savefig(partial, dpi=90)
     partial.rename(Path(run) / "curves.png")       # a viewer never sees half a picture
 
@@ -91,9 +88,10 @@ class RunLog:
     def __init__(self, run, active, step):
         """Rows after `step`, which a resumed run is about to write again, are cut off first. -1: all rows."""
         self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
-        self.step = step
+        self.step, self.settings = step, None
         if not active:
             return
+        claim(self.run)
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
             write_whole(self.run / name, "".join(map(json_line, rows)))
@@ -111,18 +109,21 @@ class RunLog:
         for name, value in settings.items():
             if value == math.inf:
                 settings = {**settings, name: "inf"}
-        file, text = self.run / "config.json", json.dumps(settings, indent=2, allow_nan=False)
-        if self.step >= 0 and file.read_text() != text:
+        self.settings = json.dumps(settings, indent=2, allow_nan=False)
+        file = self.run / "config.json"
+        if self.step >= 0 and file.exists() and file.read_text() != self.settings:
             file.replace(self.run / f"config-until-{self.step}.json")
-        write_whole(file, text)             # a kill must not leave half of it: a resume reads it
+        write_whole(file, self.settings)
 
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
         if not self.active:
             return
+        if not is_claimed(self.run):
+            self._start_over(metrics["step"])
         for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with (self.run / name).open("a") as f:
-                f.writelines(map(json_line, rows))
+            with (self.run / name).open("ab", buffering=0) as f:
+                append_whole(f, "".join(map(json_line, rows)))
         if self.board:
             for name, value in metrics.items():
                 if isinstance(value, (int, float)):
@@ -134,5 +135,14 @@ class RunLog:
                 draw_curves(self.run)
             except Exception as error:         # a picture (fonts, a full disk) is not worth a run of days
                 warnings.warn(f"could not draw {self.run}/curves.png: {error}")
+                (self.run / PARTIAL_CURVES).unlink(missing_ok=True)
             self.drawn = time.monotonic()
 
+    def _start_over(self, step):
+        """The folder was renamed or removed: say so, and go on in a new one of its name, where the next
+        checkpoint will be. ValueError if another run has taken that."""
+        warnings.warn(f"{self.run}: was moved or removed while its run goes on, which writes it anew, from "
+                      f"step {step} on. What was written until now is where it was moved to")
+        claim(self.run)
+        if self.settings is not None:
+            write_whole(self.run / "config.json", self.settings)

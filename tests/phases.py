@@ -21,6 +21,7 @@ def timeouts(mesh):
 def steps(task, minutes):
     rank, world, _, mesh = init_distributed("cpu")
     assert timeouts(mesh) == {125}
+    print("PID", os.getpid(), flush=True)
     if task.startswith("fetch"):                         # a path that only rank 0's node has
         print("FETCHED", fetch(task.removeprefix("fetch ") if rank == 0 else "/nowhere", "model", "--model"))
     victim = rank == world - 1                           # the one that gets into trouble

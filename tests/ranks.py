@@ -3,6 +3,7 @@
     python tests/ranks.py TASK ARGUMENTS
 """
 import dataclasses
+import errno
 import os
 import pickle
 import sys
@@ -243,6 +244,21 @@ def graders_fail(*flags):
     srft.train(cfg, srft.setup(cfg))
 
 
+def full_disk(*flags):
+    """A whole run in which the disk of rank 1 is full when it writes its second checkpoint."""
+    save = torch.save
+
+    def full(content, file):
+        if dist.get_rank() == 1 and "step-4" in str(file):
+            Path(file).write_bytes(b"part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    torch.save = full
+    sys.argv[1:] = flags
+    srft.main()
+
+
 def sleeper(*flags):
     """A whole run from the command line on: rank 1 is slow in its first rollout and never ends its second."""
     class Sleeper(rollout.RolloutEngine):
@@ -258,6 +274,6 @@ def sleeper(*flags):
 
 
 if __name__ == "__main__":
-    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, sleeper]
+    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, full_disk, sleeper]
     task = {task.__name__: task for task in tasks}[sys.argv[1]]
     task(*sys.argv[2:])

@@ -19,7 +19,7 @@ import model as M
 from config import TINY, parse_args
 from conftest import SMALL, metrics, run
 from model import Sequence, collate
-from rollout import stored_tensors
+from support.weights import stored_tensors
 from test_model import CPU, VOCAB, load, mesh, save_model, some_sequences, unpacked  # noqa: F401 (fixture)
 from tiny import task
 from updates import whole_update

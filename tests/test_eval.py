@@ -35,6 +35,7 @@ from paper import tables as scores
 from paper.benchmarks import BENCHMARKS, Problem
 from reward import Grader, Verdict
 from rollout import Rollout
+from test_resume import hold
 
 PAPER = ROOT.parent / "shared" / "paper" / "srft-paper.md"
 FORK = multiprocessing.get_context("fork")                      # for a process without seconds of imports
@@ -178,12 +179,17 @@ def test_a_torn_line_costs_its_own_row_alone_and_what_is_appended_has_its_own_li
     assert path.read_bytes().count(b"\n") == 4
 
 
-def test_an_evaluation_holds_its_folder_alone(tmp_path):
-    first = E.claim(tmp_path / "out")
-    with pytest.raises(ValueError, match="another evaluation is writing there"):
-        E.claim(tmp_path / "out")
-    os.close(first)
-    os.close(E.claim(tmp_path / "out"))
+@pytest.mark.slow
+def test_a_second_evaluation_into_one_folder_is_refused_on_all_ranks(tmp_path):
+    holder, mine = hold(tmp_path), tmp_path / "mine.jsonl"
+    mine.write_text('{"problem": "11+11=?\\n", "answer": "22"}\n')
+    ranks = start(["eval.py", "--model", TINY, "--device", "cpu", "--benchmarks", mine, "--template", "none",
+                   "--max_tokens", "32", "--out", tmp_path], ranks=2)
+    outputs = [process.communicate(timeout=100)[0] for process in ranks]
+    holder.kill()
+    for process, output in zip(ranks, outputs):
+        assert process.returncode == 1
+        assert f"process {holder.pid} on" in output and "Traceback" not in output
 
 
 def append_many(path, writer):
@@ -666,6 +672,14 @@ def test_other_weights_are_refused_even_under_the_same_name_and_of_the_same_size
         E.settle(args, folder, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("text", ["", '{"temp'])
+def test_settings_that_are_not_whole_are_named_and_the_results_not_mixed_with_others(settled, text):
+    args, folder = settled
+    (Path(args.out) / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json: is not whole"):
+        E.settle(args, folder, torch.device("cpu"))
+
+
 def test_a_runs_folder_gives_its_export_its_template_and_the_place_for_the_results(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     args = E.parse(["--model", str(tmp_path)])
@@ -822,7 +836,7 @@ def greedy(trained, sums):
 @pytest.mark.slow
 def test_an_evaluation_leaves_results_a_summary_and_its_settings_in_the_runs_folder(trained, measured):
     assert {path.name for path in measured.iterdir()} == {
-        "results.jsonl", "settings.json", "summary.json", "summary.md"}
+        ".lock", "results.jsonl", "settings.json", "summary.json", "summary.md"}
     rows, examples = rows_of(measured), {e.id: e for e in load_examples("tiny:heldout")}
     assert {key for key in responses(measured)} == {("heldout", id, k) for id in examples for k in range(2)}
     for row in rows:

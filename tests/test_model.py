@@ -8,8 +8,10 @@ elsewhere; the head, token_logprobs, in test_logprobs.py.
 import itertools
 import json
 import os
+import pickle
 import random
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import model as M
 from model import Sequence, collate, pack
+from paper import figures
 from support.checkpoint import inspect_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from support.packing import karmarkar_karp
 from support.processes import init_distributed, seed_everything
@@ -461,7 +464,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_folder(tmp_path, mesh
 
 def test_a_folder_without_weights_is_refused(tmp_path, mesh):
     transformers.Qwen2Config().save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no .*safetensors"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: lacks model.safetensors"):
         load(tmp_path, mesh)
 
 
@@ -541,12 +544,49 @@ def test_a_cut_or_missing_file_is_refused_by_name_and_the_checkpoint_before_it_i
         newest_checkpoint(folder, said.append)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_a_file_whose_content_is_damaged_is_an_error_that_names_the_checkpoint(checkpoints, name):
-    folder, *training = checkpoints
-    (folder / "step-4" / name).write_bytes(b"\xff" * (folder / "step-4" / name).stat().st_size)
-    with pytest.raises(ValueError, match=f"{folder / 'step-4'}: cannot be read"):
-        load_checkpoint(*newest_checkpoint(folder), *training)
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "rng-0.pt", "manifest.json"])
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.99])
+def test_one_flipped_bit_anywhere_is_found_and_the_checkpoint_before_is_used(checkpoints, name, where):
+    folder, said = checkpoints[0], []
+    content = bytearray((folder / "step-4" / name).read_bytes())
+    content[int(where * len(content))] ^= 1
+    (folder / "step-4" / name).write_bytes(content)
+    path, _ = newest_checkpoint(folder, said.append)
+    assert path == folder / "step-2" and len(said) == 1
+    assert str(folder / "step-4") in said[0] and name in said[0]
+
+
+class Foreign:
+    """What a pickle of somebody else's may hold: reading it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("change", [
+    lambda manifest: None,
+    lambda manifest: manifest.update(files={name: size for name, (size, _) in manifest["files"].items()}),
+    lambda manifest: manifest.pop("sha256"),
+    lambda manifest: manifest.pop("files")],
+    ids=["another file", "no digests", "no digest of the manifest", "no files"])
+def test_nothing_of_a_checkpoint_that_is_not_as_this_program_wrote_it_is_unpickled(
+        tmp_path, checkpoints, mesh, change):
+    folder, *_ = checkpoints
+    manifest = json.loads((folder / "step-4" / "manifest.json").read_text())
+    content = pickle.dumps(Foreign(tmp_path / "ran"))
+    (folder / "step-4" / ".metadata").write_bytes(content)
+    manifest["files"][".metadata"][0] = len(content)
+    change(manifest)
+    (folder / "step-4" / "manifest.json").write_text(json.dumps(manifest))
+    assert newest_checkpoint(folder, lambda _: None)[0] == folder / "step-2"
+    with pytest.raises(ValueError, match="step-4"):
+        figures.Scorer.load_checkpoint(None, folder / "step-4")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(content)
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("manifest", [None, "", "{", "[]", "{}", '{"files": []}'])

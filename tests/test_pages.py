@@ -206,7 +206,7 @@ def test_the_rows_that_a_page_shows_are_read_with_all_their_columns(page, tmp_pa
 
 COPIED = {"group_advantage": {"torch"}, "srft_loss": {"torch"}}                   # of srft.py
 FILES = {"support/logprobs.py": {"torch"}, "support/packing.py": set(),
-         "support/checkpoint.py": {"torch", "numpy"},
+         "support/checkpoint.py": {"torch", "numpy", "support"},
          "reward.py": {"grading"}, "rollout.py": {"torch", "transformers", "safetensors", "tqdm", "vllm"},
          "grading/oat.py": {"sympy", "pylatexenc", "math_verify", "latex2sympy2_extended"}}
 

@@ -27,9 +27,9 @@ from rollout import (
     StaleWeightsError,
     check_environment,
     config_folder,
-    stored_tensors,
     weight_names,
 )
+from support.weights import stored_tensors
 from tiny.task import make_tokenizer
 
 
@@ -176,21 +176,6 @@ def test_where_the_engine_unties_the_head_it_gets_the_embedding_twice_and_each_o
     engine.sync_weights(sent, version=1)
     received = sorted(engine.llm.calls[0][1])
     assert received == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
-
-
-def test_stored_weights_are_those_of_the_index_and_a_missing_file_is_refused_before_anything_is_read(
-        tmp_path):
-    for name, key in (("a", "x"), ("b", "y"), ("consolidated", "z")):
-        save_file({key: torch.full((2,), ord(key))}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(FileNotFoundError, match="lacks model.safetensors"):
-        stored_tensors(tmp_path)
-    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = {name: tensor[0].item() for name, tensor in stored_tensors(tmp_path)}
-    assert found == {"x": ord("x"), "y": ord("y")}
-    (tmp_path / "b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks b.safetensors"):
-        stored_tensors(tmp_path)
 
 
 def test_the_names_of_a_models_weights_are_those_of_its_file_and_a_tied_head_is_an_alias():

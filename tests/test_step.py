@@ -13,7 +13,7 @@ import torch
 import model as M
 import srft
 from config import Config
-from data import Example, Prompt
+from data import Example, Prompt, demo_key
 from reward import Verdict
 from rollout import Rollout
 from support.metrics import Tally
@@ -66,6 +66,11 @@ def step_prompts(n=3):
     return prompts
 
 
+def key(i):
+    """What the reward of the i-th demonstration of step_prompts is remembered by."""
+    return demo_key(step_prompts()[i].example)
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """A process group of one, without a process group."""
@@ -91,14 +96,14 @@ def test_each_rollout_has_its_own_reward_whatever_ends_first_and_the_demonstrati
         assert not demos and not answered.demo_rewards
     else:
         assert [(s.group, s.reward) for s in demos] == [(0, 1.0), (1, 0.0)]
-        assert answered.demo_rewards == {"id0": 1.0, "id1": 0.0}
+        assert answered.demo_rewards == {key(0): 1.0, key(1): 0.0}
     assert answered.grading["ok"] + answered.grading["wrong"] == len(answered.sequences)
 
 
 def test_a_demonstration_whose_reward_is_known_is_not_graded_again(alone):
     cfg, grader = Config(n_rollouts=4), Grader()
-    answered, _ = srft.augmented_groups(step_prompts(), 1, cfg, Engine(), grader, {"id0": 0.5}, alone)
-    assert answered.demo_rewards == {"id1": 0.0}
+    answered, _ = srft.augmented_groups(step_prompts(), 1, cfg, Engine(), grader, {key(0): 0.5}, alone)
+    assert answered.demo_rewards == {key(1): 0.0}
     assert [s.reward for s in answered.sequences if s.is_demo] == [0.5, 0.0]
 
 

@@ -1,0 +1,123 @@
+"""Files on a disk that may be full, or slow to let go of what is removed.
+
+    free_bytes("out/run")                            # of the disk that it lies, or will lie, on
+    with words_if_full("out/run/hf"): ...            # an error for want of room says so, and how much is free
+    append_whole(path, "a line\\n"); write_whole(path, text)      # all of it or nothing
+    discard("out/run/checkpoints/step-50")           # warns where it cannot, and the next one tries again
+
+To copy: this file. It needs nothing but Python.
+"""
+import errno
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def free_bytes(path):
+    """Bytes that this user may still write where `path` lies, or its nearest folder that exists; None where
+    the file system does not say. A quota of the user is not in it."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+
+
+def amount(size):
+    """
+    >>> amount(91_440_000_000), amount(1_900_000), amount(None)
+    ('91.4 GB', '1.9 MB', 'an unknown amount')
+    """
+    if size is None:
+        return "an unknown amount"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def is_full(error):
+    """Is this error, or one that it came of, for want of room (a full disk, a quota)?"""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors is written in Rust, whose errors carry the number in their text alone.
+        if re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def words_if_full(path):
+    """Inside, an error for want of room becomes an OSError that says where, how much is free, what to do. A
+    folder .partial-NAME beside `path`, which may be what fills the disk, is removed."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        discard(Path(path).with_name(f".partial-{Path(path).name}"))
+        raise OSError(f"{path}: no room on the disk (or in a quota), {amount(free_bytes(path))} free; make "
+                      "room, then start the same command again (srft.py with --resume)") from error
+
+
+def append_whole(file, text):
+    """Append to a file, opened for that without a buffer, all of `text`; where the disk is full, nothing."""
+    left, end = text.encode(), file.seek(0, os.SEEK_END)
+    with words_if_full(file.name):
+        try:
+            while left:
+                left = left[file.write(left):]        # a disk that fills up takes a part first
+            os.fsync(file.fileno())                   # some file systems find out only now
+        except OSError:
+            file.truncate(end)                        # half a line would be one with the next that is written
+            raise
+
+
+def write_whole(path, text):
+    """Write a file at once: no reader, no kill and no full disk sees or leaves a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")        # beside it: a rename is whole only within a file system
+    with words_if_full(path):
+        try:
+            with new.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())              # else a power cut may leave the new name without content
+            new.replace(path)
+        except OSError:
+            new.unlink(missing_ok=True)              # it may be what fills the disk
+            raise
+
+
+def read_json(path):
+    """Its content. Raises ValueError, naming it, where that is empty, cut short or otherwise no JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is not whole ({error}); put it back as it was") from None
+
+
+def discard(path):
+    """Remove a folder, if it is there. Where that fails (files open over NFS, or not ours), warn and go on.
+
+    It gets a hidden name first: half removed under its own, it would still look like what it was.
+    """
+    hidden = path = Path(path)
+    try:
+        if path.exists() and not path.name.startswith(".removing-"):
+            hidden = path.with_name(f".removing-{path.name.lstrip('.')}-{time.time_ns()}")
+            path.rename(hidden)
+        if hidden.exists():
+            shutil.rmtree(hidden)
+    except OSError as error:
+        warnings.warn(f"{path}: cannot be removed, and takes room on the disk: {error}")
+
+
+def discard_leftovers(folder):
+    """Remove what a kill has left half written in a folder, and, once more, what could not be removed."""
+    for path in [*Path(folder).glob(".partial-*"), *Path(folder).glob(".removing-*")]:
+        discard(path)
