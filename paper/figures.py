@@ -22,6 +22,8 @@ demonstrations of --data, or what `respond` sampled from the base or the tuned m
 models score the very same tokens, token by token, at temperature 1, given prompt and prefix), and the colours
 (--scale: the change of probability p_tuned - p_base, in [-1, 1], or of log p in nats).
 """
+import support.startup  # noqa: F401  (before torch)
+
 import argparse
 import html
 import json

@@ -5,6 +5,7 @@
 import dataclasses
 import os
 import pickle
+import signal
 import sys
 import time
 from pathlib import Path
@@ -257,7 +258,30 @@ def sleeper(*flags):
     srft.main()
 
 
+def signalled(version, *flags):
+    """A whole run in which the last rank, and no other, gets SIGTERM while all draw the responses of the
+    evaluation of `version`. Each decoding step of the others then takes seconds."""
+    class Signalled(rollout.RolloutEngine):
+        def generate(self, prompts, n, temperature, max_tokens, seed, version=None, on_step=None, **kwargs):
+            def slow(ended):
+                time.sleep(2)
+                on_step(ended)
+
+            if "top_p" in kwargs and version == wanted:                # of an evaluation
+                if dist.get_rank() == dist.get_world_size() - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    kwargs["on_step"] = slow
+            return super().generate(prompts, n, temperature, max_tokens, seed, version,
+                                    **{"on_step": on_step, **kwargs})
+
+    wanted = int(version)
+    srft.RolloutEngine = Signalled
+    sys.argv[1:] = flags
+    srft.main()
+
+
 if __name__ == "__main__":
-    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, sleeper]
+    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, sleeper, signalled]
     task = {task.__name__: task for task in tasks}[sys.argv[1]]
     task(*sys.argv[2:])
