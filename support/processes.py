@@ -178,7 +178,7 @@ def wait_for_all():
     # In the store, not in a barrier, whose timeout cannot tell a rank that works from one that hangs.
     _here.meetings += 1
     key = f"arrived {_here.meetings} {{}}"
-    here = key.format(os.environ["RANK"])
+    here = key.format(dist.get_rank())
     while _here.joined and not _of_all_ranks(key):
         _ask(lambda store: store.set(here, "yes"))
         alive()

@@ -18,10 +18,12 @@ def end_in_one_line(kind, error, trace, hook=sys.excepthook):
     if seen is None:
         hook(kind, error, trace)
         return
-    rank = os.environ.get("RANK")
+    name = os.path.basename(sys.argv[0])
+    if "RANK" in os.environ:
+        name += f" (rank {os.environ['RANK']})"
     sys.stdout.flush()
-    print(f"\n{os.path.basename(sys.argv[0])}{f' (rank {rank})' if rank else ''}: interrupted",
-          file=sys.stderr, flush=True)
+    # Not sys.stderr: torch's own hook, which calls this one, holds back what is written there.
+    print(f"\n{name}: interrupted", file=sys.__stderr__, flush=True)
     os._exit(130)                          # as shells have it; a usual end would wait for threads
 
 

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import eval
 import model as M
 import rollout
 import srft
 from config import TINY, parse_args
 from data import load_examples, tokenize
 from reward import Grader, Verdict
+from support import processes
 from support.processes import init_distributed
 from tiny.task import make_tokenizer
 from updates import whole_update
@@ -281,7 +283,27 @@ def signalled(version, *flags):
     srft.main()
 
 
+def unwell(how, *flags):
+    """An evaluation from the command line on, whose rank 1 writes one chunk and is then "stopped", or "stuck"
+    in the engine."""
+    class Unwell(rollout.RolloutEngine):
+        calls = 0
+
+        def generate(self, *args, **kwargs):
+            self.calls += 1
+            if dist.get_rank() == 1 and self.calls == 2:
+                if how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(600)
+            return super().generate(*args, **kwargs)
+
+    processes.SILENT_MINUTES = 0.2
+    eval.RolloutEngine = Unwell
+    eval.main(list(flags))
+
+
 if __name__ == "__main__":
-    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, sleeper, signalled]
+    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, sleeper, signalled,
+             unwell]
     task = {task.__name__: task for task in tasks}[sys.argv[1]]
     task(*sys.argv[2:])
