@@ -140,9 +140,20 @@ def fetch(name, repo_type, flag):
     if error is not None:
         raise FileNotFoundError(
             f"{flag} {name}: no such local path, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). Without network, pass "
-            "local paths: --model DIR (config, tokenizer, safetensors) and --data FILE-or-DIR.")
+            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). {_what_to_do(error)}")
     return folder
+
+
+def _what_to_do(error):
+    """The way out of an error of the hub."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    if isinstance(error, GatedRepoError):
+        return ("It is gated: accept its terms on its page there, and let this machine know who you are, by "
+                "`hf auth login` or a token in HF_TOKEN.")
+    if isinstance(error, RepositoryNotFoundError):           # the hub answers so for a private one, too
+        return "Check its name; if it is private, run `hf auth login` or set a token in HF_TOKEN."
+    return ("Without network, pass local paths: --model DIR (config, tokenizer, safetensors) and --data "
+            "FILE-or-DIR.")
 
 
 def finish_step_on_signals():
