@@ -196,6 +196,26 @@ def test_ctrl_c_in_start_up_is_one_line_on_each_rank_and_leaves_nothing(seconds,
 
 
 @pytest.mark.slow
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    row = {"id": "Übung №1", "problem": "11+11=?\n", "answer": "22", "solution": "\\boxed{22}"}
+    data.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Python would help itself under this locale; under another one, such as ISO-8859-1, it does not.
+    env = ENV | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    out = tmp_path / "run"
+    for command in (
+            [*SMALL, "--steps", "1", "--prompts_per_step", "1", "--data", data, "--eval_data", data,
+             "--out", out],
+            ["eval.py", "--model", out, "--benchmarks", data, "--device", "cpu", "--max_tokens", "50"],
+            ["-m", "paper.figures", "respond", "--model", out, "--data", data, "--device", "cpu", "--out",
+             tmp_path / "r", *"--template none --max_prompt_tokens 64 --max_response_tokens 64".split()]):
+        done = subprocess.run([sys.executable, *map(str, command)], env=env, cwd=ROOT, capture_output=True,
+                              timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8"))["id"] == row["id"]
+
+
+@pytest.mark.slow
 def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
     out = tmp_path / "tiny"
     command = [*TWO_RANKS, "srft.py", "--preset", "tiny", "--device", "cpu", "--steps", "2",
