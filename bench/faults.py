@@ -39,7 +39,7 @@ RUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--local
        "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", str(SAVE_EVERY), "--eval_every", "8",
        "--eval_data", "tiny:heldout", "--engine_sequences", "64", "--grader_workers", "1",
        "--hang_minutes", "0.5"]
-PATIENCE_S = 300
+PATIENCE_S, GRACE_S = 300, 15
 
 
 class Job:
@@ -89,7 +89,7 @@ class Job:
 
     def leaves_behind(self):
         """The processes that are still there when torchrun has ended, and then killed."""
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + GRACE_S
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.2)
         left = self.processes()
@@ -176,7 +176,7 @@ def one_start(out, log, dice, kinds, duration, deadline, counts):
     """Start the run and let faults happen to it until it ends, none after the deadline. Returns what went
     wrong, a list of texts."""
     job, kind, before, wrong = Job(out, log), None, newest(out), []
-    while not job.ends(dice.uniform(0, duration / 2)):
+    while not job.ends(dice.uniform(0, duration)):
         if time.monotonic() > deadline:
             if job.ends(PATIENCE_S + duration):
                 break
