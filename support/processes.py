@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from support.device import choose_device
 
 START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
-SILENT_MINUTES = 3       # without a sign of life of a rank, or of the group's store, until it counts as lost
+SILENT_MINUTES = 5       # without a sign of life of a rank, or of the group's store, until it counts as lost
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
 
 
@@ -250,7 +250,7 @@ class Silence:
         if not _here.joined:
             return
         if _here.store is None:              # one answer that took over 5 s is no loss: connect again
-            _in_time(lambda: _connect(timedelta(seconds=5)))
+            _in_time(lambda: _connect(timedelta(seconds=3)))
         self.count += 1
         sign = f"{self.count} {socket.gethostname()}"
         _ask(lambda store: store.set(f"alive {os.environ['RANK']}", sign))
