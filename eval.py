@@ -13,6 +13,8 @@ n = 1); pass@k is the chance that one of k responses is correct, by the unbiased
 its standard error. `evaluate` is the same measurement inside a training run, but by Math-Verify alone, and a
 response cut off scores 0 there unless --score_unfinished says otherwise.
 """
+import support.startup  # noqa: F401  (before torch)
+
 import argparse
 import json
 import os
@@ -34,7 +36,17 @@ from rollout import RolloutEngine, check_environment
 from support.claim import claim, lock
 from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval, positive
-from support.processes import all_or_none, fetch, init_distributed, mistakes_in_one_line
+from support.processes import (
+    alive,
+    all_or_none,
+    fetch,
+    hang_watch,
+    init_distributed,
+    mistakes_in_one_line,
+    phase,
+    set_timeouts,
+    wait_for_all,
+)
 from support.runlog import json_line
 from support.versions import check_versions, environment, versions
 from support.weights import fingerprints, stored_tensors
@@ -76,17 +88,25 @@ class Task:
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False):
+class Stopped(Exception):
+    """Responses were being drawn when a signal came."""
+
+
+def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False, stopping=()):
     """Draw and grade one response for each task -> list of rows (dict), as results.jsonl holds them.
 
     kinds: the verifiers, of "oat" and "math-verify". Multiple choice (an example with `order`) is graded by
-    its letter instead; an example with a `repaired` reference gets a second verdict of "oat".
+    its letter instead; an example with a `repaired` reference gets a second verdict of "oat". Raises Stopped
+    as soon as `stopping` is not empty.
     """
     rows = [None] * len(tasks)
     jobs = []                                         # (row, name of the verdict), as they are submitted
 
     def grade_finished(ended):
         """After each decoding step: grade what ended in it, while the others are being decoded."""
+        alive()
+        if stopping:
+            raise Stopped
         grader.submit()                               # nothing new: it hands out work, and kills who is late
         for i, _, rollout in ended:
             example = tasks[i].prompt.example
@@ -135,21 +155,28 @@ def wanted_verdicts(example, kinds):
     return wanted
 
 
-def evaluate(engine, grader, name, prompts, n, sampling, version):
+def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
     """avg@n during training, by the training grader (Sec. 5.1: "Math-verify ... for training validation").
 
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns "accuracy", the
     mean over problems of the share of their n responses that are correct; "tokens", the responses' mean
     length; "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose
-    expectation is that distribution's entropy. The same on every rank. A collective.
+    expectation is that distribution's entropy. Or None, where on any rank `stopping` (a list that a signal
+    fills) was not empty in time. The same on every rank. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tasks = [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
     # Dealt like cards: no rank gets one part of the file, such as its hard end, alone.
-    rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version)
-    found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
+    try:
+        rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version,
+                      stopping=stopping)
+        found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
+    except Stopped:
+        found = None
     everyone = [None] * world
     dist.all_gather_object(everyone, found)           # three numbers a response, not its text
+    if None in everyone:
+        return None
     dealt = [None] * len(tasks)
     for r, part in enumerate(everyone):
         dealt[r::world] = part                        # back into the order of `tasks`
@@ -264,7 +291,8 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
     bar = tqdm(total=sum(map(len, mine)), desc="responses (rank 0 of %d)" % world, disable=rank != 0,
                dynamic_ncols=True)
     right, seen = Counter(), Counter()                # by benchmark, for the bar alone
-    for chunk in mine:
+    for number, chunk in enumerate(mine, 1):
+        phase(f"chunk {number} of {len(mine)}")
         old = [known[task.key] for task in chunk if task.key in known]
         left = [task for task in chunk if task.key not in known]
         new = []
@@ -277,7 +305,7 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
         bar.update(len(chunk))
         bar.set_postfix({name: f"{100 * right[name] / seen[name]:.1f}" for name in seen})
     bar.close()
-    dist.barrier()                                    # all is written, before rank 0 reads
+    wait_for_all()                                    # all is written, before rank 0 reads
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -348,19 +376,20 @@ def add_flags(parser):
          "one for the engine", within="[0, inf)")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0",
          within="(0, inf)")
+    flag("hang_minutes", 30.0, "stop, and name the rank that is behind, if one gets nothing done for longer",
+         within="(0, inf)")
     return intervals
 
 
 def main(argv=None):
     args = parse(argv)
-    with mistakes_in_one_line("eval.py"):
+    with hang_watch(), mistakes_in_one_line("eval.py"):
         measure(args)
 
 
 def measure(args):
     """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    # A week, in minutes: the one barrier at the end of `run` waits for the slowest rank, hours perhaps.
-    rank, world, device, _ = init_distributed(args.device, 7 * 24 * 60)
+    rank, world, device, mesh = init_distributed(args.device)
     say = print if rank == 0 else lambda *_: None
     # All mistakes that can be found without the model are found before it is loaded, or anything written.
     check_versions(versions(), say)
@@ -385,6 +414,7 @@ def measure(args):
         if len(known) < len(tasks):                   # else only the table is made again
             engine = start_engine(args, config, tokenizer, device, tasks)
             engine.sync_weights(tensors, version=0)   # the weights never change, so neither does the version
+            set_timeouts(mesh, args.hang_minutes)     # all is loaded: no decoding step takes hours
             sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
             # The last responses of a chunk are decoded in a half-empty batch: larger chunks waste less, and
             # a kill costs more.

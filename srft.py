@@ -21,6 +21,8 @@ Where the paper leaves something open, the defaults do this (docs/decisions.md h
    one.
 6. Rollout tokens carry a truncated importance weight pi/pi_engine: the engine computes with other kernels.
 """
+import support.startup  # noqa: F401  (before torch)
+
 import math
 import time
 from collections import Counter
@@ -454,6 +456,7 @@ class Progress:
     position: int = 0                                     # examples that data.Order has handed out
     failed: list = field(default_factory=list)            # ReLIFT: prompts that wait for their demonstration
     demo_rewards: dict = field(default_factory=dict)      # data.demo_key -> reward, of those graded so far
+    unevaluated: bool = False                             # a signal came before its evaluation was done
 
 
 @dataclass(kw_only=True)
@@ -482,11 +485,12 @@ def train(cfg, run):
     health = Health(run.policy.lm.config.vocab_size, cfg.prompts_per_step * sequences_per_prompt(cfg)[0])
     order = Order(len(run.prompts), cfg.seed, progress.position)
     stopping = finish_step_on_signals()
-    metrics, stop, first = {}, False, progress.step + 1
+    metrics, first = {}, progress.step + 1
     bar = tqdm(total=cfg.steps, initial=progress.step, desc=cfg.method, disable=rank != 0, dynamic_ncols=True)
-    if progress.step == 0:
-        run.log.write({"step": 0} | evaluation(cfg, run, 0))
+    stop = not evaluate_before_the_first_step(cfg, run, stopping)
     for step in range(first, cfg.steps + 1):
+        if stop:
+            break
         profiler = start_profiler() if step == cfg.profile else None
         phase("rollout", step)               # for the hang watch and the profile: what this rank is doing
         clock = [time.monotonic()]
@@ -528,8 +532,10 @@ def train(cfg, run):
         # 6. Send the new weights to the engine, under the version that the next step will ask for.
         phase("sync", step)
         stop = anyone(bool(stopping))                     # ranks may get the signal in different steps
-        # A job that is told to stop has minutes left. The checkpoint needs them, so there is no evaluation.
-        evaluate_now = step == cfg.steps or (step % cfg.eval_every == 0 and not stop)
+        # A job that is told to stop has minutes left, and the checkpoint needs them: there is no evaluation,
+        # or no more of it, until the run is resumed.
+        due = step == cfg.steps or step % cfg.eval_every == 0
+        evaluate_now = due and not stop
         if METHODS[cfg.method].rollouts or evaluate_now:
             run.engine.sync_weights(M.full_parameters(run.policy, M.compute_dtype(device)), version=step)
         clock.append(time.monotonic())
@@ -541,31 +547,49 @@ def train(cfg, run):
         phase("log", step)
         grad_norms = [update["grad_norm"] for update in updates]
         skipped = progress.skipped + sum(not math.isfinite(norm) for norm in grad_norms)
-        progress = Progress(step, skipped, order.position, failed, demo_rewards)
+        progress = Progress(step, skipped, order.position, failed, demo_rewards, unevaluated=due)
         metrics = {"step": step, **summarize(sequences, len(prompts), answered.grading, updates, clock)}
         metrics |= {"steps_skipped": skipped, "lr": learning_rate(cfg, step),
                     "perf/mfu": utilization(run, sequences, seconds=metrics["time/train"]),
                     "perf/peak_memory_gb": max(memory)}
         trouble = health.look(metrics, grad_norms, answered.grading, [p.example.id for p in prompts])
         if evaluate_now and not trouble:
-            metrics |= evaluation(cfg, run, step)
+            measured = evaluation(cfg, run, step, stopping)
+            progress.unevaluated = measured is None
+            metrics |= measured or {}
         run.log.write(metrics, answered.samples, last=step == cfg.steps)
         bar.set_postfix(shown_on_the_bar(metrics), refresh=False)
         bar.update()
         if trouble:
             raise RuntimeError(trouble)
         phase("checkpoint", step)
+        stop = anyone(bool(stopping))                     # the signal may have come since
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             look_for_life(run)
             state = {**asdict(progress), "settings": settings(cfg), "identity": run.identity}
             save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
-        if stop:
-            break
         if step == first:
             set_timeouts(mesh, cfg.hang_minutes)          # all is compiled: from now on no phase takes hours
     bar.close()
     finish(cfg, run, stopped=stop)
     return metrics
+
+
+def evaluate_before_the_first_step(cfg, run, stopping):
+    """The evaluation of the base model; after a resume, that of the last step, if it is still due. False if a
+    signal cut it short. A collective."""
+    step = run.progress.step
+    if step > 0 and not run.progress.unevaluated:
+        return True
+    measured = evaluation(cfg, run, step, stopping)
+    if measured is None:
+        return False
+    if step == 0:
+        run.log.write({"step": 0} | measured)
+    else:
+        run.log.amend(measured)
+    run.progress.unevaluated = False
+    return True
 
 
 def divide(cfg, data, indices, sequences, failed):
@@ -618,8 +642,9 @@ def utilization(run, sequences, seconds):
     return run.policy.flops(sequences) / (seconds * run.ranks.world * peak) if peak else None
 
 
-def evaluation(cfg, run, step):
-    """Accuracy, length and entropy on each held-out set, as metrics. A collective."""
+def evaluation(cfg, run, step, stopping=()):
+    """Accuracy, length and entropy on each held-out set, as metrics; None if it was abandoned, because
+    `stopping`, of any rank, is no longer empty. A collective."""
     if not run.heldout:
         return {}
     compare_engine(cfg, run, step)
@@ -627,7 +652,9 @@ def evaluation(cfg, run, step):
     found = {}
     for name, prompts in run.heldout.items():
         phase(f"evaluate {name}", step)
-        result = evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step)
+        result = evaluate(run.engine, run.grader, name, prompts, cfg.eval_samples, sampling, step, stopping)
+        if result is None:
+            return None
         found[f"eval/{name}"] = result["accuracy"]
         found[f"eval_len/{name}"] = result["tokens"]
         found[f"eval_entropy/{name}"] = result["entropy"]
@@ -890,7 +917,7 @@ def finish(cfg, run, stopped):
     if run.ranks.rank != 0:
         return
     if stopped:
-        print(f"stopped; the checkpoint is in {cfg.out}/checkpoints, continue with --resume")
+        print(f"stopped; what is done is in {cfg.out}, continue with --resume")
         return
     rows = read_rows(Path(cfg.out) / "metrics.jsonl")
     for name in sorted({name for row in rows for name in row if name.startswith("eval/")}):

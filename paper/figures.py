@@ -22,6 +22,8 @@ demonstrations of --data, or what `respond` sampled from the base or the tuned m
 models score the very same tokens, token by token, at temperature 1, given prompt and prefix), and the colours
 (--scale: the change of probability p_tuned - p_base, in [-1, 1], or of log p in nats).
 """
+import support.startup  # noqa: F401  (before torch)
+
 import argparse
 import html
 import json
@@ -102,12 +104,15 @@ def respond(args, mesh, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     folder = model_folder(args.model)
     config = M.load_config(folder, args.rope_theta, args.window)
+    longest, window = args.max_prompt_tokens + args.max_response_tokens, config.max_position_embeddings
+    if longest > window:
+        raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {longest}, over the window of "
+                         f"{window} tokens: lower them, or raise --window")
     tokenizer = M.load_tokenizer(folder)
     prompts = read_prompts(args, tokenizer)
     check_vocabulary(prompts, tokenizer, config.vocab_size)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    engine = RolloutEngine(config, tokenizer, dtype, args.max_prompt_tokens + args.max_response_tokens, 128,
-                           gpu_memory_utilization=0.9)
+    engine = RolloutEngine(config, tokenizer, dtype, longest, 128, gpu_memory_utilization=0.9)
     engine.sync_weights(stored_tensors(folder), 0)         # the engine reads no folder itself
     # Seeds of all prompts, before they are dealt: what is sampled does not depend on the number of ranks.
     seeds = np.random.SeedSequence(args.seed).generate_state(len(prompts), np.uint64).tolist()
@@ -115,6 +120,7 @@ def respond(args, mesh, device):
     groups = engine.generate(mine, 1, 1.0, args.max_response_tokens, seeds[rank::world], progress=rank == 0)
     everyone = [None] * world
     dist.all_gather_object(everyone, [group[0] for group in groups])
+    dist.barrier()                     # no rank closes its connections while another still talks to it
     engine.close()                                                      # takes the process group with it
     if rank != 0:
         return {}

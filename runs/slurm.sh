@@ -22,10 +22,12 @@ OUT=${OUT:-/shared/srft}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 touch "started-$SLURM_JOB_ID"
 status=0
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node=8 --shutdown-timeout 1100 \
-    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv_endpoint="$HEAD:29500" \
-    srft.py --resume --out "$OUT" "$@" || status=$?
+# Node 0 by its address: launchers that meet by --rdzv_backend=c10d would wait for a lost node for ever.
+# $SLURM_NODEID is each task's own, so a shell on its node puts it in.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
+    exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --node_rank="$SLURM_NODEID" --nproc_per_node=8 \
+        --master_addr="$0" --master_port=29500 --shutdown-timeout 1100 srft.py --resume "$@"' \
+    "$HEAD" --out "$OUT" "$@" || status=$?
 # Time up, a node lost, a hang: go on from the newest checkpoint, as long as each start has brought one.
 # (hf/ is written when training is done.)
 new=$(find "$OUT/checkpoints" -name 'step-*' -newer "started-$SLURM_JOB_ID" 2> /dev/null) || true

@@ -8,8 +8,9 @@
 
 A collective that times out on rank 2 because rank 5 is stuck says nothing about rank 5. So each rank notes
 its phase in the group's TCPStore, and the first to stay in one for too long makes all of them dump their
-Python stacks, say who is behind, and exit: torchrun tears the job down, a scheduler may start it again. The
-same phases are the named ranges of a profile (start_profiler, write_profile).
+Python stacks, say who is behind, and exit: torchrun tears the job down, a scheduler may start it again. All
+end, too, when one has given no sign of life for minutes, because it was stopped or its node is lost. The same
+phases are the named ranges of a profile (start_profiler, write_profile).
 
 To copy: this file with support/device.py, for choose_device; both need torch and numpy alone. `fetch` also
 needs huggingface_hub and support/weights.py.
@@ -25,8 +26,9 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from operator import itemgetter
 from pathlib import Path
@@ -40,6 +42,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from support.device import choose_device
 
 START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
+SILENT_MINUTES = 5       # without a sign of life of a rank, or of the group's store, until it counts as lost
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
 
 
@@ -69,14 +72,12 @@ def init_distributed(device="auto", timeout_minutes=START_MINUTES):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
-    if world > 1:
-        # The hang watch talks to the group's store by a client of its own: the group's is locked while this
-        # rank waits for another in it.
-        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
-        store.set_timeout(timedelta(seconds=5))
-        _here.store = dist.PrefixStore("phase", store)
+    if world > 1:                                 # before the group: a node may be lost while it forms
+        _connect(timedelta(minutes=timeout_minutes))
+        _here.joined = True
+        _here.silence.look()
         _tell()
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
     mesh = init_device_mesh(device.type, **mesh_shape(world, int(os.environ["LOCAL_WORLD_SIZE"])))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return Ranks(dist.get_rank(), world, device, mesh)
@@ -154,15 +155,27 @@ def fetch(name, repo_type, flag):
     if error is not None:
         raise FileNotFoundError(
             f"{flag} {name}: no such local path, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). Without network, pass "
-            "local paths: --model DIR (config, tokenizer, safetensors) and --data FILE-or-DIR.")
+            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). {_what_to_do(error)}")
     return folder
+
+
+def _what_to_do(error):
+    """The way out of an error of the hub."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    if isinstance(error, GatedRepoError):
+        return ("It is gated: accept its terms on its page there, and let this machine know who you are, by "
+                "`hf auth login` or a token in HF_TOKEN.")
+    if isinstance(error, RepositoryNotFoundError):           # the hub answers so for a private one, too
+        return "Check its name; if it is private, run `hf auth login` or set a token in HF_TOKEN."
+    return ("Without network, pass local paths: --model DIR (config, tokenizer, safetensors) and --data "
+            "FILE-or-DIR.")
 
 
 def finish_step_on_signals():
     """From now on SIGTERM and Ctrl-C only fill the list that this returns; the training loop looks at it once
-    a step. A third Ctrl-C interrupts at once."""
-    received = []
+    a step. So does, inside hang_watch, a signal that another rank got: seconds later, at no certain point. A
+    third Ctrl-C interrupts at once."""
+    received = _here.signals = []
     first = dist.get_rank() == 0             # now: a signal may come after the group is gone
 
     def stop_soon(number, _):
@@ -209,6 +222,21 @@ def agreed(what, value):
     return value
 
 
+def wait_for_all():
+    """Return when all ranks are here, however long that takes: the hang watch of each looks at what it does,
+    and finds it where it is stuck or gone. A collective."""
+    phase("wait for the others")
+    # In the store, not in a barrier, whose timeout cannot tell a rank that works from one that hangs.
+    _here.meetings += 1
+    key = f"arrived {_here.meetings} {{}}"
+    here = key.format(dist.get_rank())
+    while _here.joined and not _of_all_ranks(key):
+        _ask(lambda store: store.set(here, "yes"))
+        alive()
+        time.sleep(min(1.0, _tick()))
+    dist.barrier()                                    # by now none is far
+
+
 def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -234,8 +262,9 @@ def mistakes_in_one_line(program):
 
 # ----------------------------------------------------------------------------------------------------------
 # Hang detection. Every rank has a watch, a thread that looks every 5 s whether its rank is in one phase for
-# too long, and whether any rank has written "stop" into the store. The first to find its rank too long writes
-# it; so does a rank that fails. Whoever finds it says where it is and where all others are, and exits.
+# too long, whether any rank has written "stop" into the store, and whether all others have written a new sign
+# of life. The first to find its rank too long, or another silent, writes "stop"; so does a rank that fails.
+# Whoever finds it says where it is and where all others are, and exits.
 
 class Place(NamedTuple):
     """What a rank is doing. Ranks enter the same phases in the same order: a lower count is behind."""
@@ -245,6 +274,52 @@ class Place(NamedTuple):
     since: float                     # time.time(), which other machines can compare to theirs
 
 
+class Silence:
+    """Signs of life: each rank's is a number that its watch counts up."""
+
+    def __init__(self):
+        self.count = 0
+        self.heard = time.monotonic()        # when the store last answered
+        self.seen = {}                       # rank -> its last sign
+        # rank -> looks in a row that brought no new one. Looks, not seconds: this process may itself have
+        # been stopped, and then all others would seem silent.
+        self.missed = Counter()
+
+    def look(self):
+        """Give a sign, and read those of all ranks."""
+        if not _here.joined:
+            return
+        if _here.store is None:              # one answer that took over 5 s is no loss: connect again
+            _in_time(lambda: _connect(timedelta(seconds=3)))
+        self.count += 1
+        sign = f"{self.count} {socket.gethostname()}"
+        _ask(lambda store: store.set(f"alive {os.environ['RANK']}", sign))
+        for rank, sign in enumerate(_of_all_ranks("alive {}")):
+            self.missed[rank] += 1
+            if sign != self.seen.get(rank) or sign == b"done":
+                self.missed[rank] = 0
+            self.seen[rank] = sign
+        if _here.store:
+            self.heard = time.monotonic()
+
+    def lost(self, seconds):
+        """Who has been silent for so long, and on which node; None: nobody."""
+        looks = seconds / _tick()
+        text = (f"silent for {timedelta(seconds=round(seconds))}: killed, stopped, or the node is lost. "
+                "Start the run again with --resume")
+        if _here.store is None and time.monotonic() - self.heard >= seconds:
+            return f"LOST: node {os.environ['MASTER_ADDR']}, which holds the group's store, is {text}"
+        if max(self.missed.values(), default=0) < looks:
+            return None
+        silent = {}                          # node -> its ranks
+        for rank, sign in self.seen.items():
+            if self.missed[rank] >= looks - 2:                 # the ranks of a node do not end at once
+                _, node = sign.decode().split(" ", 1)
+                silent.setdefault(node, []).append(rank)
+        parts = [f"{_ranks(ranks)} on node {node}" for node, ranks in silent.items()]
+        return f"LOST: {', '.join(parts)}, {text}"
+
+
 @dataclass
 class _Here:
     """Where this process is."""
@@ -252,7 +327,11 @@ class _Here:
     since: float = time.monotonic()                  # the same moment by a clock that nobody sets
     limit: float = 60.0 * START_MINUTES              # seconds in one phase
     watched: bool = False
+    signals: list = field(default_factory=list)      # that asked this rank, or any, to stop
+    joined: bool = False                             # a group of several, through its store
     store: dist.Store | None = None                  # where ranks note their places; None: alone, or gone
+    meetings: int = 0                                # of wait_for_all
+    silence: Silence = field(default_factory=Silence)
     span: torch.profiler.record_function | None = None
 
 
@@ -269,6 +348,17 @@ def phase(name, step=None):
     _here.span.__enter__()
     _tell()
     if _here.watched:          # should the watch not get to run (C code that keeps the GIL), this ends us
+        faulthandler.dump_traceback_later(_here.limit + 12 * _tick(), exit=True)
+
+
+def alive():
+    """The phase goes on: its time begins anew. For work of many small parts, such as decoding steps."""
+    now = time.monotonic()
+    if now - _here.since < min(1.0, _tick()):         # what follows starts a thread
+        return
+    _here.since = now
+    _here.place = _here.place._replace(since=time.time())
+    if _here.watched:
         faulthandler.dump_traceback_later(_here.limit + 12 * _tick(), exit=True)
 
 
@@ -293,8 +383,9 @@ def hang_watch():
 
     Each writes one message to stderr, after a hang its stacks too, and exits with 1 within half a minute:
     also those that wait in an nccl collective, where neither the end of another rank nor SIGTERM reaches
-    them. (A rank that the kernel kills tells nobody: the others then wait for the limit.) What is raised
-    inside is raised again with a note: "srft.py (rank 2): phase 'train' of step 12 for 0:00:03 ...".
+    them. A rank that tells nobody, since it was killed or stopped or its node is lost, is missed after
+    SILENT_MINUTES. What is raised inside is raised again with a note: "srft.py (rank 2): phase 'train' of
+    step 12 for 0:00:03 ...".
     """
     done, _here.watched = threading.Event(), True
     phase("start")
@@ -304,12 +395,14 @@ def hang_watch():
         yield
     except BaseException as error:                   # CheckpointException derives from that
         if not isinstance(error, SystemExit):
-            _stop(f"{_name()} failed ({type(error).__name__})")
-            error.add_note(f"{_name()}: {whereabouts()}")
+            lost = _lost_behind(error)
+            _stop(lost or f"{_name()} failed ({type(error).__name__})")
+            error.add_note(f"{_name()}: {whereabouts()}" + (f". {lost}" if lost else ""))
         elif error.code:                             # a mistake of the caller, which has its own message
             _stop(f"{_name()} ended with an error")
         raise                                        # and the watch goes on: the way out may hang, too
     done.set()
+    _ask(lambda store: store.set(f"alive {os.environ['RANK']}", "done"))
     watch.join(timeout=10)          # in C code while Python ends, it would abort a process that is done
     _here.watched = False
     faulthandler.cancel_dump_traceback_later()
@@ -365,16 +458,51 @@ def _name(program=None):
 
 def _tick():
     """Seconds between two looks of the watch."""
-    return min(5.0, _here.limit / 10)
+    return min(5.0, _here.limit / 10, 6 * SILENT_MINUTES)
 
 
 def _ask(question):
     """question(store), or None if there is no store or its server, in torchrun or rank 0, is gone."""
     store = _here.store                              # the watch's thread may set it to None meanwhile
-    try:
-        return store and question(store)
-    except RuntimeError:                             # torch's DistError
+    if store is None:
+        return None
+    answer = _in_time(lambda: question(store))
+    if not answer:
         _here.store = None
+        return None
+    return answer[0]
+
+
+def _in_time(function, seconds=5.0):
+    """[function()], or [] if the store is gone or takes longer than that."""
+    answer = []
+
+    def call():
+        try:
+            answer.append(function())
+        except RuntimeError:                         # torch's DistError
+            pass
+
+    # A thread, which may be left behind: torch's client waits for ever for a machine that is silent.
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer
+
+
+def _connect(timeout):
+    """Make the store's client of the hang watch. The group's own is locked while this rank waits for another
+    in it."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timedelta(seconds=5))
+    _here.store = dist.PrefixStore("phase", store)
+
+
+def _of_all_ranks(key):
+    """The values of `key`, a format of the rank, in the order of ranks; [] while one has none."""
+    keys = [key.format(rank) for rank in range(int(os.environ.get("WORLD_SIZE", 1)))]
+    # Asked for a key that is not there, the store would wait for it.
+    return _ask(lambda store: store.check(keys) and store.multi_get(keys)) or []
 
 
 def _tell():
@@ -384,14 +512,17 @@ def _tell():
 
 def _places():
     """The Place of each rank; [] if they cannot be had."""
-    def of_all_ranks(store):
-        return store.multi_get([str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))])
-
     places = []
-    for text in _ask(of_all_ranks) or ():
+    for text in _of_all_ranks("{}"):
         count, name, step, since = json.loads(text)
         places.append(Place(count, name, step, since))
     return places
+
+
+def _told(key):
+    """The text that some rank has written for all, or None."""
+    text = _ask(lambda store: store.check([key]) and store.get(key))
+    return text.decode() if text else None
 
 
 def _stop(why):
@@ -401,11 +532,17 @@ def _stop(why):
 
 
 def _watch(done):
-    """The watch's thread: wait for this rank to hang, or for another to hang or fail."""
+    """The watch's thread: wait for this rank to hang, or for another to hang, to fail or to be lost."""
     while not done.wait(_tick()):
-        if time.monotonic() - _here.since > _here.limit or _ask(lambda store: store.check(["stop"])):
-            why = _stop(f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
-                        "(--hang_minutes; longer until the first step is done)")
+        _here.silence.look()
+        why = _here.silence.lost(60 * SILENT_MINUTES)
+        if time.monotonic() - _here.since > _here.limit:
+            why = (f"HANG: {_name()} was in one phase for over {timedelta(seconds=_here.limit)} "
+                   "(--hang_minutes; longer until the first step is done)")
+        _share_signals()
+        why = _told("stop") or why
+        if why:
+            why = _stop(why)
             if why.startswith("HANG"):
                 faulthandler.dump_traceback(all_threads=True)
             else:                                  # another rank failed, and this one may be about to fail
@@ -413,6 +550,26 @@ def _watch(done):
             print(f"{_name()}: {why}. Here: {whereabouts()}", file=sys.stderr, flush=True)
             time.sleep(3 * _tick())                # all others look, and tell, before torchrun ends them
             os._exit(1)                            # sys.exit would end this thread alone
+
+
+def _lost_behind(error):
+    """What Silence.lost says if a rank of another node is behind this rank's `error`, or None. A collective
+    fails at once where the system closes a lost rank's connections, and does not say whose they were."""
+    several_nodes = _here.joined and os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]
+    if not (several_nodes and isinstance(error, RuntimeError)):
+        return None
+    time.sleep(6 * _tick())
+    return _here.silence.lost(seconds=4 * _tick())
+
+
+def _share_signals():
+    """Pass a signal on to all ranks: on a node that is taken away, only its own get one."""
+    if _here.signals:
+        _ask(lambda store: store.set("signal", str(int(_here.signals[0]))))
+        return
+    number = _told("signal")
+    if number:
+        _here.signals.append(int(number))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,13 @@ class RunLog:
             file.replace(self.run / f"config-until-{self.step}.json")
         write_whole(file, self.settings)
 
+    def amend(self, metrics):
+        """Add to the last row what was not yet known when it was written."""
+        rows = read_rows(self.run / "metrics.jsonl")
+        if self.active and rows:
+            rows[-1].update(metrics)
+            write_whole(self.run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
         if not self.active:

@@ -9,7 +9,15 @@ import time
 import torch
 import torch.distributed as dist
 
-from support.processes import fetch, hang_watch, init_distributed, phase, set_timeouts
+from support import processes
+from support.processes import (
+    fetch,
+    finish_step_on_signals,
+    hang_watch,
+    init_distributed,
+    phase,
+    set_timeouts,
+)
 
 
 def timeouts(mesh):
@@ -25,12 +33,17 @@ def steps(task, minutes):
     if task.startswith("fetch"):                         # a path that only rank 0's node has
         print("FETCHED", fetch(task.removeprefix("fetch ") if rank == 0 else "/nowhere", "model", "--model"))
     victim = rank == world - 1                           # the one that gets into trouble
-    for step in (1, 2, 3):
+    if task == "forever":                                # until a rank is lost
+        finish_step_on_signals()
+    for step in range(1, 4 if task != "forever" else 10_000):
         phase("rollout", step)
         if victim and task == "long first step" and step == 1:
             time.sleep(60 * minutes + 2)
         if victim and task == "sleep" and step == 2:
             time.sleep(600)
+        if task == "forever":
+            time.sleep(0.1)
+            print("STEP", step, flush=True)
         if victim and task == "keep the GIL" and step == 2:
             re.match(r"(a+)+$", "a" * 40 + "b")          # for years, and no other thread gets to run
         phase("train", step)
@@ -49,7 +62,10 @@ def steps(task, minutes):
 
 
 if __name__ == "__main__":
+    task, minutes = sys.argv[1], float(sys.argv[2])
+    if task == "forever":
+        processes.SILENT_MINUTES, minutes = minutes, 30.0
     with hang_watch():
-        steps(sys.argv[1], float(sys.argv[2]))
+        steps(task, minutes)
     time.sleep(1)                                        # nothing is left that could end a process
     print("DONE")

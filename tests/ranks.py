@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import pickle
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import eval
 import model as M
 import rollout
 import srft
 from config import TINY, parse_args
 from data import load_examples, tokenize
 from reward import Grader, Verdict
+from support import processes
 from support.processes import init_distributed
 from tiny.task import make_tokenizer
 from updates import whole_update
@@ -273,7 +276,50 @@ def sleeper(*flags):
     srft.main()
 
 
+def signalled(version, *flags):
+    """A whole run in which the last rank, and no other, gets SIGTERM while all draw the responses of the
+    evaluation of `version`. Each decoding step of the others then takes seconds."""
+    class Signalled(rollout.RolloutEngine):
+        def generate(self, prompts, n, temperature, max_tokens, seed, version=None, on_step=None, **kwargs):
+            def slow(ended):
+                time.sleep(2)
+                on_step(ended)
+
+            if "top_p" in kwargs and version == wanted:                # of an evaluation
+                if dist.get_rank() == dist.get_world_size() - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    kwargs["on_step"] = slow
+            return super().generate(prompts, n, temperature, max_tokens, seed, version,
+                                    **{"on_step": on_step, **kwargs})
+
+    wanted = int(version)
+    srft.RolloutEngine = Signalled
+    sys.argv[1:] = flags
+    srft.main()
+
+
+def unwell(how, *flags):
+    """An evaluation from the command line on, whose rank 1 writes one chunk and is then "stopped", or "stuck"
+    in the engine."""
+    class Unwell(rollout.RolloutEngine):
+        calls = 0
+
+        def generate(self, *args, **kwargs):
+            self.calls += 1
+            if dist.get_rank() == 1 and self.calls == 2:
+                if how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(600)
+            return super().generate(*args, **kwargs)
+
+    processes.SILENT_MINUTES = 0.2
+    eval.RolloutEngine = Unwell
+    eval.main(list(flags))
+
+
 if __name__ == "__main__":
-    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, full_disk, sleeper]
+    tasks = [gradients, engine, incomplete, start, recorded, stale, graders_fail, full_disk, sleeper,
+             signalled, unwell]
     task = {task.__name__: task for task in tasks}[sys.argv[1]]
     task(*sys.argv[2:])

@@ -391,7 +391,7 @@ def test_the_accuracy_in_training_is_bit_for_bit_that_of_the_tables(problems, n,
     right = np.random.default_rng(n).random((problems, n)) < 0.4
     rows = [{"verdicts": {"math-verify": {"reward": float(reward)}}, "tokens": 1, "nll": 0.0}
             for reward in right.flat]
-    monkeypatch.setattr(E, "answer", lambda *_: rows)
+    monkeypatch.setattr(E, "answer", lambda *_, **__: rows)
     prompts = [Prompt(Example(f"{i}", "?", "1"), [1], None) for i in range(problems)]
     found = E.evaluate(None, None, "heldout", prompts, n, E.Sampling(), 1)
     assert found["accuracy"] == scores.estimate(right)["accuracy"]
@@ -880,6 +880,29 @@ def test_kill_nine_and_the_same_command_on_two_ranks_give_the_same_table_and_dra
     assert responses(out) == responses(measured)
     for name in ("summary.json", "summary.md"):
         assert (out / name).read_bytes() == (measured / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, says", [
+    ("stopped", r"LOST: rank 1 on node \S+, silent for 0:00:12"),
+    ("stuck", r"HANG: ranks.py \(rank 1\) was in one phase for over 0:00:18")])
+def test_a_rank_that_gets_nothing_done_ends_the_evaluation_which_names_it_and_keeps_what_is_done(
+        how, says, tmp_path):
+    out = tmp_path / "out"
+    flags = sampled(TINY, "--template", "none", "--out", out)
+    ranks = start(["tests/ranks.py", "unwell", how, *flags[1:], "--hang_minutes", "0.3"], ranks=2)
+    try:
+        output = ranks[0].communicate(timeout=120)[0]             # it has done all of its own by then
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ranks[0].returncode == 1 and re.search(says, output), output[-3000:]
+    assert "phase 'wait for the others'" in output
+    before = responses(out)
+    assert 200 < len(before) < 400
+    run(flags, ranks=2)
+    after = responses(out)
+    assert len(after) == 400 and before.items() <= after.items()
 
 
 LM_EVAL_TASK = r"""

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import TINY
-from conftest import run
+from conftest import run, start
 from data import load_examples
 from paper import figures as A
 from support.runlog import read_rows
@@ -228,6 +228,18 @@ def test_mistakes_are_one_line(arguments, says, monkeypatch):
     monkeypatch.setattr(A, "init_distributed", lambda _: (0, 1, torch.device("cpu"), None))
     with pytest.raises(SystemExit, match=re.escape(says)):
         A.main(arguments)
+
+
+@pytest.mark.slow
+def test_respond_ends_in_silence_on_two_ranks_and_refuses_what_exceeds_the_window_in_one_line(tmp_path):
+    command = ["-m", "paper.figures", "respond", "--model", TINY, "--data", "tiny:heldout", "--limit", 5,
+               "--out", tmp_path / "r.jsonl", *SCALE]
+    ranks = start(command, 2)
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0] and "Traceback" not in "".join(outputs), outputs
+    assert (tmp_path / "r.jsonl").read_text().count("\n") == 5
+    output = run([*command, "--max_response_tokens", "8192"], ok=False)
+    assert "over the window of 512 tokens" in output and "Traceback" not in output, output
 
 
 @pytest.mark.parametrize("text", ["{", '{"prompt": [1]}\n', "[1]\n"])

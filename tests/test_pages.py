@@ -24,8 +24,8 @@ SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
 # Code of others that stands in backticks in the form name.name.
 NOT_OURS = {"GRPOTrainer", "LLM"}
 DATA_FILES = {"json", "jsonl", "md", "png", "txt"}
-FLAGS_OF_TORCHRUN = {"local_addr", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "standalone",
-                     "shutdown-timeout"}
+FLAGS_OF_TORCHRUN = {"local_addr", "master_addr", "master_port", "max_restarts", "nnodes", "node_rank",
+                     "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "standalone", "shutdown-timeout"}
 FLAGS_OF_SBATCH = {"time"}
 
 

@@ -5,17 +5,23 @@ and phase; profiles. support/device.py: which device a run takes, and what the c
 """
 import gzip
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import errors
 
-from conftest import ENV, ROOT, SMALL, start
+from conftest import ENV, ROOT, SMALL, free_port, start
 from support import device, processes
 
 MINUTES = 0.04                    # 2.4 s in one phase
@@ -186,6 +192,67 @@ def test_a_path_that_only_one_node_has_is_an_error_on_all_ranks_and_no_hang(tmp_
     outputs, codes = finish(["tests/phases.py", f"fetch {tmp_path}", 0.2], per_node=1)
     assert codes == [1, 1] and not any("FETCHED /" in output or "HANG" in output for output in outputs)
     assert all("only ranks [0] have this path; put it on every node" in output for output in outputs), outputs
+
+
+@pytest.mark.parametrize("kind, says", [
+    (errors.GatedRepoError, "gated: accept its terms .* `hf auth login` or a token in HF_TOKEN"),
+    (errors.RepositoryNotFoundError, "Check its name; if it is private, run `hf auth login`"),
+    (errors.LocalEntryNotFoundError, "Without network, pass local paths")])
+def test_what_the_hub_does_not_give_is_one_line_with_the_way_out(kind, says, monkeypatch):
+    def download(*_, **__):
+        answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid/api"))
+        if kind is errors.LocalEntryNotFoundError:
+            raise kind("offline")
+        raise kind("403 Client Error.\n\nCannot access gated repo", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=f"^--model meta/gated: .*{says}") as error:
+        processes.fetch("meta/gated", "model", "--model")
+    assert "\n" not in str(error.value)
+
+
+def tree(pid):
+    """A process and all that descend from it: torchrun's ranks lead sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    found = [pid]
+    for child in children:
+        found += tree(int(child))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@pytest.mark.parametrize("lost", [0, 1])                            # node 0 takes torchrun's store with it
+def test_when_a_node_is_lost_the_other_ends_by_itself_and_names_it(lost, number, tmp_path):
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nnodes=2", "--nproc_per_node=2",
+               "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes, logs = [], [tmp_path / "0", tmp_path / "1"]
+    try:
+        for node_rank, log in enumerate(logs):
+            nodes.append(subprocess.Popen(
+                [*command, f"--node_rank={node_rank}", "tests/phases.py", "forever", "0.2"],
+                env=ENV, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT))
+        until(lambda: all(log.read_text().count("STEP 5\n") == 2 for log in logs), 60)
+        ranks = tree(nodes[lost].pid)
+        for pid in ranks:
+            os.kill(pid, number)
+        assert nodes[1 - lost].wait(timeout=60) == 1, logs[1 - lost].read_text()
+        says = rf"LOST: ranks 2-3 on node {socket.gethostname()}, silent for 0:00:.*--resume"
+        if lost == 0:
+            says = "LOST: node 127.0.0.1, which holds the group's store, is silent for 0:00:.*--resume"
+        assert re.search(says, logs[1 - lost].read_text()), logs[1 - lost].read_text()
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                for pid in tree(node.pid):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def until(condition, timeout):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s"
+        time.sleep(0.1)
 
 
 def test_a_mesh_is_one_node_or_whole_nodes():

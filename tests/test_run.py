@@ -148,6 +148,73 @@ def test_sigterm_writes_a_checkpoint_and_exits_zero_and_two_ranks_can_go_on(whol
     assert len(mine) == 4 and mine[:2] == theirs[:2]         # rank 0 now has the first two of four prompts
 
 
+@pytest.fixture(scope="module")
+def evaluated_run(tmp_path_factory):
+    """A run of 4 steps on 2 ranks, undisturbed: its flags, and its folder."""
+    flags = ["--eval_data", "tiny:heldout", "--eval_every", "2", "--save_every", "3", "--steps", "4"]
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    run([*SMALL, *flags, "--out", out], ranks=2)
+    return flags, out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_sigterm_in_an_evaluation_saves_the_step_at_once_and_a_resume_makes_up_for_the_evaluation(
+        step, evaluated_run, tmp_path):
+    flags, undisturbed = evaluated_run
+    flags = [*SMALL[1:], *flags, "--out", tmp_path / "run"]
+    output = run(["tests/ranks.py", "signalled", step, *flags], ranks=2)         # only one rank gets it
+    assert "continue with --resume" in output
+    rows, saved = metrics(tmp_path / "run"), list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    if step == 0:
+        assert not rows and not saved
+    else:
+        assert rows[-1]["step"] == step and "eval/heldout" not in rows[-1]
+        assert f"step-{step}" in [path.name for path in saved]
+    run(["srft.py", *flags, "--resume"], ranks=2)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3, 8, 13])                  # imports, more of them, the engine's start
+def test_ctrl_c_in_start_up_is_one_line_on_each_rank_and_leaves_nothing(seconds, tmp_path):
+    command = [*TWO_RANKS, *SMALL, "--out", tmp_path / "run", "--steps", "500"]
+    torchrun = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    ranks = []
+    while len(ranks) < 2:
+        ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        time.sleep(0.1)
+    time.sleep(seconds)
+    torchrun.send_signal(signal.SIGINT)
+    output = torchrun.communicate(timeout=30)[0]
+    if "SIGINT: finishing" not in output:                        # else it was fast: no start-up any more
+        for rank in range(2):
+            assert output.count(f"srft.py (rank {rank}): interrupted") == 1, output
+    assert f"[rank{rank}]" not in output and "KeyboardInterrupt" not in output, output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.slow
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    data = tmp_path / "mine.jsonl"
+    row = {"id": "Übung №1", "problem": "11+11=?\n", "answer": "22", "solution": "\\boxed{22}"}
+    data.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Python would help itself under this locale; under another one, such as ISO-8859-1, it does not.
+    env = ENV | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    out = tmp_path / "run"
+    for command in (
+            [*SMALL, "--steps", "1", "--prompts_per_step", "1", "--data", data, "--eval_data", data,
+             "--out", out],
+            ["eval.py", "--model", out, "--benchmarks", data, "--device", "cpu", "--max_tokens", "50"],
+            ["-m", "paper.figures", "respond", "--model", out, "--data", data, "--device", "cpu", "--out",
+             tmp_path / "r", *"--template none --max_prompt_tokens 64 --max_response_tokens 64".split()]):
+        done = subprocess.run([sys.executable, *map(str, command)], env=env, cwd=ROOT, capture_output=True,
+                              timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8"))["id"] == row["id"]
+
+
 @pytest.mark.slow
 def test_the_demo_runs_from_the_command_line_in_two_processes_and_says_what_it_reached(tmp_path):
     out = tmp_path / "tiny"
