@@ -1,0 +1,77 @@
+"""The fence around one grading: what the process that grades a response may still do, once it is up.
+
+    calls, missing = call_filter()      # once, in the worker
+    put_up(calls, deadline_s)           # in the child that will grade, for good: nothing takes it down again
+
+It may compute, and write its reply. Three lines of defence stand behind the filter on what reaches `eval` (oat.py):
+
+    limits    CPU time; no file can be opened, none can grow; no process can be started (root's can)
+    calls     of the kernel: whichever is not in CALLS fails with EPERM. By seccomp, so needs the package pyseccomp
+              and the system's libseccomp. Without them the run says so once (`missing`), and goes on
+    events    of Python: whichever is not in EVENTS raises. A few functions announce nothing, and C code never
+              does; so alone it would be a fence with holes
+
+Each is a list of what is allowed: whatever it has not thought of is refused. Memory is limited by the worker.
+"""
+import errno
+import math
+import os
+import resource
+import sys
+
+REPLY_FD = 3            # where the child writes its reply: the only file that it may write
+UNFENCED = ("grading: the kernel's filter of system calls is missing ({}), so code that broke out of a grader "
+            "could start processes and send signals. Files, network, memory and time are limited all the same.")
+
+# What arithmetic in Python asks of the kernel: memory, clocks, time limits by signals, randomness, its own end.
+CALLS = """
+    brk mmap munmap mremap madvise mprotect futex
+    clock_gettime clock_getres gettimeofday time times getrusage sched_yield
+    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack alarm setitimer getitimer restart_syscall
+    getrandom getpid gettid exit exit_group
+""".split()
+
+# What sympy's parser and Math-Verify announce. "compile" and "exec" are `eval`, with which sympy reads numbers.
+EVENTS = {"compile", "exec", "builtins.id", "object.__getattr__", "object.__setattr__", "array.__new__"}
+
+
+def call_filter():
+    """(filter of system calls, "") or, where it cannot be had, (None, why)."""
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError) as error:       # the second: without libseccomp
+        return None, str(error)
+    refused = pyseccomp.ERRNO(errno.EPERM)
+    calls = pyseccomp.SyscallFilter(refused)
+    for name in CALLS:
+        calls.add_rule(pyseccomp.ALLOW, name)
+    calls.add_rule(pyseccomp.ALLOW, "write", pyseccomp.Arg(0, pyseccomp.EQ, REPLY_FD))
+    return calls, ""
+
+
+def put_up(calls, deadline_s):
+    """Shut this process in. calls: of `call_filter`, or None. OSError: the kernel refuses to filter."""
+    # Later than the deadline: it ends a grading whose worker was stopped, so that nobody kills it.
+    limit(resource.RLIMIT_CPU, math.ceil(deadline_s) + 1)
+    limit(resource.RLIMIT_NOFILE, 0)            # of new ones: what is open stays open
+    limit(resource.RLIMIT_FSIZE, 0)
+    limit(resource.RLIMIT_NPROC, 0)
+    if calls is not None:
+        calls.load()
+    sys.addaudithook(_forbid)
+
+
+def limit(which, value):
+    """Set a limit of this process, and lower the one to which it could be raised again to the same."""
+    hard = resource.getrlimit(which)[1]
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)                # whoever started the run may have set a lower one
+    resource.setrlimit(which, (value, value))
+
+
+def _forbid(event, args):
+    """Audit hook, which Python calls before it does what `event` names."""
+    if event == "import":                       # all that is needed is there; ImportError is what callers expect
+        raise ImportError(f"a grader must not import {args[0]}")
+    if event not in EVENTS:
+        raise PermissionError(f"a grader must not: {event}")
