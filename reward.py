@@ -96,7 +96,7 @@ class Grader:
     n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s: a late one costs no more
     than the fork of the next. (A worker that something else stops or kills loses its one response, 1 s and
     its start.) Linux. Not thread-safe. Workers die with the process (strictly, the thread) that started them,
-    and their children with them. What the fence around a grading lacks on this system is said on stderr, once.
+    and their children with them. What the fence around a grading lacks on this system, stderr says once.
     """
 
     def __init__(self, kind="math-verify", workers=None, deadline_s=10.0, memory_mb=1000,

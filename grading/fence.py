@@ -1,29 +1,28 @@
 """The fence around one grading: what the process that grades a response may still do, once it is up.
 
     calls, missing = call_filter()      # once, in the worker
-    put_up(calls, deadline_s)           # in the child that will grade, for good: nothing takes it down again
+    put_up(calls, deadline_s)           # in the child that will grade; for good, nothing takes it down again
 
-It may compute, and write its reply. Three lines of defence stand behind the filter on what reaches `eval` (oat.py):
+It may compute, and write its reply. Behind the filter on what reaches `eval` (oat.py), there are three lines:
 
-    limits    CPU time; no file can be opened, none can grow; no process can be started (root's can)
-    calls     of the kernel: whichever is not in CALLS fails with EPERM. By seccomp, so needs the package pyseccomp
-              and the system's libseccomp. Without them the run says so once (`missing`), and goes on
+    limits    CPU time; no file can be opened, none can grow; no process can be started (unless by root)
+    calls     of the kernel: whichever is not in CALLS fails with EPERM. By seccomp, so it needs the package
+              pyseccomp and the system's libseccomp. Without them the run says so once, and goes on
     events    of Python: whichever is not in EVENTS raises. A few functions announce nothing, and C code never
-              does; so alone it would be a fence with holes
+              does, so alone it would be a fence with holes
 
-Each is a list of what is allowed: whatever it has not thought of is refused. Memory is limited by the worker.
+The last two list what is allowed: whatever they have not thought of is refused. The worker limits memory.
 """
 import errno
 import math
-import os
 import resource
 import sys
 
 REPLY_FD = 3            # where the child writes its reply: the only file that it may write
-UNFENCED = ("grading: the kernel's filter of system calls is missing ({}), so code that broke out of a grader "
-            "could start processes and send signals. Files, network, memory and time are limited all the same.")
+UNFENCED = ("grading: the kernel's filter of system calls is missing ({}): code that broke out of a grader "
+            "could start processes and send signals. Files, network, memory and time stay limited.")
 
-# What arithmetic in Python asks of the kernel: memory, clocks, time limits by signals, randomness, its own end.
+# What computing in Python asks of the kernel: memory, clocks, time limits by signal, randomness, its end.
 CALLS = """
     brk mmap munmap mremap madvise mprotect futex
     clock_gettime clock_getres gettimeofday time times getrusage sched_yield
@@ -31,7 +30,7 @@ CALLS = """
     getrandom getpid gettid exit exit_group
 """.split()
 
-# What sympy's parser and Math-Verify announce. "compile" and "exec" are `eval`, with which sympy reads numbers.
+# What sympy and Math-Verify announce. "compile" and "exec" are `eval`, with which sympy reads even a number.
 EVENTS = {"compile", "exec", "builtins.id", "object.__getattr__", "object.__setattr__", "array.__new__"}
 
 
@@ -71,7 +70,7 @@ def limit(which, value):
 
 def _forbid(event, args):
     """Audit hook, which Python calls before it does what `event` names."""
-    if event == "import":                       # all that is needed is there; ImportError is what callers expect
+    if event == "import":               # whatever is needed is there; an ImportError is what callers expect
         raise ImportError(f"a grader must not import {args[0]}")
     if event not in EVENTS:
         raise PermissionError(f"a grader must not: {event}")

@@ -58,9 +58,9 @@ TEXT_UNIT = re.compile(                                 # inside words too: "sun
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")      # the comma in 1,000
 FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")    # of integers: 3/4, -3./4.
 
-# All that sympy's parser may see. A point belongs to a number, an underscore to a number or an index (x_1), so
+# All that sympy's parser may see. A point belongs to a number, an underscore to a number or an index, x_1. So
 # nothing can name an attribute, quote a string, pass a keyword or index a list.
-FORMULA = re.compile(r"(?:[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+|[^\W\d_]+(?:_?[0-9]+)?|[-+*/^!() ])*")
+FORMULA = re.compile(r"(?:[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+|[^\W\d_]+(?:_?[0-9]+)?|[-+*/^!()\s])*")
 FUNCTIONS = ("sqrt", "frac", "ln")
 LONG = 128              # characters from which on a text is searched for repetitions, ...
 SEARCHED = 1024         # ... and as many of it are
@@ -316,11 +316,34 @@ def _names():
     """All that names in a formula can mean when it is evaluated, no built-ins; others become unknowns."""
     import sympy
     names = {"__builtins__": {}}
-    ours = ("Symbol", "Function", "Number", "Integer", "Float", "Rational", "factorial", "factorial2")
-    for name in (*FUNCTIONS, "pi", *string.ascii_letters, *ours):       # ours: the parser writes them itself
+    # The parser writes these itself, for numbers, letters, ! and, where it shall not evaluate, for operators.
+    written = ("Number", "Integer", "Float", "Rational", "Symbol", "Function", "factorial", "factorial2",
+               "Add", "Mul", "Pow")
+    for name in (*FUNCTIONS, "pi", *string.ascii_letters, *written):
         if hasattr(sympy, name):                                        # of the letters: E, I, N, O, Q, S
             names[name] = getattr(sympy, name)
     return names
+
+
+def evaluate_formulas_only():
+    """From now on, whoever asks sympy in this process to evaluate a text, it must be a formula.
+
+    sympy itself asks for each number in LaTeX, Math-Verify for those outside of it. What they pass on they have
+    seen to be digits and operators; this does not depend on their next versions. It is faster, too: of its
+    own accord, sympy's parser gathers all names of sympy each time.
+    """
+    import math_verify.parser
+    from sympy.parsing import sympy_parser
+    parse = sympy_parser.parse_expr
+
+    def guarded(text, local_dict=None, transformations=sympy_parser.standard_transformations,
+                global_dict=None, evaluate=True):
+        if not _is_formula(text):
+            raise SyntaxError(f"no formula, so it is not evaluated: {text[:200]!r}")
+        return parse(text, local_dict, transformations, _names(), evaluate)
+
+    sympy_parser.parse_expr = guarded
+    math_verify.parser.parse_expr = guarded
 
 
 # ---- 3. latex -----------------------------------------------------------------------------------------

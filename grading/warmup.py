@@ -1,6 +1,6 @@
-r"""What a worker does before it grades anything, so that its children need not: they share what it has learned.
+r"""What a worker does before it grades anything, so that its children need not.
 
-Each response is graded in a child that ends with it (worker.py), and begins with what its worker knows at the
+Each response is graded in a child that ends with it (worker.py). It begins with what its worker knows at the
 fork: the modules that are loaded, the grammar's tables (ANTLR learns its decisions as it parses), compiled
 patterns, sympy's caches. Cold, most of a grading is learning.
 """
@@ -8,6 +8,7 @@ import contextlib
 import importlib
 
 from grading.answers import judge
+from grading.oat import evaluate_formulas_only
 
 # Modules that sympy imports only in the function that needs them. A child cannot open their files any more.
 LATE = """
@@ -24,15 +25,20 @@ LATE = """
 # A response's box and a reference answer, of the usual sorts. The first are equal.
 ANSWERS = [
     (r"\frac{2}{4}", r"\frac{1}{2}"), (r"2\sqrt{3}+1", r"\sqrt{12}+2"), ("x^2+2x+1", "(x-1)^2"),
-    (r"12\%", "0.13"), (r"\left(3, \frac{\pi}{2}\right)", "(1,3)"), (r"(-\infty, 2) \cup [3, 4)", r"x \in [-2, 7]"),
-    (r"\{1, 2\}", "1, 2, 3"), ("y = 2x+3", "y=3x+2"), (r"\frac{n(n+1)}{2}", r"x \geq 3"),
+    (r"12\%", "0.13"), (r"\left(3, \frac{\pi}{2}\right)", "(1,3)"),
+    (r"(-\infty, 2) \cup [3, 4)", r"x \in [-2, 7]"), (r"\{1, 2\}", "1, 2, 3"), ("y = 2x+3", "y=3x+2"),
+    (r"\frac{n(n+1)}{2}", r"x \geq 3"),
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 5 \end{pmatrix}"),
     (r"\sin x + \ln 2 + 3i", r"\cos^2 x"), (r"5 \text{ cm}^2", r"60^\circ"), (r"4.5 \times 10^{33}", "1,000"),
     (r"\text{Monday}", "C")]
 
 
 def warm_up():
-    """Load all that is ever needed, and grade ANSWERS. SystemExit, with the reason, if a grader does not work."""
+    """Load all that is ever needed, grade ANSWERS. SystemExit, with the reason, if a grader does not work."""
+    for module in LATE:
+        with contextlib.suppress(ImportError):          # of another version of sympy
+            importlib.import_module(module)
+    evaluate_formulas_only()
     for kind in ("math-verify", "oat"):
         for number, (box, answer) in enumerate(ANSWERS):
             item = {"kind": kind, "response": rf"so $\boxed{{{box}}}$.", "answer": answer, "strict_box": True}
@@ -40,6 +46,3 @@ def warm_up():
             if number == 0 and found[0] != "ok":
                 raise SystemExit(f"grading/worker.py: {kind} denies 2/4 = 1/2 ({found}): wrong version, or "
                                  "memory_mb too low")
-    for module in LATE:
-        with contextlib.suppress(ImportError):          # of another version of sympy
-            importlib.import_module(module)

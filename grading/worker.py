@@ -12,17 +12,17 @@
             |     '-- child             grades one response behind a fence, writes its verdict, ends
             '-- worker ...
 
-Text from outside is parsed in a child alone. The child is forked from the worker, so it is warm from the start,
-and it ends with its response: no cache, no patched function, no leftover of one grading reaches the next. One
-that is late is killed, which costs a fork (2 ms) and not a start (1 s). The parent is the Grader of reward.py,
-which says why these are processes, and keeps a pool of workers.
+Text from outside is parsed in a child alone. The child is forked from the worker, so it is warm from the
+start, and it ends with its response: no cache, no patched function, no leftover of one grading reaches the
+next. One that is late is killed, which costs a fork (2 ms) and not a start (1 s). The parent is the Grader of
+reward.py, which says why these are processes, and keeps a pool of workers.
 
-The worker itself is started afresh and by path. Forked, it would inherit the parent's CUDA context, the locks
-that its threads hold, and its memory, which counts against the limit; by module name (python -m), it would have
-to be told where the project lies. Of the parent's environment it gets what it needs (KEPT), so no tokens.
+The worker itself is started afresh and by path. Forked, it would inherit the parent's CUDA context, the
+locks that its threads hold, and its memory, which counts against the limit; by module name (python -m), it
+would have to be told where the project lies. Of the environment it gets what it needs (KEPT): no tokens.
 
-To copy the Grader, take reward.py and all of grading/, side by side. Needed from elsewhere: math_verify. Better
-with: pyseccomp (fence.py).
+To copy the Grader, take reward.py and all of grading/, side by side. Needed from elsewhere: math_verify, and
+for the whole of the fence pyseccomp.
 """
 import ctypes
 import gc
@@ -152,29 +152,27 @@ def main(fd, memory_mb, deadline_s):
     fence.limit(resource.RLIMIT_AS, memory_mb << 20)
     fence.limit(resource.RLIMIT_CORE, 0)                        # no dump of a gigabyte for every crash
     logging.disable(logging.CRITICAL)
-    # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
-    server = _Server(libc, min(5, max(1, int(deadline_s / 2))), deadline_s)
     warmup.warm_up()
-    unfenced = server.try_out()
+    sock = socket.socket(fileno=fd)
+    children = _Children(libc, sock)
+    unfenced = children.try_out()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                # no stderr: start-up errors were shown
     # A collection of garbage writes to all that it looks at, and a child's first write to a page copies it.
     gc.collect()
     gc.freeze()
-    with socket.socket(fileno=fd) as sock:
-        sock.sendall(json.dumps({"ready": True, "unfenced": unfenced}).encode() + b"\n")
-        for line in sock.makefile("rb"):
-            sock.sendall(server.grade(json.loads(line)))
+    sock.sendall(json.dumps({"ready": True, "unfenced": unfenced}).encode() + b"\n")
+    for line in sock.makefile("rb"):
+        sock.sendall(children.grade(json.loads(line), deadline_s))
 
 
-class _Server:
+class _Children:
     """Forks a child for each item, waits for its reply, and sees to its end."""
 
-    def __init__(self, libc, seconds, deadline_s):
+    def __init__(self, libc, sock):
         self.libc = libc
-        self.seconds = seconds
-        self.deadline_s = deadline_s
+        self.sock = sock                # to the parent: not for children
         self.calls, self.missing = fence.call_filter()
-        self.ended = []                 # children that were killed, and may not be gone yet
+        self.ended = []                 # those that were killed, and may not be gone yet
 
     def try_out(self):
         """See that a child can grade; returns what its fence lacks, or "". No run is lost to silent zeros."""
@@ -188,19 +186,19 @@ class _Server:
         return self.missing
 
     def _grade_a_half(self):
-        item = {"id": 0, "kind": "math-verify", "response": r"\boxed{\frac{2}{4}}", "answer": r"\frac{1}{2}"}
-        return json.loads(self.grade({**item, "strict_box": True}))
+        item = {"id": 0, "kind": "oat", "response": r"\boxed{\frac{2}{4}}", "answer": r"\frac{1}{2}"}
+        return json.loads(self.grade({**item, "strict_box": True}, deadline_s=60.0))
 
-    def grade(self, item):
+    def grade(self, item, deadline_s):
         """The reply to an item, as a line: its child's, or the verdict "timeout" or "killed" in its place."""
         start = time.monotonic()
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
-            self._be_the_child(item, theirs)
+            self._be_the_child(item, deadline_s, ours, theirs)
         os.close(theirs)                # now the end of the child is the end of the file
         try:
-            line, late = _read_line(ours, start + self.deadline_s)
+            line, late = _read_line(ours, start + deadline_s)
         finally:
             os.close(ours)
             os.kill(child, signal.SIGKILL)      # whatever it is still at: nothing goes on beyond its verdict
@@ -215,14 +213,18 @@ class _Server:
                  "ms": 1e3 * (time.monotonic() - start)}
         return json.dumps(reply).encode() + b"\n"
 
-    def _be_the_child(self, item, pipe):
+    def _be_the_child(self, item, deadline_s, ours, theirs):
         """Grade, write the reply and end, however that goes: what comes after the fork is the worker's."""
         try:
-            os.dup2(pipe, fence.REPLY_FD)
-            os.closerange(fence.REPLY_FD + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            os.dup2(theirs, fence.REPLY_FD)
+            for file in (ours, theirs, self.sock.fileno()):
+                if file != fence.REPLY_FD:
+                    os.close(file)
             _die_with_parent(self.libc)
-            fence.put_up(self.calls, self.deadline_s)
-            os.write(fence.REPLY_FD, _reply(item, self.seconds))
+            fence.put_up(self.calls, deadline_s)
+            # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
+            seconds = min(5, max(1, int(deadline_s / 2)))
+            os.write(fence.REPLY_FD, _reply(item, seconds))
         finally:
             os._exit(0)                 # not sys.exit: no handlers, no buffers
 
@@ -242,7 +244,7 @@ def _die_with_parent(libc):
 
 
 def _read_line(fd, deadline):
-    """(what comes on fd until it is a line, a reply's length or at its end; whether the deadline came first)."""
+    """(what comes on fd, until it is a line, a reply long or at its end; whether the deadline came first)."""
     line = b""
     while not line.endswith(b"\n") and len(line) < MAX_REPLY:
         ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
