@@ -328,9 +328,9 @@ def _names():
 def evaluate_formulas_only():
     """From now on, whoever asks sympy in this process to evaluate a text, it must be a formula.
 
-    sympy itself asks for each number in LaTeX, Math-Verify for those outside of it. What they pass on they have
-    seen to be digits and operators; this does not depend on their next versions. It is faster, too: of its
-    own accord, sympy's parser gathers all names of sympy each time.
+    sympy itself asks for each number in LaTeX, Math-Verify for those outside of it. What they pass on they
+    have seen to be digits and operators; this does not depend on their next versions. It is faster, too: of
+    its own accord, sympy's parser gathers all names of sympy each time.
     """
     import math_verify.parser
     from sympy.parsing import sympy_parser
