@@ -20,7 +20,7 @@ import sys
 
 REPLY_FD = 3            # where the child writes its reply: the only file that it may write
 UNFENCED = ("grading: the kernel's filter of system calls is missing ({}): code that broke out of a grader "
-            "could start processes and send signals. Files, network, memory and time stay limited.")
+            "could call what Python does not announce, as to start a process or to send a signal.")
 
 # What computing in Python asks of the kernel: memory, clocks, time limits by signal, randomness, its end.
 CALLS = """

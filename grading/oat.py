@@ -59,8 +59,9 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")      # the comma in 1,000
 FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")    # of integers: 3/4, -3./4.
 
 # All that sympy's parser may see. A point belongs to a number, an underscore to a number or an index, x_1. So
-# nothing can name an attribute, quote a string, pass a keyword or index a list.
-FORMULA = re.compile(r"(?:[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+|[^\W\d_]+(?:_?[0-9]+)?|[-+*/^!()\s])*")
+# nothing can name an attribute, quote a string, pass a keyword or index a list. (?>...): a token is as long as it
+# can be, as it is to Python. In x1.n, there is no number 1.
+FORMULA = re.compile(r"(?>[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+|[^\W\d_]+(?:_?[0-9]+)?|[-+*/^!()\s])*")
 FUNCTIONS = ("sqrt", "frac", "ln")
 LONG = 128              # characters from which on a text is searched for repetitions, ...
 SEARCHED = 1024         # ... and as many of it are
@@ -301,7 +302,7 @@ def _is_formula(text):
     """Whether text may reach `eval`: numbers, letters, their products, FUNCTIONS, operators and brackets."""
     if not FORMULA.fullmatch(text):
         return False
-    for word, bracket in re.findall(r"([^\W\d_]+)[0-9_]* *(\(?)", text):
+    for word, bracket in re.findall(r"([^\W\d_]+)[0-9_]*\s*(\(?)", text):
         # A call. Of xsqrt(5), too: where LaTeX has become text, letters run into what follows.
         if bracket and len(word) > 1 and not word.endswith(FUNCTIONS):
             return False
