@@ -59,8 +59,8 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")      # the comma in 1,000
 FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")    # of integers: 3/4, -3./4.
 
 # All that sympy's parser may see. A point belongs to a number, an underscore to a number or an index, x_1. So
-# nothing can name an attribute, quote a string, pass a keyword or index a list. (?>...): a token is as long as it
-# can be, as it is to Python. In x1.n, there is no number 1.
+# nothing can name an attribute, quote a string, pass a keyword or index a list. (?>...): a token is as long
+# as it can be, as it is to Python, so that in x1.n there is no number 1.
 FORMULA = re.compile(r"(?>[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+|[^\W\d_]+(?:_?[0-9]+)?|[-+*/^!()\s])*")
 FUNCTIONS = ("sqrt", "frac", "ln")
 LONG = 128              # characters from which on a text is searched for repetitions, ...

@@ -302,7 +302,7 @@ def test_no_grading_leaves_anything_to_the_next(tmp_path, survivor, code):
 
 @pytest.fixture(scope="module")
 def survivor(tmp_path_factory):
-    with rogue(tmp_path_factory.mktemp("survivor"), deadline_s=2.0) as grader:
+    with rogue(tmp_path_factory.mktemp("survivor"), deadline_s=4.0) as grader:
         grader.grade(["1"], ["1"])
         yield grader
 
@@ -396,7 +396,7 @@ def test_a_child_that_hangs_is_killed_at_its_deadline_and_the_worker_goes_on(sur
     worker, = survivor._pool
     start = time.monotonic()
     verdicts = survivor.grade(["run while True: pass", r"\boxed{5}"], ["5"] * 2)
-    assert [v.reason for v in verdicts] == ["timeout", "ok"] and 2.0 < time.monotonic() - start < 6.0
+    assert [v.reason for v in verdicts] == ["timeout", "ok"] and 4.0 < time.monotonic() - start < 8.0
     assert survivor._pool == [worker]
 
 
