@@ -7,7 +7,7 @@ r"""The graders themselves: is the answer in this text the reference answer?
     judge({"kind": "math-verify", "response": r"\boxed{0.5}", "answer": r"\frac12", "strict_box": True}, 5)
     # ("ok", "0.5", ["reference, parsed: [1/2, '\\frac12']", ...])
 
-Only for the killable workers of reward.py: here, what a model wrote reaches sympy's parser, which is `eval`.
+Only for the processes that grading/worker.py forks: here, what a model wrote reaches parsers, and `eval`.
 What calls no parser is safe anywhere: last_box, choice_letter, repair_scientific, undollar.
 """
 import functools
