@@ -176,18 +176,15 @@ class _Children:
 
     def try_out(self):
         """See that a child can grade; returns what its fence lacks, or "". No run is lost to silent zeros."""
-        found = self._grade_a_half()
+        right = warmup.lesson("oat", 0)         # this kind does all that the others do
+        found = json.loads(self.grade(right, deadline_s=60.0))
         if found["reason"] != "ok" and self.calls is not None:
             self.calls = None           # a system that asks for calls that CALLS lacks, or refuses filters
             self.missing = f"the system does not take it: {found['reason']} {found['trace']}"
-            found = self._grade_a_half()
+            found = json.loads(self.grade(right, deadline_s=60.0))
         if found["reason"] != "ok":
             raise SystemExit(f"grading/worker.py: a child denies 2/4 = 1/2 ({found}): memory_mb too low?")
         return self.missing
-
-    def _grade_a_half(self):
-        item = {"id": 0, "kind": "oat", "response": r"\boxed{\frac{2}{4}}", "answer": r"\frac{1}{2}"}
-        return json.loads(self.grade({**item, "strict_box": True}, deadline_s=60.0))
 
     def grade(self, item, deadline_s):
         """The reply to an item, as a line: its child's, or the verdict "timeout" or "killed" in its place."""
