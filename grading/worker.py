@@ -24,7 +24,6 @@ would have to be told where the project lies. Of the environment it gets what it
 To copy the Grader, take reward.py and all of grading/, side by side. Needed from elsewhere: math_verify, and
 for the whole of the fence pyseccomp.
 """
-import ctypes
 import gc
 import json
 import logging
@@ -147,14 +146,13 @@ def main(fd, memory_mb, deadline_s):
     for ignored in (signal.SIGINT, signal.SIGTERM):             # the parent handles them, and kills us
         signal.signal(ignored, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # ignored, children would be gone unwaited for
-    libc = ctypes.CDLL(None)
-    _die_with_parent(libc)
+    fence.die_with_parent()
     fence.limit(resource.RLIMIT_AS, memory_mb << 20)
     fence.limit(resource.RLIMIT_CORE, 0)                        # no dump of a gigabyte for every crash
     logging.disable(logging.CRITICAL)
     warmup.warm_up()
     sock = socket.socket(fileno=fd)
-    children = _Children(libc, sock)
+    children = _Children(sock)
     unfenced = children.try_out()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                # no stderr: start-up errors were shown
     # A collection of garbage writes to all that it looks at, and a child's first write to a page copies it.
@@ -168,8 +166,7 @@ def main(fd, memory_mb, deadline_s):
 class _Children:
     """Forks a child for each item, waits for its reply, and sees to its end."""
 
-    def __init__(self, libc, sock):
-        self.libc = libc
+    def __init__(self, sock):
         self.sock = sock                # to the parent: not for children
         self.calls, self.missing = fence.call_filter()
         self.ended = []                 # those that were killed, and may not be gone yet
@@ -217,7 +214,7 @@ class _Children:
             for file in (ours, theirs, self.sock.fileno()):
                 if file != fence.REPLY_FD:
                     os.close(file)
-            _die_with_parent(self.libc)
+            fence.die_with_parent()
             fence.put_up(self.calls, deadline_s)
             # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
             seconds = min(5, max(1, int(deadline_s / 2)))
@@ -232,12 +229,6 @@ class _Children:
             if os.waitpid(child, os.WNOHANG) == (0, 0):
                 left.append(child)
         self.ended = left
-
-
-def _die_with_parent(libc):
-    """Have the kernel kill this process when its parent dies, in mid-hang too."""
-    pr_set_pdeathsig = 1
-    libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _read_line(fd, deadline):

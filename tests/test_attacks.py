@@ -377,8 +377,7 @@ def test_a_system_that_does_not_take_the_filter_is_graded_without_it_and_says_so
     """As where CALLS lacks what another C library asks for: every reward would be 0."""
     path = tmp_path / "strict.py"
     path.write_text(ROGUE.format(root=str(ROOT), unfiltered=False).replace(
-        "honest =", "class Broken:\n    def load(self): raise OSError('not here')\n"
-        "fence.call_filter = lambda: (Broken(), '')\nhonest ="))
+        "honest =", "fence.call_filter = lambda: (fence.Program(1, b'no filter'), '')\nhonest ="))
     reward._say_what_is_unfenced.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grading.worker, "__file__", str(path))
