@@ -21,10 +21,12 @@ Why processes, and not a call, a thread or a signal: a response is text that a m
 hand it to a LaTeX parser and to sympy. `9**9**9**9` or 100,000 open parentheses may run for ever, eat all
 memory or crash the interpreter. Math-Verify's own timeouts are SIGALRM: main thread only, cancelling any
 other alarm, and not delivered while C code runs (with gmpy2 `(10^9)!` hangs past them). The one limit that
-always holds is SIGKILL, so the text is parsed by workers that can be killed and replaced. Only JSON comes
-back: unpickling a reply would let a compromised worker run code here.
+always holds is SIGKILL, so each response is graded by a process of its own, a child of a worker, that can be
+killed, that can do nothing but compute (grading/fence.py), and that ends with its verdict. Only JSON comes
+back: unpickling a reply would let a compromised process run code here.
 """
 import argparse
+import functools
 import math
 import os
 import selectors
@@ -36,10 +38,12 @@ from dataclasses import dataclass, field
 
 from grading.answers import KINDS, undollar
 from grading.cpus import usable_cpus
+from grading.fence import UNFENCED
 from grading.worker import Worker
 
 MAX_CHARS = 50_000      # of a longer text only the end is graded: answers stand at the end
 STARTUP_S = 120.0       # importing sympy takes 0.5 s, but minutes for 200 workers on a cold network disk
+BACKSTOP_S = 1.0        # a worker kills a late child itself; one that is later by this is stopped or stuck
 MAX_FAILURES = 3        # workers lost in a row before they did anything: the installation, not a response
 TEXTS = ("after_think", "whole", "require_think")
 
@@ -55,7 +59,7 @@ class Verdict:
     truncated   the generation hit its token limit, and such a one cannot score
     parse_fail  a closed box that is no mathematics, or a reference answer that cannot be parsed
     timeout     stopped by a time limit, or killed at the deadline
-    killed      the worker died on it (memory, crash) or answered nonsense
+    killed      the process that graded it died (memory, crash) or answered nonsense
 
     `extracted` is the answer found in the response (its first 200 characters), `trace` one line for each
     comparison tried, for a person to read.
@@ -81,19 +85,18 @@ class Grader:
     kind        "math-verify" (training), "oat" (evaluation) or "choice"; `grade` can ask for another
     workers     processes that grade at the same time; default: usable_cpus() / LOCAL_WORLD_SIZE (set by
                 torchrun), less one for the thread that schedules the engine's decoding steps
-    deadline_s  a response unfinished after this is killed together with its worker: "timeout", reward 0.0
-    memory_mb   address space of one worker; what needs more ends as parse_fail or killed
+    deadline_s  the grading of a response is killed after this: "timeout", reward 0.0
+    memory_mb   address space of one grading; what needs more ends as parse_fail or killed
     text        what is graded, see graded_text; with "require_think" (LUFFY; not in A2) a response without
                 "</think>" is "unclosed", reward 0.0
     strict_box  math-verify: only the last box counts. Off, Math-Verify searches all of the text: what is
                 called the answer, else the last number; then responses cut off in mid-thought score, too
     score_unfinished    a response cut at its token limit is graded like any other; off: "truncated", 0.0
 
-    n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s, provided a replacement
-    can start (0.6 s of CPU) within half a deadline: for each response that has used half of its deadline a
-    spare is launched, which is ready when that worker is killed. So up to 2 * workers processes exist, and
-    `workers` of them grade. Linux. Not thread-safe. Workers die with the process (strictly, the thread)
-    that started them.
+    n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s: a late one costs no more
+    than the fork of the next. (A worker that something else stops or kills loses its one response, 1 s and
+    its start.) Linux. Not thread-safe. Workers die with the process (strictly, the thread) that started them,
+    and their children with them. What the fence around a grading lacks on this system, stderr says once.
     """
 
     def __init__(self, kind="math-verify", workers=None, deadline_s=10.0, memory_mb=1000,
@@ -260,18 +263,17 @@ class Grader:
     #                                       it dies, or STARTUP_S have passed   discarded, a failure
     #   idle       ready, without an item   it is handed an item                busy
     #                                       it dies                             discarded
-    #   busy       with an item             its reply comes                     its verdict; idle (discarded,
-    #                                                                           if it asks to be replaced)
-    #                                       it dies, or replies nonsense        "killed"; discarded
-    #                                       deadline_s have passed              "timeout"; discarded
-    #   suspect    busy for deadline_s / 2  as above; meanwhile a spare starts that may replace it
+    #   busy       with an item             its reply comes ("timeout" and      its verdict; idle
+    #                                       "killed" of its child among them)
+    #                                       it dies, or breaks the protocol     "killed"; discarded
+    #                                       deadline_s + BACKSTOP_S have passed "timeout"; discarded
     #
     # Whoever is discarded leaves the pool, and _refill launches another.
 
     def _advance(self, wait):
         """Move everything on by one step; `wait`: until the next thing has happened, if any item is left."""
         try:
-            self._take_replies(timeout_s=0)     # first: one whose reply waited for us is no suspect, nor late
+            self._take_replies(timeout_s=0)     # first: one whose reply waited for us is not late
             self._refill()
             self._hand_out_items()
             if wait and self._left:
@@ -300,31 +302,21 @@ class Grader:
                 self._discard(worker, failed=not worker.ready)
         elif not worker.ready:
             worker.ready = True
+            _say_what_is_unfenced(reply["unfenced"])
         else:
             self._settle(worker, reply["reason"], reply["ms"], reply["extracted"], reply["trace"])
-            if reply.get("retire"):             # its memory has grown
-                self._discard(worker)
 
     def _refill(self):
-        """Launch workers until there are as many as shall grade, and a spare for each suspect."""
+        """Launch workers until there are as many as shall grade."""
         self._dying = [process for process in self._dying if process.poll() is None]    # poll reaps the dead
-        wanted = self.workers
-        for worker in self._pool:
-            if worker.busy and worker.age() >= self.deadline_s / 2:
-                worker.step_back()
-                wanted += 1
-        while len(self._pool) < wanted:
+        while len(self._pool) < self.workers:
             worker = Worker(self.memory_mb, self.deadline_s)
             self._pool.append(worker)
             self._selector.register(worker.sock, selectors.EVENT_READ, data=worker)
 
     def _hand_out_items(self):
-        """Give waiting items to idle workers, as long as no more than self.workers grade."""
-        # A spare waits, idle, until the suspect that it was launched for is gone: more would want more CPUs.
-        idle = [worker for worker in self._pool if worker.idle]
-        busy = [worker for worker in self._pool if worker.busy]
-        for worker in idle[:self.workers - len(busy)]:
-            if self._waiting:
+        for worker in list(self._pool):
+            if worker.idle and self._waiting:
                 self._hand_out(worker, self._waiting.popleft())
 
     def _hand_out(self, worker, number):
@@ -341,25 +333,25 @@ class Grader:
 
     def _discard_the_late(self):
         for worker in list(self._pool):
-            if worker.busy and worker.age() >= self.deadline_s:
+            if self._time_left(worker) > 0:
+                continue
+            if worker.busy:
                 self._settle(worker, "timeout")
                 self._discard(worker)
-            elif not worker.ready and worker.age() >= STARTUP_S:
+            else:
                 self._discard(worker, failed=True)
 
+    def _time_left(self, worker):
+        """Seconds until a busy worker, or one that starts, is too late."""
+        if worker.busy:
+            return self.deadline_s + BACKSTOP_S - worker.age()
+        if not worker.ready:
+            return STARTUP_S - worker.age()
+        return math.inf
+
     def _time_to_next_event(self):
-        """Seconds until a busy worker becomes a suspect, a suspect late, or a starting worker too late. (A
-        reply that comes earlier ends the wait.)"""
-        waits = []
-        for worker in self._pool:
-            age = worker.age()
-            if worker.busy and age < self.deadline_s / 2:
-                waits.append(self.deadline_s / 2 - age)
-            elif worker.busy:
-                waits.append(self.deadline_s - age)
-            elif not worker.ready:
-                waits.append(STARTUP_S - age)
-        return max(0.0, min(waits, default=0.0))
+        """Seconds until a worker is too late. (A reply that comes earlier ends the wait.)"""
+        return max(0.0, min(self._time_left(worker) for worker in self._pool))
 
     def _discard(self, worker, failed=False):
         """Take a worker out of the pool and kill it. failed: it was lost before it did anything."""
@@ -370,6 +362,13 @@ class Grader:
         worker.sock.close()
         worker.proc.kill()
         self._dying.append(worker.proc)         # no wait: giving back gigabytes takes the kernel up to 0.5 s
+
+
+@functools.cache
+def _say_what_is_unfenced(missing):
+    """Once a process, and of the ranks once: all have the same to say."""
+    if missing and os.environ.get("RANK", "0") == "0":
+        print(UNFENCED.format(missing), file=sys.stderr)
 
 
 def explain(argv):

@@ -7,10 +7,9 @@ r"""The graders themselves: is the answer in this text the reference answer?
     judge({"kind": "math-verify", "response": r"\boxed{0.5}", "answer": r"\frac12", "strict_box": True}, 5)
     # ("ok", "0.5", ["reference, parsed: [1/2, '\\frac12']", ...])
 
-Only for the killable workers of reward.py: here, what a model wrote reaches sympy's parser, which is `eval`.
+Only for the processes that grading/worker.py forks: here, what a model wrote reaches parsers, and `eval`.
 What calls no parser is safe anywhere: last_box, choice_letter, repair_scientific, undollar.
 """
-import functools
 import math
 import re
 import time
@@ -87,7 +86,6 @@ def math_verify(text, answer, strict_box, seconds, trace):
     return ("ok" if equal else "wrong"), extracted
 
 
-@functools.lru_cache(4096)              # the G rollouts of a prompt have one reference
 def _parse_reference(answer, seconds):
     """As inline math, which suits numbers and LaTeX but would end at a newline; else as it is."""
     from math_verify import parse
@@ -95,7 +93,7 @@ def _parse_reference(answer, seconds):
     parsed = parse(f"${_clean(one_line)}$", parsing_timeout=seconds)
     if not parsed:
         parsed = parse(answer, parsing_timeout=seconds)
-    if not parsed:                      # not returned: it may have been a timeout, and would be cached
+    if not parsed:
         raise ValueError("the reference answer cannot be parsed")
     return parsed
 

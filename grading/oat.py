@@ -17,16 +17,22 @@ only results of one grader can be compared. Where it differs:
 3. All units are removed at once, not one unit after the other; a few that no answer contains are left out.
 4. The text comparison reads 1,000,000,000 as a number; there only numbers with at most two commas.
 5. Only the beginning of a long text is searched for repetitions.
+6. sympy's parser calls no functions but sqrt, frac, ln and f(x); there, all whose names have two letters.
 
-The text is untrusted: sympy's parser is `eval` behind a filter, no signal stops C code, and nothing here
-limits memory. So call `equal` in a process that may be killed (see reward.py), in its main thread; its first
-call takes 1 s (imports, Math-Verify's grammar). `extract` is safe anywhere.
+The text is untrusted, and sympy's parser is `eval`. So it gets only what `_is_formula` knows, token by token,
+and finds no other names than `_names`. Still no signal stops C code, and nothing here limits memory: call
+`equal` in a process that may be killed (see reward.py), in its main thread; its first call takes 1 s (it
+imports sympy and builds Math-Verify's grammar). `extract` is safe anywhere.
 To copy it, take this file alone; it needs math-verify, sympy and pylatexenc.
 """
+import functools
+import keyword
 import math
 import re
 import signal
+import string
 import threading
+import unicodedata
 from contextlib import contextmanager
 from itertools import pairwise
 from os.path import commonprefix
@@ -51,6 +57,12 @@ TEXT_UNIT = re.compile(                                 # inside words too: "sun
     r"(?:es)?s? *(?:\^[0-9]+)?")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")      # the comma in 1,000
 FRACTION = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")    # of integers: 3/4, -3./4.
+
+# All that sympy's parser may see. A point belongs to a number, an underscore to a number or an index, x_1. So
+# nothing can name an attribute, quote a string, pass a keyword or index a list. (?>...): a token is as long
+# as it can be, as it is to Python, so that in x1.n there is no number 1.
+FORMULA = re.compile(r"(?>[0-9]+(?:_[0-9]+)*\.?[0-9]*|\.[0-9]+|[^\W\d_]+(?:_?[0-9]+)?|[-+*/^!()\s])*")
+FUNCTIONS = ("sqrt", "frac", "ln")
 LONG = 128              # characters from which on a text is searched for repetitions, ...
 SEARCHED = 1024         # ... and as many of it are
 
@@ -275,14 +287,64 @@ def _equal_by_sympy(difference, trace):
     from sympy.parsing import sympy_parser as parser
     letters = {char for char in re.sub("sqrt|frac", "", difference) if char.isalpha()}
     huge = r"\^\(|\^[0-9]+\^|\^[0-9][0-9]|e[+-]?[0-9]{6}"           # the last: no signal stops 1e999999999
-    if len(letters) > 2 or re.search(huge, difference):             # more letters: a word, no formula
-        trace.append(f"sympy: {difference[:400]!r} is not parsed")
+    if len(letters) > 2 or re.search(huge, difference) or not _is_formula(difference):
+        trace.append(f"sympy: {difference[:400]!r} is not parsed")  # with more letters: a word, no formula
         return False
     transformations = parser.standard_transformations + (parser.implicit_multiplication_application,)
-    parsed = parser.parse_expr(difference.replace("^", "**"), transformations=transformations)
+    parsed = parser.parse_expr(difference.replace("^", "**"), transformations=transformations,
+                               global_dict=_names())
     zero = bool(simplify(parsed) == 0)
     trace.append(f"sympy: {difference[:400]!r} -> {'0' if zero else 'not 0'}")
     return zero
+
+
+def _is_formula(text):
+    """Whether text may reach `eval`: numbers, letters, their products, FUNCTIONS, operators and brackets."""
+    if not FORMULA.fullmatch(text):
+        return False
+    for word, bracket in re.findall(r"([^\W\d_]+)[0-9_]*\s*(\(?)", text):
+        # A call. Of xsqrt(5), too: where LaTeX has become text, letters run into what follows.
+        if bracket and len(word) > 1 and not word.endswith(FUNCTIONS):
+            return False
+        # Python reads a script e as e: what it reads must be what was looked at.
+        if keyword.iskeyword(word) or unicodedata.normalize("NFKC", word) != word:
+            return False
+    return True
+
+
+@functools.cache
+def _names():
+    """All that names in a formula can mean when it is evaluated, no built-ins; others become unknowns."""
+    import sympy
+    names = {"__builtins__": {}}
+    # The parser writes these itself, for numbers, letters, ! and, where it shall not evaluate, for operators.
+    written = ("Number", "Integer", "Float", "Rational", "Symbol", "Function", "factorial", "factorial2",
+               "Add", "Mul", "Pow")
+    for name in (*FUNCTIONS, "pi", *string.ascii_letters, *written):
+        if hasattr(sympy, name):                                        # of the letters: E, I, N, O, Q, S
+            names[name] = getattr(sympy, name)
+    return names
+
+
+def evaluate_formulas_only():
+    """From now on, whoever asks sympy in this process to evaluate a text, it must be a formula.
+
+    sympy itself asks for each number in LaTeX, Math-Verify for those outside of it. What they pass on they
+    have seen to be digits and operators; this does not depend on their next versions. It is faster, too: of
+    its own accord, sympy's parser gathers all names of sympy each time.
+    """
+    import math_verify.parser
+    from sympy.parsing import sympy_parser
+    parse = sympy_parser.parse_expr
+
+    def guarded(text, local_dict=None, transformations=sympy_parser.standard_transformations,
+                global_dict=None, evaluate=True):
+        if not _is_formula(text):
+            raise SyntaxError(f"no formula, so it is not evaluated: {text[:200]!r}")
+        return parse(text, local_dict, transformations, _names(), evaluate)
+
+    sympy_parser.parse_expr = guarded
+    math_verify.parser.parse_expr = guarded
 
 
 # ---- 3. latex -----------------------------------------------------------------------------------------

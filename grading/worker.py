@@ -1,25 +1,35 @@
 """One grading process, both ends: `Worker` is the end of the parent, `main` runs in the process itself.
 
     worker = Worker(memory_mb=1000, deadline_s=10.0)        # launched, not waited for
-    worker.receive()                                        # {"ready": True}, when it has imported sympy
+    worker.receive()                                        # {"ready": True, ...}, when all is loaded
     worker.send({"id": 0, "kind": "oat", "response": ..., "answer": ..., "strict_box": True})
     worker.receive()                                        # {"id": 0, "reason": "ok", ...}; None: it is lost
 
     python grading/worker.py FD MEMORY_MB DEADLINE_S        # how Worker launches it; of no use by hand
 
-The parent is the Grader of reward.py, which says why these are processes, keeps a pool of them and kills the
-late. The process is started afresh and by path. Forked, it would inherit the parent's CUDA context, the locks
-that its threads hold, and its memory, which counts against the limit; by module name (python -m), it would
-have to be told where the project lies.
+    run -- Grader (reward.py)
+            |-- worker                  loads sympy and warms up once; reads no response itself
+            |     '-- child             grades one response behind a fence, writes its verdict, ends
+            '-- worker ...
 
-To copy the Grader, take reward.py and all of grading/, side by side. Needed from elsewhere: math_verify.
+Text from outside is parsed in a child alone. The child is forked from the worker, so it is warm from the
+start, and it ends with its response: no cache, no patched function, no leftover of one grading reaches the
+next. One that is late is killed, which costs a fork (2 ms) and not a start (1 s). The parent is the Grader of
+reward.py, which says why these are processes, and keeps a pool of workers.
+
+The worker itself is started afresh and by path. Forked, it would inherit the parent's CUDA context, the
+locks that its threads hold, and its memory, which counts against the limit; by module name (python -m), it
+would have to be told where the project lies. Of the environment it gets what it needs (KEPT): no tokens.
+
+To copy the Grader, take reward.py and all of grading/, side by side. Needed from elsewhere: math_verify, and
+for the whole of the fence pyseccomp.
 """
-import ctypes
+import gc
 import json
 import logging
-import math
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -31,10 +41,27 @@ import time
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from grading.answers import REASONS, judge  # noqa: E402  (after the line above)
+from grading import fence, warmup  # noqa: E402  (after the line above)
+from grading.answers import REASONS, judge  # noqa: E402
 
 MAX_REPLY = 8192        # bytes of a reply; a longer trace is cut
 SEND_S = 2.0            # a worker that has not read its item by then is stuck
+# Of the environment: what Python and the system's loader need to find their files, and to read text.
+KEPT = ("PATH", "HOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LANGUAGE")
+KEPT_PREFIXES = ("PYTHON", "LC_")
+
+
+def well_formed(reply, number):
+    """Whether this is a verdict on item `number`. It may be anything that JSON can say."""
+    try:
+        texts = [reply["extracted"], *reply["trace"]]
+        ours = reply["id"] == number and reply["reason"] in (*REASONS, "killed")
+        took = reply["ms"]
+    except (TypeError, LookupError):
+        return False
+    if not ours or not isinstance(took, float) or not took >= 0:        # not >=: nan is refused, too
+        return False
+    return all(isinstance(text, str) for text in texts)
 
 
 class Worker:
@@ -57,7 +84,7 @@ class Worker:
                 pass_fds=[theirs.fileno()],             # every other file of ours is closed in the process
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,              # stderr stays: a failed start is to be seen
-                env={**os.environ, "OMP_NUM_THREADS": "1"})     # grading is one thread's work
+                env=_environment())
         self.sock.settimeout(SEND_S)
         self.ready = False
         self.item = None
@@ -83,88 +110,146 @@ class Worker:
     def receive(self):
         """The next message, or None if the process died or broke the protocol.
 
-        To be called when the socket has something to read. What comes is not trusted: the text that was
-        graded may have taken over the process.
+        To be called when the socket has something to read.
         """
         try:
             message = json.loads(self.sock.recv(MAX_REPLY))     # short: it arrives in one piece
-            if self._follows_protocol(message):
-                return message
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
-            pass                                                # no JSON (nothing at all, from the dead), or
-        return None                                             # JSON of another shape
+        except (OSError, ValueError, RecursionError):           # no JSON; of the dead, nothing at all
+            return None
+        if self.ready:
+            return message if self.busy and well_formed(message, self.item) else None
+        if not isinstance(message, dict) or message.get("ready") is not True:
+            return None
+        return message
 
-    def _follows_protocol(self, message):
-        if not self.ready:
-            return message == {"ready": True}
-        if self.item is None or message["id"] != self.item:     # nobody asked, or not for this
-            return False
-        if message["reason"] not in REASONS:
-            return False
-        if not isinstance(message["ms"], float) or not message["ms"] >= 0:      # not >=: nan is refused, too
-            return False
-        texts = [message["extracted"], *message["trace"]]
-        return all(isinstance(text, str) for text in texts)
 
-    def step_back(self):
-        """Lowest priority for a suspect: it must not slow the start of the spare that may replace it."""
-        try:
-            os.setpriority(os.PRIO_PROCESS, self.proc.pid, 19)
-        except OSError:
-            pass                                                # it has just died
+def _environment():
+    """What a worker's environment holds."""
+    kept = {"OMP_NUM_THREADS": "1"}             # grading is one thread's work, and only one thread may fork
+    for name, value in os.environ.items():
+        if name in KEPT or name.startswith(KEPT_PREFIXES):
+            kept[name] = value
+    return kept
 
 
 # ---- In the process -----------------------------------------------------------------------------------
 
 def main(fd, memory_mb, deadline_s):
-    """Grade the items that arrive on socket `fd`, until the parent closes it.
+    """Have the items that arrive on socket `fd` graded, each in a child, until the parent closes it.
 
-    memory_mb   MiB of address space: what needs more ends in a MemoryError, or in a crash
-    deadline_s  after which the parent kills. Here it sets an earlier limit on each parse and comparison (half
-                of it, but 1 to 5 s), so that most items end without a kill, and a later one on CPU time
+    memory_mb   MiB of address space, of the worker and of each child: what needs more ends in a MemoryError,
+                or in a crash
+    deadline_s  after which a child is killed. In it, each parse and comparison has an earlier limit (half of
+                it, but 1 to 5 s), so that most end without a kill, and its CPU time a later one
     SystemExit, with the reason on stderr, if a grader does not work.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM):             # the parent handles them, and kills us
         signal.signal(ignored, signal.SIG_IGN)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)   # die with the parent, in mid-hang, too
-    _limit(resource.RLIMIT_AS, memory_mb << 20)
-    _limit(resource.RLIMIT_CORE, 0)                             # no dump of a gigabyte for every crash
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # ignored, children would be gone unwaited for
+    fence.die_with_parent()
+    fence.limit(resource.RLIMIT_AS, memory_mb << 20)
+    fence.limit(resource.RLIMIT_CORE, 0)                        # no dump of a gigabyte for every crash
     logging.disable(logging.CRITICAL)
-    _grade_a_half()
-    _limit(resource.RLIMIT_FSIZE, 0)                            # after the imports: they may write .pyc files
-    _limit(resource.RLIMIT_NPROC, 0)                            # no processes; root is not bound by it
+    warmup.warm_up()
+    sock = socket.socket(fileno=fd)
+    children = _Children(sock)
+    unfenced = children.try_out()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                # no stderr: start-up errors were shown
-    # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
-    seconds = min(5, max(1, int(deadline_s / 2)))
-    with socket.socket(fileno=fd) as sock:
-        sys.addaudithook(_forbid)                               # for good: a hook cannot be removed
-        sock.sendall(b'{"ready": true}\n')
-        for line in sock.makefile("rb"):
-            item = json.loads(line)
-            # It ends a process that hangs and that nobody kills, because the parent was stopped itself. It is
-            # on all CPU time since the launch, so it moves with each item.
-            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + 1)
-            sock.sendall(_reply(item, seconds, memory_mb))
+    # A collection of garbage writes to all that it looks at, and a child's first write to a page copies it.
+    gc.collect()
+    gc.freeze()
+    sock.sendall(json.dumps({"ready": True, "unfenced": unfenced}).encode() + b"\n")
+    for line in sock.makefile("rb"):
+        sock.sendall(children.grade(json.loads(line), deadline_s))
 
 
-def _grade_a_half():
-    """Import and warm up both graders, and see them work: no run is lost to silent zeros."""
-    item = {"response": r"\boxed{\frac{2}{4}}", "answer": r"\frac{1}{2}", "strict_box": True}
-    for kind in ("math-verify", "oat"):
-        found = judge({"kind": kind, **item}, 60)
-        if found[0] != "ok":
-            raise SystemExit(f"grading/worker.py: {kind} denies 2/4 = 1/2 ({found}): wrong version, or "
-                             "memory_mb too low")
+class _Children:
+    """Forks a child for each item, waits for its reply, and sees to its end."""
+
+    def __init__(self, sock):
+        self.sock = sock                # to the parent: not for children
+        self.calls, self.missing = fence.call_filter()
+        self.ended = []                 # those that were killed, and may not be gone yet
+
+    def try_out(self):
+        """See that a child can grade; returns what its fence lacks, or "". No run is lost to silent zeros."""
+        right = warmup.lesson("oat", 0)         # this kind does all that the others do
+        found = json.loads(self.grade(right, deadline_s=60.0))
+        if found["reason"] != "ok" and self.calls is not None:
+            self.calls = None           # a system that asks for calls that CALLS lacks, or refuses filters
+            self.missing = f"the system does not take it: {found['reason']} {found['trace']}"
+            found = json.loads(self.grade(right, deadline_s=60.0))
+        if found["reason"] != "ok":
+            raise SystemExit(f"grading/worker.py: a child denies 2/4 = 1/2 ({found}): memory_mb too low?")
+        return self.missing
+
+    def grade(self, item, deadline_s):
+        """The reply to an item, as a line: its child's, or the verdict "timeout" or "killed" in its place."""
+        start = time.monotonic()
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            self._be_the_child(item, deadline_s, ours, theirs)
+        os.close(theirs)                # now the end of the child is the end of the file
+        try:
+            line, late = _read_line(ours, start + deadline_s)
+        finally:
+            os.close(ours)
+            os.kill(child, signal.SIGKILL)      # whatever it is still at: nothing goes on beyond its verdict
+            self.ended.append(child)
+            self._reap()
+        try:
+            if well_formed(json.loads(line), item["id"]):
+                return line
+        except (ValueError, RecursionError):
+            pass
+        reply = {"id": item["id"], "reason": "timeout" if late else "killed", "extracted": "", "trace": [],
+                 "ms": 1e3 * (time.monotonic() - start)}
+        return json.dumps(reply).encode() + b"\n"
+
+    def _be_the_child(self, item, deadline_s, ours, theirs):
+        """Grade, write the reply and end, however that goes: what comes after the fork is the worker's."""
+        try:
+            os.dup2(theirs, fence.REPLY_FD)
+            for file in (ours, theirs, self.sock.fileno()):
+                if file != fence.REPLY_FD:
+                    os.close(file)
+            fence.die_with_parent()
+            fence.put_up(self.calls, deadline_s)
+            # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
+            seconds = min(5, max(1, int(deadline_s / 2)))
+            os.write(fence.REPLY_FD, _reply(item, seconds))
+        finally:
+            os._exit(0)                 # not sys.exit: no handlers, no buffers
+
+    def _reap(self):
+        """Let go of those that are gone. No wait: giving back gigabytes takes the kernel up to 0.5 s."""
+        left = []
+        for child in self.ended:
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                left.append(child)
+        self.ended = left
 
 
-def _reply(item, seconds, memory_mb):
+def _read_line(fd, deadline):
+    """(what comes on fd, until it is a line, a reply long or at its end; whether the deadline came first)."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < MAX_REPLY:
+        ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return line, True
+        more = os.read(fd, MAX_REPLY - len(line))
+        if not more:
+            break
+        line += more
+    return line, False
+
+
+def _reply(item, seconds):
     """Grade one item -> its reply, a line of at most MAX_REPLY bytes."""
     start = time.monotonic()
     reason, extracted, trace = judge(item, seconds)
     reply = {"id": item["id"], "reason": reason, "ms": 1e3 * (time.monotonic() - start)}
-    # Parser caches grow for days, and at the limit every answer would fail: ask to be replaced at half of it.
-    reply["retire"] = _address_space() > (memory_mb << 20) // 2
     reply["extracted"] = extracted[:200]
     reply["trace"] = [step[:300] for step in trace[:20]]
     message = json.dumps(reply).encode() + b"\n"
@@ -172,38 +257,6 @@ def _reply(item, seconds, memory_mb):
         reply["trace"] = []
         message = json.dumps(reply).encode() + b"\n"
     return message
-
-
-def _address_space():
-    """Bytes that count against RLIMIT_AS. (Not ru_maxrss, which starts at the size of the parent.)"""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
-
-
-def _limit(which, value):
-    """Set a limit of this process: the soft one, which binds, and the hard one, to which it may be raised."""
-    hard = resource.getrlimit(which)[1]
-    if hard != resource.RLIM_INFINITY:
-        value = min(value, hard)                # whoever started the run may have set a lower one
-    if which != resource.RLIMIT_CPU:            # which has to be raised for the next item
-        hard = value
-    resource.setrlimit(which, (value, hard))
-
-
-def _forbid(event, args):
-    """Audit hook, which Python calls before it does what `event` names: what sympy's parser evaluates may
-    compute, and nothing else: no network, no processes, no writing.
-
-    A fence, not a wall: Python raises no event for a few calls, and none for what C code does. The filters in
-    front of the parsers, the limits of the process and its user's rights are the others.
-    """
-    if event.startswith(("socket.", "subprocess.", "ctypes.", "shutil.", "sqlite3.", "os.")):
-        if event != "os.listdir":               # which imports need
-            raise PermissionError(f"a grader must not: {event}")
-    if event == "open":
-        flags = args[2] or 0
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
-            raise PermissionError("a grader must not write files")
 
 
 def _leave_project():

@@ -71,19 +71,24 @@ def start_in_time(grader):
     start = time.monotonic()
     while not all(worker.ready for worker in grader._pool):
         grader.grade(["1"] * 2, ["1"] * 2)
-    if (took := time.monotonic() - start) > 1.2:
-        pytest.skip(f"others load this machine: its workers start in {took:.1f} s, not in 0.7 s")
-    return took
+    if (took := time.monotonic() - start) > 4:
+        pytest.skip(f"others load this machine: its workers start in {took:.1f} s, not in 1.5 s")
 
 
-def signal_the_worker_of_item_0(grader, signum, delay_s=0.3):
-    """In a thread: waits until item 0 is being graded, then sends its worker a signal from outside."""
+def children(worker):
+    """The processes that a worker grades in, one at a time; those that ended may be among them."""
+    pid = worker.proc.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def signal_item_0(grader, signum, whom):
+    """In a thread: waits until item 0 is being graded, then sends its worker or its child a signal."""
     def run():
         while True:
             for worker in list(grader._pool):
-                if worker.item == 0:
-                    time.sleep(delay_s)
-                    return os.kill(worker.proc.pid, signum)
+                if worker.item == 0 and children(worker):
+                    time.sleep(0.3)
+                    return os.kill(worker.proc.pid if whom == "worker" else children(worker)[-1], signum)
             time.sleep(0.01)
     threading.Thread(target=run, daemon=True).start()
 
@@ -343,7 +348,7 @@ def test_without_the_strict_box_the_reward_agrees_with_recorded_verdicts_of_math
 @pytest.mark.clock
 @pytest.mark.slow
 @needs_data
-def test_two_workers_grade_300_responses_a_second():
+def test_two_workers_grade_100_responses_a_second():
     answers = [row["answer"] for row in rows("math500")] * 2
     right, wrong = answers[:500], answers[1:500] + answers[:1]
     responses = ["Therefore, we get the following. " * 30 + boxed(text) for text in right + wrong]
@@ -355,9 +360,9 @@ def test_two_workers_grade_300_responses_a_second():
             total = sum(rewards(grader.grade(responses, answers)))
             rates.append(len(answers) / (time.monotonic() - start))
             assert 495 < total < 550
-    if max(rates) < 300 and load > len(os.sched_getaffinity(0)):
+    if max(rates) < 100 and load > len(os.sched_getaffinity(0)):
         pytest.skip(f"others load this machine ({load:.1f}): {max(rates):.0f} a second")
-    assert max(rates) >= 300, rates
+    assert max(rates) >= 100, rates
 
 
 @pytest.mark.parametrize("cgroup, files, cpus", [
@@ -477,7 +482,7 @@ def test_1000_hostile_strings_change_no_verdict_of_200_ordinary_pairs(kind):
 
 
 @pytest.mark.slow
-def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000):
+def test_a_grading_stays_below_its_memory_limit_whatever_it_is(memory_mb=1000):
     n, peaks, done = 20_000, {}, threading.Event()
     bombs = ["2^{10^9}", "(10^9)!", "9**9**9**9", "9^{9^{9^{9}}}", "2^{-10^{10}}", "1e999999999",
              r"\binom{10^9}{5\cdot 10^8}", "(" * n + "1" + ")" * n, "{" * n + "1" + "}" * n,
@@ -488,12 +493,13 @@ def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000
         while not done.wait(0.01):
             for worker in list(grader._pool):
                 try:
-                    status = Path(f"/proc/{worker.proc.pid}/status").read_text()
-                except OSError:
+                    child = children(worker)[-1]
+                    status = Path(f"/proc/{child}/status").read_text()
+                except (OSError, IndexError):
                     continue
                 if "VmHWM" in status:
                     kb = int(status.split("VmHWM:")[1].split()[0])
-                    peaks[worker.proc.pid] = max(kb, peaks.get(worker.proc.pid, 0))
+                    peaks[child] = max(kb, peaks.get(child, 0))
     with Grader(workers=2, deadline_s=4.0, memory_mb=memory_mb) as grader:
         threading.Thread(target=watch, daemon=True).start()
         try:
@@ -508,13 +514,12 @@ def test_a_worker_stays_below_its_memory_limit_whatever_it_grades(memory_mb=1000
 @pytest.mark.clock
 def test_the_time_bound_holds_when_every_response_must_be_killed():
     with Grader(workers=2, deadline_s=1.0) as grader:           # Math-Verify's own 1 s comes too late
-        late = max(0.0, start_in_time(grader) - 0.7)            # a spare is late by as much
-        start = time.monotonic()
+        start_in_time(grader)
+        pool, start = list(grader._pool), time.monotonic()
         verdicts = grader.grade([SLOW] * 8, ["5"] * 8)
-        # Without spares, it would be 0.7 s more for every kill.
-        assert time.monotonic() - start < (1.0 + late) * 8 / 2 + 2
+        assert time.monotonic() - start < 1.0 * 8 / 2 + 2
         assert reasons(verdicts) == ["timeout"] * 8
-        assert len(grader._pool) <= 4                           # at most one spare a worker
+        assert grader._pool == pool                             # none is started again
 
 
 def poll(grader, patience_s=30.0):
@@ -550,16 +555,15 @@ def test_a_hung_response_that_was_submitted_holds_nobody_up_and_is_killed_at_its
         assert reasons(grader.collect()) == ["timeout"] + ["ok"] * 5
 
 
-def test_a_worker_whose_reply_waited_for_a_busy_parent_is_no_suspect():
-    with Grader(workers=1, deadline_s=2.0) as grader:
+def test_a_worker_whose_reply_waited_for_a_busy_parent_is_not_late():
+    with Grader(workers=1, deadline_s=1.5) as grader:
         grader.grade(["1"], ["1"])
         worker, = grader._pool
-        before = os.getpriority(os.PRIO_PROCESS, worker.proc.pid)
         for _ in range(2):
             grader.submit([boxed("5")], ["5"])
-            time.sleep(1.5)                                 # a long decoding step: over half of the deadline
+            time.sleep(3)                                   # a long decoding step: over the deadline
         assert reasons(grader.collect()) == ["ok"] * 2
-        assert grader._pool == [worker] and os.getpriority(os.PRIO_PROCESS, worker.proc.pid) == before
+        assert grader._pool == [worker]
 
 
 def test_closing_with_responses_under_way_leaves_nothing_to_collect():
@@ -588,22 +592,26 @@ def test_milliseconds_are_those_of_the_grading_not_of_a_parent_that_was_busy():
 
 
 @pytest.mark.clock
-def test_a_worker_in_which_no_alarm_can_fire_is_killed_at_the_deadline():
+@pytest.mark.parametrize("whom, late_s", [("child", 0.0), ("worker", reward.BACKSTOP_S)])
+def test_where_no_alarm_can_fire_the_kill_comes_at_the_deadline(whom, late_s):
     with Grader(workers=2, deadline_s=2.0) as grader:
         start_in_time(grader)
-        signal_the_worker_of_item_0(grader, signal.SIGSTOP)     # SIGALRM stays pending, as in a C loop
+        pool = list(grader._pool)
+        signal_item_0(grader, signal.SIGSTOP, whom)             # SIGALRM stays pending, as in a C loop
         start = time.monotonic()
         verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 20, ["5"] * 21)
-        assert 1.9 < time.monotonic() - start < 3.0
+        assert 1.9 + late_s < time.monotonic() - start < 3.0 + late_s
         assert reasons(verdicts) == ["timeout"] + ["ok"] * 20
+        assert (grader._pool == pool) == (whom == "child")      # it costs a child; or a worker
         assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
 
 
-def test_a_worker_killed_while_grading_loses_its_own_item_only():
+@pytest.mark.parametrize("whom", ["child", "worker"])
+def test_a_process_killed_while_grading_loses_its_own_item_only(whom):
     with Grader(workers=2) as grader:
-        signal_the_worker_of_item_0(grader, signal.SIGKILL)
-        verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 200, ["5"] * 201)
-        assert reasons(verdicts) == ["killed"] + ["ok"] * 200 and verdicts[0].reward == 0.0
+        signal_item_0(grader, signal.SIGKILL, whom)
+        verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 100, ["5"] * 101)
+        assert reasons(verdicts) == ["killed"] + ["ok"] * 100 and verdicts[0].reward == 0.0
 
 
 def test_workers_killed_while_idle_lose_nothing():
@@ -654,22 +662,27 @@ def test_workers_that_cannot_start_raise_instead_of_respawning_for_ever(capfd):
         assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
 
 
-def test_a_worker_that_has_grown_is_replaced_and_no_item_is_lost():
-    with Grader(workers=1, memory_mb=110) as grader:            # a new worker's 64 MB are over half
-        pids = set()
-        for _ in range(3):
-            assert reasons(grader.grade([r"\boxed{5}"], ["5"])) == ["ok"]
-            pids.add(grader._pool[0].proc.pid)
-        assert len(pids) == 3
+def test_a_worker_does_not_grow_with_what_it_grades():
+    """It used to: with each answer, the caches of parsers and of sympy grew."""
+    with Grader(workers=1) as grader:
+        sizes = []
+        for batch in range(3):
+            responses = [boxed(rf"\frac{{{batch}{i}}}{{{i + 2}}} x^{{{i}}}") for i in range(20)]
+            assert len(grader.grade(responses, ["y"] * 20)) == 20
+            status = Path(f"/proc/{grader._pool[0].proc.pid}/status").read_text()
+            sizes.append(int(status.split("VmSize:")[1].split()[0]))
+        assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_hang():
-    script = ("from reward import Grader\ng = Grader(workers=2)\ng.grade(['1'], ['1'])\n"
+def test_workers_and_their_children_die_with_a_killed_parent_even_in_the_middle_of_a_hang():
+    script = ("from reward import Grader\ng = Grader(workers=2)\ng.grade(['1'] * 9, ['1'] * 9)\n"
               "print(*[w.proc.pid for w in g._pool], flush=True)\n" f"g.grade([{SLOW!r}] * 2, ['5'] * 2)")
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    time.sleep(0.5)                                             # both are busy for another 4 s
-    assert len(pids) == 2 and not any(gone(pid, 0.1) for pid in pids)
+    time.sleep(1.0)                                             # both are busy for another 4 s
+    for pid in list(pids):
+        pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    assert len(pids) >= 4
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -678,9 +691,14 @@ def test_workers_die_with_a_killed_parent_even_in_the_middle_of_a_hang():
 
 def test_close_ends_every_process():
     grader = Grader(workers=2)
+    grader.grade(["1"] * 9, ["1"] * 9)
+    grader.submit([SLOW] * 2, ["5"] * 2)
+    time.sleep(0.5)
     pids = [worker.proc.pid for worker in grader._pool]
+    for worker in grader._pool:
+        pids += children(worker)
     grader.close()
-    assert len(pids) == 2 and all(gone(pid) for pid in pids)
+    assert len(pids) >= 4 and all(gone(pid) for pid in pids)
 
 
 # ---- Where a worker finds its modules ----------------------------------------------------------
@@ -737,7 +755,7 @@ def test_a_worker_finds_the_packages_that_lie_in_the_folder_of_the_project(copie
     assert graded_elsewhere(copied, {"PYTHONPATH": str(copied)}, "/", python) == ["ok wrong"] * 3
 
 
-# ---- The sandbox -------------------------------------------------------------------------------
+# ---- What a grading may take, and say (and see tests/test_attacks.py) ------------------------
 
 ROGUE = """
 import sys
@@ -774,31 +792,6 @@ def run(rogue_file):
         yield lambda code: grader.grade([f"run {code}"], ["5"])[0]
 
 
-@pytest.mark.parametrize("code", [
-    "__import__('socket').socket()", "__import__('subprocess').run(['touch', FILE])",
-    "os.system('touch ' + FILE)", "os.popen('touch ' + FILE)", "os.fork()",
-    "os.posix_spawn('/bin/touch', ['touch', FILE], {})",
-    "os.execv('/bin/true', ['x'])", "os.kill(os.getppid(), 0)", "__import__('ctypes').CDLL(None)",
-    "__import__('ctypes').string_at(0, 1)",
-    "open(FILE, 'w')", "open(FILE, 'a')", "open(FILE, 'x')", "open(KEPT, 'r+')", "os.open(FILE, os.O_CREAT)",
-    "os.mkdir(FILE)", "os.symlink('a', FILE)", "os.remove(KEPT)", "os.rename(KEPT, FILE)",
-    "os.truncate(KEPT, 0)", "os.chmod(KEPT, 0)", "__import__('shutil').rmtree(KEPT)",
-    "__import__('shutil').copy(KEPT, FILE)",
-    "os.open(KEPT, os.O_TRUNC)", "__import__('sqlite3').connect(FILE)"])
-def test_code_that_runs_in_a_worker_can_open_no_socket_process_library_or_file(run, tmp_path, code):
-    file, kept = tmp_path / "file", tmp_path / "kept"
-    kept.write_text("kept")
-    verdict = run(code.replace("FILE", repr(str(file))).replace("KEPT", repr(str(kept))))
-    assert (verdict.reason, verdict.extracted) == ("wrong", "PermissionError")
-    assert kept.read_text() == "kept" and not file.exists()
-
-
-@pytest.mark.parametrize("code", ["open('/proc/self/stat').read()", "os.listdir('/')", "__import__('wave')",
-                                  "__import__('sympy').factorint(12345)", "__import__('xml.dom.minidom')"])
-def test_a_worker_still_reads_files_imports_modules_and_computes(run, code):
-    assert run(code).extracted == "ran"
-
-
 def test_a_worker_cannot_take_more_memory_than_it_has(run):
     assert run("len(bytearray(2 << 30))").extracted == "MemoryError"
     assert run("len(bytearray(200 << 20))").extracted == "ran"
@@ -811,20 +804,6 @@ def test_a_trace_too_long_for_a_reply_is_cut_and_the_verdict_arrives(run):
         assert verdict.reason == "ok" and len(verdict.trace) in (0, 5)
     assert run("['x' * 10**6] * 10**4").trace == ["x" * 300] * 20 and run("['\u00e9' * 300] * 20").trace == []
     assert len(run("['\u00e9' * 300] * 4").trace) == 4
-
-
-def test_a_worker_that_nobody_kills_ends_itself_at_its_cpu_limit(rogue_file, monkeypatch):
-    monkeypatch.setattr(grading_worker, "__file__", str(rogue_file))
-    worker = Worker(1000, 1.0)
-    worker.sock.settimeout(60)
-    assert worker.receive() == {"ready": True}
-    endless = "run all(iter(lambda: 1, 0))"
-    worker.send({"id": 0, "kind": "choice", "response": endless, "answer": "5", "strict_box": True})
-    try:
-        assert worker.proc.wait(30) == -signal.SIGXCPU
-    finally:
-        worker.proc.kill()
-        worker.sock.close()
 
 
 @pytest.mark.parametrize("strict_box", [True, False])
