@@ -103,7 +103,8 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False)
     # Responses end in any order; verdicts come in the order of submission, as `jobs` has it.
     for (row, name), verdict in zip(jobs, grader.collect()):
         row["verdicts"][name] = {"reward": verdict.reward, "reason": verdict.reason,
-                                 "ms": round(verdict.ms, 1), "extracted": verdict.extracted}
+                                 "ms": round(verdict.ms, 1), "extracted": verdict.extracted,
+                                 "fault": verdict.fault}
     for row in rows:                                  # the repaired reference is a second right spelling
         if "oat/repaired" in row["verdicts"] and row["verdicts"]["oat"]["reward"]:
             row["verdicts"]["oat/repaired"] = row["verdicts"]["oat"]
@@ -370,7 +371,8 @@ def measure(args):
     kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]    # the first one counts
     path = Path(args.out) / "results.jsonl"
     with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
-                strict_box=args.strict_box, score_unfinished=args.score_unfinished) as grader:
+                strict_box=args.strict_box, strict_answer=False,      # told beside the comparable figures
+                score_unfinished=args.score_unfinished) as grader:
         name_unmatchable(grader, tasks, kinds, say)
         known = known_results(path, tasks)
         if len(known) < len(tasks):                   # else only the table is made again

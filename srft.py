@@ -673,7 +673,8 @@ def setup(cfg):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # The grader before the model: its processes start while that is loaded.
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
-                    strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
+                    strict_box=cfg.strict_box, strict_answer=cfg.strict_answer,
+                    score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, grader, say)
     phase("load model")
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import READERS, Example, load_examples, parse_row
-from grading.answers import last_box, repair_scientific
+from grading.answers import last_box
+from grading.notation import repair_scientific
 
 LETTERS = "ABCDEFGHIJ"
 

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from grading import answers, oat
-from grading.answers import choice_letter, judge, last_box, repair_scientific, undollar
+from grading.answers import choice_letter, judge, last_box, misstated
+from grading.notation import repair_scientific, undollar
 
 
 def boxed(text):
