@@ -22,6 +22,11 @@ FAILED = ("timeout", "killed")          # of a verdict; these say nothing about 
 DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5
 
 
+# In front of a value: "The answer is", or the letter of an option.
+LEAD = re.compile(r"^\\text(?:bf|it|rm)? ?\{ ?(?:(?:the )?(?:final )?(?:answer|result)(?: is)?:?|\([A-J]\)) ?\}"
+                  r"(?: |\\[ ,;:]|\\q?quad|[:=~])*(?=[-+\d\\])", re.IGNORECASE)
+
+
 def judge(item, seconds):
     """Grade an item -> (one of REASONS, the extracted text, the trace: a line for each step, to be read).
 
@@ -76,7 +81,7 @@ def _matched_notation(box, answer):
             return box, answer, "another modulus"
     if re.search(DENIAL, box) and not re.search(DENIAL, answer):
         return box, answer, "a denial is no answer"
-    box = notation.clean(box)
+    box = LEAD.sub("", notation.clean(box))
     answer = notation.clean(answer)
     if bool(notation.FIGURE.search(box)) != bool(notation.FIGURE.search(answer)):
         box = notation.FIGURE.sub(" ", box)
@@ -133,7 +138,14 @@ def misstated(text, answer, extracted):
     letter = reference_letter(answer)
     if letter and choice_letter(text) == letter:
         return None
-    return statement.fault(extracted if why_not else box, answer)
+    if why_not:
+        return statement.fault(extracted, answer)
+    # \boxed{203} or \boxed{204}
+    before = text.rpartition("\\boxed")[0]
+    joined = re.search(r"\}[\s$,;/)\]\\]{0,9}(?:or|and|maybe)?[\s$(\[\\]{0,9}$", before[-30:])
+    if joined and last_box(before)[0].strip() != box.strip():
+        return "ambiguous"
+    return statement.fault(box, answer)
 
 
 # ---- oat, choice --------------------------------------------------------------------------------------
@@ -201,6 +213,14 @@ def choice_letter(text):
     return _letter_in_box(_without_markup(box))                     # "" if it is never closed: no letter
 
 
+# Behind a letter and its bracket: other options, as in `B) C) D)`, `or (C)`, `otherwise B`; or `is wrong`.
+ANOTHER_LETTER = re.compile(
+    r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^(?:[(\[]?[A-J][)\].:,;\s]*)+$|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b"
+    r"|\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not)\b.*\b[A-J]\W*$|^not\W*$"
+    r"|^(?:is|was|seems)\b.{0,20}\b(?:wrong|incorrect|false|untrue|invalid)\W*$|^(?:wrong|incorrect)\W*$"
+    r"|^(?:is|was|seems)(?: not|n't)\b.{0,20}$")
+
+
 def _without_markup(text):
     return re.sub(r"\\(?:text|math)\w*\b|\\[ ,;!()\[\]]|[{}$*`\"]", " ", text)
 
@@ -222,5 +242,4 @@ def _letter_in_box(box):
         return None
     letter = found[1].upper()
     rest = (found[2] or "").strip()     # the option's text, which may hold letters: "C) P(A) = 0.5"
-    another = r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b"
-    return None if re.search(another, rest) else letter
+    return None if ANOTHER_LETTER.search(rest) else letter

@@ -17,6 +17,13 @@ NO_ANSWER = re.compile(
     r"|notfound|not ?solved|proved|qed|incomplete|missing|omitted|null|nan|n/a|answer|solution|[-?. ]*)")
 MODULUS = re.compile(r"[\s,~]*(?:\\[ ,;:!]|\\q?quad)*\s*\(?\s*\\?[pb]?mod(?:ulo)?\b\s*\{?\s*(\d+)\s*\}?\s*\)?\s*")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# Degrees are written in two ways, and so is the minus sign.
+SIGNS = {"\u00b0": r"^\circ", "\u00ba": r"^\circ", "\u2013": "-", "\u2212": "-", "\u00b7": r"\cdot ", "\u00d7": r"\times ",
+         "\u00f7": r"\div ", "\u00b1": r"\pm ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ",
+         "\u2260": r"\ne ", "\u2248": r"\approx ", "\u2208": r"\in ", "\u222a": r"\cup ", "\u2229": r"\cap ",
+         "\u222b": r"\int ", "\u2211": r"\sum ", "\u220f": r"\prod "}
+BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+         "twelve": 12, "sixteen": 16}
 # The marks of figures: a triangle ABC may be called ABC.
 FIGURE = re.compile(r"\\(?:triangle|angle|measuredangle|overline|overrightarrow|odot|square|vec)(?![a-zA-Z])")
 
@@ -142,6 +149,10 @@ def _scale(number):
     return rf"{number[1]}\times 10^{{{SCALES[number[3]]}}} {opened}"
 
 
+def _base(subscript):
+    return "_{%d}" % BASES[subscript[1]]
+
+
 def _sine(function):
     """The sine of 30 degrees; Math-Verify would take it for that of 30 radians."""
     name, power, in_brackets, bare = function.groups()
@@ -155,8 +166,6 @@ def _power_of_i(power):
 def _ascii(match):
     """One character that is not ASCII, in LaTeX or ASCII; itself if it has no such spelling."""
     char = match[0]
-    special = {"\u00b0": r"^\circ", "\u00ba": r"^\circ",                   # degrees, written in two ways
-               "\u00b7": r"\cdot ", "\u221e": r"\infty ", "\u2013": "-"}
     kind = unicodedata.category(char)
     plain = unicodedata.normalize("NFKC", char)
     if kind == "Nd":
@@ -166,8 +175,8 @@ def _ascii(match):
         return r"\frac{%s}{%s}" % (numerator, denominator)                  # one half
     if kind == "Cf":
         return ""                                                           # zero-width space
-    if char in special:
-        return special[char]
+    if char in SIGNS:
+        return SIGNS[char]
     return plain if plain.isascii() else char
 
 
@@ -183,6 +192,9 @@ REPAIRS = [
     # 42 million
     (re.compile(r"(\d)(?: |\\[ ,;!]|~)*(\\text ?\{ ?)?(hundred|thousand|million|billion|trillion)\b"), _scale),
     (re.compile(r"\\text ?\{ ?\}"), ""),
+    # 2516_{\text{eight}}; 12{:}30
+    (re.compile(r"_ ?(?:\{ ?)?\\text ?\{ ?(%s) ?\}(?: ?\})?" % "|".join(BASES)), _base),
+    (re.compile(r"\{ ?: ?\}"), ":"),
     # \sin 30^\circ
     (re.compile(r"\\(sin|cos|tan|cot|sec|csc) ?(\^ ?\{?\d\}?)? ?(?:(?:\\left ?)?[({] ?(\d{1,9}(?:\.\d{1,9})?) ?"
                 r"\^ ?\{? ?\\circ ?\}? ?(?:\\right ?)?[)}]|(\d{1,9}(?:\.\d{1,9})?) ?\^ ?(?:\{ ?\\circ ?\}|\\circ))"),
