@@ -213,12 +213,13 @@ def choice_letter(text):
     return _letter_in_box(_without_markup(box))                     # "" if it is never closed: no letter
 
 
-# Behind a letter and its bracket: other options, as in `B) C) D)`, `or (C)`, `otherwise B`; or `is wrong`.
+# Behind a letter and its bracket: other options, as in `B) C) D)` and `or (C)`, or that it is wrong.
 ANOTHER_LETTER = re.compile(
-    r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^(?:[(\[]?[A-J][)\].:,;\s]*)+$|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b"
-    r"|\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not)\b.*\b[A-J]\W*$|^not\W*$"
-    r"|^(?:is|was|seems)\b.{0,20}\b(?:wrong|incorrect|false|untrue|invalid)\W*$|^(?:wrong|incorrect)\W*$"
-    r"|^(?:is|was|seems)(?: not|n't)\b.{0,20}$")
+    r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:[(\[]?[A-J][)\].:,;\s]+)+[A-J]?$"
+    r"|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b|^not\W*$|^(?:wrong|incorrect)\W*$"
+    r"|^(?:is|was|seems)\b.{0,20}\b(?:wrong|incorrect|false|untrue|invalid)\W*$"
+    r"|^(?:is|was|seems)(?: not|n't) (?:correct|right|true|it|the answer)\W*$")
+INSTEAD = re.compile(r"\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not)\b")      # ... B
 
 
 def _without_markup(text):
@@ -242,4 +243,6 @@ def _letter_in_box(box):
         return None
     letter = found[1].upper()
     rest = (found[2] or "").strip()     # the option's text, which may hold letters: "C) P(A) = 0.5"
-    return None if ANOTHER_LETTER.search(rest) else letter
+    if ANOTHER_LETTER.search(rest) or (INSTEAD.search(rest) and re.search(r"\b[A-J]\W*$", rest[-9:])):
+        return None
+    return letter
