@@ -32,6 +32,7 @@ from transformers import AutoTokenizer
 
 import model as M
 from data import TEMPLATES, Prompt, tokenize
+from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment, stored_tensors
 from support.intervals import check_interval
@@ -173,11 +174,17 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
     dist.all_gather_object(everyone, {mine[place]: reason for place, reason in reasons.items()})
     for part in everyone:
         bad.update(part)
+    if kind == "math-verify":
+        mended = sum(notation.is_mended(prompt.example.answer) for prompt in prompts)
+        if mended:
+            say(f"{name}: {mended} reference answers are read in another notation, as `5 (mod 7)` and `\\[5\\]`")
     for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
         say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
             f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
     if bad:
-        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}")
+        words = list(bad.values()).count("no_answer")
+        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}, {words} of "
+            "them because they are words of no answer, such as \"proof\"")
     return bad
 
 

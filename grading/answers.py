@@ -138,14 +138,7 @@ def misstated(text, answer, extracted):
     letter = reference_letter(answer)
     if letter and choice_letter(text) == letter:
         return None
-    if why_not:
-        return statement.fault(extracted, answer)
-    # \boxed{203} or \boxed{204}
-    before = text.rpartition("\\boxed")[0]
-    joined = re.search(r"\}[\s$,;/)\]\\]{0,9}(?:or|and|maybe)?[\s$(\[\\]{0,9}$", before[-30:])
-    if joined and last_box(before)[0].strip() != box.strip():
-        return "ambiguous"
-    return statement.fault(box, answer)
+    return statement.fault(extracted if why_not else box, answer)
 
 
 # ---- oat, choice --------------------------------------------------------------------------------------

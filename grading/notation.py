@@ -13,10 +13,11 @@ import unicodedata
 
 # Of a reference answer that was left out where the data were made. `none`, `unknown` are answers to some.
 NO_ANSWER = re.compile(
-    r"(?i)(?:(?:proof|prove|see|refer to|not (?:found|given|provided|available)|no answer|answer not) ?.{0,60}"
+    r"(?i)(?:(?:proof|prove|see|refer to|not (?:found|given|provided|available)|no answer|answer not)(?![a-z]).{0,60}"
     r"|notfound|not ?solved|proved|qed|incomplete|missing|omitted|null|nan|n/a|answer|solution|[-?. ]*)")
 MODULUS = re.compile(r"[\s,~]*(?:\\[ ,;:!]|\\q?quad)*\s*\(?\s*\\?[pb]?mod(?:ulo)?\b\s*\{?\s*(\d+)\s*\}?\s*\)?\s*")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SPACED = re.compile(r"(?<![\d.,/^_])(?<!\d )[1-9]\d{0,2}(?:[ ~]\d{3})+(?![\d.,/]| \d)")         # 1 000 000
 # Degrees are written in two ways, and so is the minus sign.
 SIGNS = {"\u00b0": r"^\circ", "\u00ba": r"^\circ", "\u2013": "-", "\u2212": "-", "\u00b7": r"\cdot ", "\u00d7": r"\times ",
          "\u00f7": r"\div ", "\u00b1": r"\pm ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ",
@@ -37,13 +38,18 @@ def says_nothing(answer):
 def reference(answer):
     r"""A reference answer as LaTeX, from the notations in which data sets have it: `\[5\]` -> `5`,
     `5 (mod 7)` -> `5 \pmod{7}`, `1) 3; 2) 4` -> `3, 4`, `True` -> `\text{true}`. Else as it is."""
-    answer = _without_numbering(undollar(answer))
+    answer = SPACED.sub(_digits, _without_numbering(undollar(answer)))
     value, modulus = split_modulus(answer)
     if modulus:
         return rf"{value} \pmod{{{modulus}}}"
     if re.fullmatch("(?i)true|false|yes|no", answer):
         return rf"\text{{{answer.lower()}}}"
     return answer
+
+
+def is_mended(answer):
+    """Whether a reference answer stands in a notation that no response could match as it is."""
+    return reference(answer) != undollar(answer) or answer.strip().startswith((r"\[", r"\("))
 
 
 def boxed(box):
@@ -92,8 +98,8 @@ def clean(text):
     text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", _superscript, text)
     text = re.sub(r"\u221a ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)                # the sign of a root
     text = re.sub(r"[^\x00-\x7f]", _ascii, text)
-    text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:(?:\\[,!;: ]|\{,\})\d{3})+(?!\d)", _digits, text)     # 58\,500
-    text = re.sub(r"(?<![\d.,/^_])(?<!\d )[1-9]\d{0,2}(?:[ ~]\d{3})+(?![\d.,/]| \d)", _digits, text)
+    text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\\! ?|\\[,!;: ]|\{,\})\d{3})+(?!\d)", _digits, text)
+    text = SPACED.sub(_digits, text)
     for pattern, repaired in REPAIRS:
         text = pattern.sub(repaired, text)
     return repair_scientific(_without_end(text))
@@ -205,4 +211,6 @@ REPAIRS = [
     (re.compile(r"^(?:\\text ?\{ ?)?(?:for )?(?:all|any|every)(?: (?:real|positive|natural|whole|integers?|"
                 r"numbers?|values|of))* ?\}?(?= ?[a-zA-Z] ?(?:\\(?:ge|le|in)|[<>]))"), ""),
     (re.compile(r"^(\\text ?\{) ?(?:an?|the) (?=[a-z]{3})"), r"\1"),
+    # True
+    (re.compile("(?i)^(true|false|yes|no)$"), r"\\text{\1}"),
 ]

@@ -57,7 +57,8 @@ UNITS = kinds(
     h="h hr hour", day="day", week="week", month="month", year="yr year", deg="degree deg", rad="rad radian",
     dollar="dollar usd", cent="cent", euro="euro eur", l="l liter litre", ml="ml milliliter millilitre",
     gallon="gal gallon", newton="newton", joule="joule", watt="watt", volt="volt", ohm="ohm", hz="hz hertz",
-    acre="acre", pascal="pa pascal", kelvin="kelvin", mol="mol mole", mph="mph", kmh="kmh kmph kph")
+    acre="acre", pascal="pa pascal", kelvin="kelvin", mol="mol mole")
+SPEEDS = {"mph": "mile", "kmh": "km", "kph": "km", "kmph": "km"}
 SINGLE_UNITS = set("mgshlLJNWVAKCF") | {r"\Omega", r"\mu"}      # letters that after a number may be a unit
 
 
@@ -106,7 +107,7 @@ def _ambiguous(given, wanted):
         return True
     if given.names > max(1, wanted.names):
         return True
-    if wanted.values and given.values > wanted.values + wanted.commas:
+    if wanted.values and given.values > wanted.values + wanted.members:
         return True
     if not wanted.values and given.phrases > wanted.phrases:
         return True
@@ -155,7 +156,8 @@ class Reading:
     words       in lower case               signs     Counter of all relations
     relations   the same without those between a name and its value, unless `names` asks for these
     names       the most that one value has
-    values      how many are listed, two for each plus-minus; commas: those within numbers
+    values      how many are listed, two for each plus-minus
+    members     how many more may be meant: 1,200 may be two, and so may (3, 4)
     phrases     how many parts the commas make
     interval    whether it has a pair in brackets
     units       set of units, each a set of (unit, power)
@@ -173,7 +175,7 @@ class Reading:
         self.words = {token.lower() for kind, token in self.tokens if kind == "word"}
         self.operations, self.letters, self.strange, self.units = set(), set(), set(), set()
         self.percent = self.interval = False
-        self.values = self.commas = self.bars = 0
+        self.values = self.members = self.bars = 0
         self.phrases = 1
         self._in_value = self._after_words = self._after_or = False
         self._unit = Counter()          # of the current value
@@ -276,7 +278,7 @@ class Reading:
 
     def _number(self, token):
         if len(self._frames) == 1:
-            self.commas += token.count(",")
+            self.members += token.count(",")
         self._operand("number", numeric=True)
 
     def _letter(self, token):
@@ -306,7 +308,10 @@ class Reading:
                 self._exponent_to_come = self._sign = 1
                 self._frame.units, self._frame.measure, self._frame.last = True, UNITS[name], "unit"
                 return
-        if word in ("square", "sq", "cubic", "cu"):
+        if word in SPEEDS:
+            self._unit += Counter({SPEEDS[word]: 1})
+            self._unit["h"] = -1
+        elif word in ("square", "sq", "cubic", "cu"):
             self._exponent_to_come = 2 if word.startswith("s") else 3
         elif word == "per":
             self._sign = -1
@@ -397,6 +402,7 @@ class Reading:
 
     def _mark(self, token):
         if token in (":", r"\cup", r"\cap", r"\setminus", r"\backslash"):
+            self.members += token == r"\cup"
             self._end_term()
             self._frame.last = ""
         elif token in (r"\circ", r"\degree"):
@@ -434,6 +440,7 @@ class Reading:
             self._argument(closed)
             return
         self.interval |= closed.commas == 1
+        self.members += closed.commas
         if closed.kind == "matrix":
             self._frame.others += 1
         if closed.signed and closed.after == "plus" and not closed.commas:
@@ -472,7 +479,7 @@ class Reading:
 
     def _fraction(self, numerator, denominator):
         frame = self._frame
-        numeric = not (numerator.letters or denominator.letters)
+        numeric = numerator.numbers + denominator.numbers > 0 and not (numerator.letters or denominator.letters)
         if numeric:
             # A fraction of fractions is a quotient that is to be worked out.
             frame.arithmetic |= numerator.fractions + denominator.fractions > 0

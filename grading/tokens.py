@@ -11,7 +11,7 @@ import re
 TOKEN = re.compile(r"""
       \\(?:begin|end)\ ?\{[a-z]{1,20}\*?\}(?:\ ?\{[clr|\ ]{0,40}\})?
     | \\[a-zA-Z]+ | \\. | \d+(?:,\d{3}(?!\d))+(?:\.\d+)? | \d+\.?\d* | \.\d+
-    | [a-zA-Z]+(?:'(?:t|s|re)\b)? | \.\.+ | '+ | != | <= | >= | == | := | \S""", re.VERBOSE)
+    | (?:[a-zA-Z]\.){2,9} | [a-zA-Z]+(?:'(?:t|s|re)\b)? | \.\.+ | '+ | != | <= | >= | == | := | \S""", re.VERBOSE)
 
 
 def kinds(**words):
@@ -24,7 +24,8 @@ KINDS = kinds(
         \textstyle \scriptstyle \quad \qquad \enspace \thinspace \space \hfill \, \; \: \! \ \/ \- ~ $ \( \) \[ \]
         \bf \rm \it \therefore \boxed \square \blacksquare " ` { }""",
     text=r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \emph \mbox \hbox \fbox \mathrm
-        \mathbf \mathit \mathsf \mathtt \mathbb \mathcal \mathfrak \boldsymbol \bm \operatorname""",
+        \mathbf \mathit \mathsf \mathtt \mathbb \mathcal \mathfrak \boldsymbol \bm \operatorname
+        \underline""",
     plus=r"+ - \pm \mp", times=r"\cdot \times \ast * \bullet \div", slash=r"/ \over",
     frac=r"\frac \dfrac \tfrac \cfrac frac", root=r"\sqrt sqrt", power="^", sub="_", prime=r"' '' ''' \prime",
     separator=r", ; & \\ \newline and or", opening=r"( [ \{ \langle \lbrace \lbrack \lparen",
@@ -41,9 +42,10 @@ KINDS = kinds(
     calculus=r"\int \iint \iiint \oint \lim \limsup \liminf \sum \prod \coprod \partial \nabla lim",
     binomial=r"\binom \dbinom \tbinom", factorial=r"! \choose", percent=r"% \% percent", money=r"\$ \pounds \euro",
     constant=r"\pi pi e i \infty infty inf infinity \imath \emptyset \varnothing",
-    over=r"\overline \vec \overrightarrow \hat \bar \widehat \tilde \widetilde \dot \ddot \underline",
+    over=r"\overline \vec \overrightarrow \hat \bar \widehat \tilde \widetilde \dot \ddot",
     mark=r"\triangle \angle \measuredangle \odot \cup \cap \setminus \backslash : \colon \circ \degree",
     dots=r"\ldots \dots \cdots \vdots \ddots \dotsc \dotsb")
+KINDS["\\ "] = "skip"
 LETTERS = set(r"""\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \iota \kappa \lambda
     \mu \nu \xi \rho \sigma \tau \upsilon \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi
     \Sigma \Upsilon \Phi \Psi \Omega \ell \hbar""".split())
@@ -69,6 +71,8 @@ def kind_of(token, in_text, called):
         if known == "function" and called:
             return "function"
         return "percent" if known == "percent" else "word"
+    if token[-1] == ".":                # p.m.
+        return "word"
     if len(token) == 1 and token.isascii() and token not in ("e", "i"):
         return "letter"
     return known
@@ -101,6 +105,8 @@ def tokenize(text):
             continue
         called = queue[-1:] == ["("] or queue[-2:] == ["(", "}"]
         kind = kind_of(token, texts > 0, called)
+        if token == "." and found and found[-1][0] == "word":
+            continue                    # approx.
         if kind == "text":
             wanted = "text"
         elif wanted in (1, 2) and kind not in ("skip", *ARGUMENTS):
