@@ -177,7 +177,8 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
     if kind == "math-verify":
         mended = sum(notation.is_mended(prompt.example.answer) for prompt in prompts)
         if mended:
-            say(f"{name}: {mended} reference answers are read in another notation, as `5 (mod 7)` and `\\[5\\]`")
+            say(f"{name}: {mended} reference answers are read in another notation, as `5 (mod 7)` and "
+                "`\\[5\\]` are")
     for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
         say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
             f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")

@@ -205,8 +205,8 @@ class Grader:
 
     def check(self, answers, kind=None):
         """Which reference answers cannot be matched even by themselves, or are words of no answer, such as
-        "proof" ("no_answer")? dict index -> reason, empty if all can be matched. A problem with such an answer
-        is lost: every response to it would earn 0."""
+        "proof" ("no_answer")? dict index -> reason, empty if all can be matched. A problem with such an
+        answer is lost: every response to it would earn 0."""
         # Behind </think>, which a response must have where text is "require_think".
         responses = [f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers]
         unmatched = {}

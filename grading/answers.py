@@ -23,8 +23,9 @@ DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as
 
 
 # In front of a value: "The answer is", or the letter of an option.
-LEAD = re.compile(r"^\\text(?:bf|it|rm)? ?\{ ?(?:(?:the )?(?:final )?(?:answer|result)(?: is)?:?|\([A-J]\)) ?\}"
-                  r"(?: |\\[ ,;:]|\\q?quad|[:=~])*(?=[-+\d\\])", re.IGNORECASE)
+LEAD = re.compile(
+    r"^\\text(?:bf|it|rm)? ?\{ ?(?:(?:the )?(?:final )?(?:answer|result)(?: is)?:?|\([A-J]\)) ?\}"
+    r"(?: |\\[ ,;:]|\\q?quad|[:=~])*(?=[-+\d\\])", re.IGNORECASE)
 
 
 def judge(item, seconds):
@@ -90,7 +91,7 @@ def _matched_notation(box, answer):
 
 
 def _compared(text, answer, box, seconds, trace):
-    """(reason, extracted text) of Math-Verify on all of `text`. box: what is in it, "" if all of it counts."""
+    """(reason, extracted text) of Math-Verify on `text`. box: what is in it, "" if all of it counts."""
     from math_verify import parse, verify
     gold = _parse_reference(answer, seconds)
     trace.append(f"reference, parsed: {gold}")
@@ -170,8 +171,8 @@ def choice(text, answer, strict_box, seconds, trace):
 def last_box(text):
     r"""(content of the last \boxed{...}, None), or ("", "no_box" or "unclosed"). \boxed 42 holds 42."""
     # Without a brace: a number, or the letter of an option.
-    boxes = list(re.finditer(r"\\boxed(?:\s*\{|\s{0,9}([-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\?%)?"
-                             r"|[A-J](?=[\s.$\\)]|$)))", text))
+    boxes = list(re.finditer(r"\\boxed(?:\s*\{|\s{0,9}([-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?"
+                             r"(?:\\?%)?|[A-J](?=[\s.$\\)]|$)))", text))
     if not boxes:
         return "", "no_box"
     if boxes[-1][1]:
@@ -189,7 +190,7 @@ def last_box(text):
 
 
 def reference_letter(answer):
-    r"""The letter A-J that a reference answer is, in its dress or without: C, (C), C., \text{(C)}; or None."""
+    r"""The letter A-J that a reference answer is, in any dress: C, (C), C., \text{(C)}; or None."""
     found = re.fullmatch(r"[(\[]?\s*([A-J])\s*[)\].]?", _without_markup(answer).strip())
     return found[1] if found else None
 

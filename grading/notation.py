@@ -13,14 +13,17 @@ import unicodedata
 
 # Of a reference answer that was left out where the data were made. `none`, `unknown` are answers to some.
 NO_ANSWER = re.compile(
-    r"(?i)(?:(?:proof|prove|see|refer to|not (?:found|given|provided|available)|no answer|answer not)(?![a-z]).{0,60}"
-    r"|notfound|not ?solved|proved|qed|incomplete|missing|omitted|null|nan|n/a|answer|solution|[-?. ]*)")
-MODULUS = re.compile(r"[\s,~]*(?:\\[ ,;:!]|\\q?quad)*\s*\(?\s*\\?[pb]?mod(?:ulo)?\b\s*\{?\s*(\d+)\s*\}?\s*\)?\s*")
+    r"(?i)(?:(?:proof|prove|see|refer to|not (?:found|given|provided|available)|no answer|answer not)"
+    r"(?![a-z]).{0,60}|notfound|not ?solved|proved|qed|incomplete|missing|omitted|null|nan|n/a|answer"
+    r"|solution|[-?. ]*)")
+MODULUS = re.compile(r"[\s,~]*(?:\\[ ,;:!]|\\q?quad)*\s*\(?\s*\\?[pb]?mod(?:ulo)?\b"
+                     r"\s*\{?\s*(\d+)\s*\}?\s*\)?\s*")
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SPACED = re.compile(r"(?<![\d.,/^_])(?<!\d )[1-9]\d{0,2}(?:[ ~]\d{3})+(?![\d.,/]| \d)")         # 1 000 000
 # Degrees are written in two ways, and so is the minus sign.
-SIGNS = {"\u00b0": r"^\circ", "\u00ba": r"^\circ", "\u2013": "-", "\u2212": "-", "\u00b7": r"\cdot ", "\u00d7": r"\times ",
-         "\u00f7": r"\div ", "\u00b1": r"\pm ", "\u03c0": r"\pi ", "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ",
+SIGNS = {"\u00b0": r"^\circ", "\u00ba": r"^\circ", "\u2013": "-", "\u2212": "-", "\u00b7": r"\cdot ",
+         "\u00d7": r"\times ", "\u00f7": r"\div ", "\u00b1": r"\pm ", "\u03c0": r"\pi ", "\u221e": r"\infty ",
+         "\u2264": r"\le ", "\u2265": r"\ge ",
          "\u2260": r"\ne ", "\u2248": r"\approx ", "\u2208": r"\in ", "\u222a": r"\cup ", "\u2229": r"\cap ",
          "\u222b": r"\int ", "\u2211": r"\sum ", "\u220f": r"\prod "}
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
@@ -96,7 +99,7 @@ def clean(text):
         if len(text) > 4 and text.startswith(mark) and text.endswith(mark):                 # Markdown's bold
             text = text[2:-2].strip()
     text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", _superscript, text)
-    text = re.sub(r"\u221a ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)                # the sign of a root
+    text = re.sub(r"\u221a ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)              # the sign of a root
     text = re.sub(r"[^\x00-\x7f]", _ascii, text)
     text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\\! ?|\\[,!;: ]|\{,\})\d{3})+(?!\d)", _digits, text)
     text = SPACED.sub(_digits, text)
@@ -186,25 +189,27 @@ def _ascii(match):
     return plain if plain.isascii() else char
 
 
-# Patterns and what they become, in this order. None has two runs of blanks side by side: clean leaves single ones.
+# Patterns and what they become, in this order. `clean` has left single blanks, so none of them has a run of
+# blanks, over which two parts of a pattern could compete.
 REPAIRS = [
     # 11 5/6
-    (re.compile(r"(?<![\d.,/^_}] )(?<![\w.,/^}])(\d{1,9})(?: |\\[ ,;!])+(\d{1,9}) ?/ ?(\d{1,9})(?![\d.])"), _mixed),
+    (re.compile(r"(?<![\d.,/^_}] )(?<![\w.,/^}])(\d{1,9})(?: |\\[ ,;!])+(\d{1,9}) ?/ ?(\d{1,9})(?![\d.])"),
+     _mixed),
     # 4 + 2/3, with \frac
     (re.compile(r"^(\d{1,9}) ?\+ ?\\[dt]?frac ?\{? ?(\d{1,9}) ?\}? ?\{? ?(\d{1,9}) ?\}?$"), _mixed),
     # 0.1\overline{6}
     (re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot) ?(?:\{ ?(\d{1,40}) ?\}|(\d))"
                 r"(?! ?\\(?:overline|bar|dot))"), _repeating),
     # 42 million
-    (re.compile(r"(\d)(?: |\\[ ,;!]|~)*(\\text ?\{ ?)?(hundred|thousand|million|billion|trillion)\b"), _scale),
+    (re.compile(r"(\d)(?: |\\[ ,;!]|~)*(\\text ?\{ ?)?(%s)\b" % "|".join(SCALES)), _scale),
     (re.compile(r"\\text ?\{ ?\}"), ""),
     # 2516_{\text{eight}}; 12{:}30
     (re.compile(r"_ ?(?:\{ ?)?\\text ?\{ ?(%s) ?\}(?: ?\})?" % "|".join(BASES)), _base),
     (re.compile(r"\{ ?: ?\}"), ":"),
     # \sin 30^\circ
-    (re.compile(r"\\(sin|cos|tan|cot|sec|csc) ?(\^ ?\{?\d\}?)? ?(?:(?:\\left ?)?[({] ?(\d{1,9}(?:\.\d{1,9})?) ?"
-                r"\^ ?\{? ?\\circ ?\}? ?(?:\\right ?)?[)}]|(\d{1,9}(?:\.\d{1,9})?) ?\^ ?(?:\{ ?\\circ ?\}|\\circ))"),
-     _sine),
+    (re.compile(r"\\(sin|cos|tan|cot|sec|csc) ?(\^ ?\{?\d\}?)? ?"
+                r"(?:(?:\\left ?)?[({] ?(\d{1,9}(?:\.\d{1,9})?) ?\^ ?\{? ?\\circ ?\}? ?(?:\\right ?)?[)}]"
+                r"|(\d{1,9}(?:\.\d{1,9})?) ?\^ ?(?:\{ ?\\circ ?\}|\\circ))"), _sine),
     # i^{2023}
     (re.compile(r"(?<![a-zA-Z\\_])i ?\^ ?(?:\{ ?(\d{1,9}) ?\}|(\d))"), _power_of_i),
     # all integers n >= 3; an ellipse

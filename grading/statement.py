@@ -23,41 +23,45 @@ from dataclasses import dataclass, field
 from grading.notation import boxed, clean, reference, split_modulus
 from grading.tokens import kinds, tokenize
 
-# What an answer must not have unless the reference has it, or one of those behind it, whose result may have it:
-# the sine of 75 degrees is a sum of roots, and an integral may come to a logarithm.
+# What an answer must not have unless the reference has it, or one of those behind it, whose result may have
+# it: the sine of 75 degrees is a sum of roots, and an integral may come to a logarithm.
 OPERATIONS = {
     "arithmetic": ("function", "exponential", "factorial", "calculus"),     # sums, products of numbers
     "function": ("exponential", "calculus"),
-    "exponential": ("function", "calculus", "unknown"),                     # e to the power of i or an unknown
+    "exponential": ("function", "calculus", "unknown"),                     # e to the i, or to an unknown
     "factorial": ("calculus",),                                             # and binomials
     "calculus": (),                                                         # integral, limit, sum, derivative
     "unknown": ("calculus",)}                                               # a letter, neither name nor unit
 FAULTS = ("unevaluated", "ambiguous")
 INEQUALITIES = {"<", ">", "<=", ">="}
-SAME = {r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=",
-        r"\geqslant": ">=", "==": "=", ":=": "=", r"\simeq": r"\approx", r"\doteq": r"\approx"}
+SAME = {r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=",
+        r"\geq": ">=", r"\geqslant": ">=", "==": "=", ":=": "=", r"\simeq": r"\approx", r"\doteq": r"\approx"}
 OPERANDS = {"number", "frac", "group", "root", "power", "constant", "letter", "unit", "factorial", "over"}
 
 # Words that take back, qualify or multiply what they stand beside. All others carry no logic.
 LOGIC = set("""
-    not no nor neither never none without except excluding but unless if iff wrong incorrect incorrectly false
-    untrue invalid cannot can't maybe perhaps possibly probably likely either otherwise else rather instead
-    alternatively alternative vs versus between under over below above less more fewer greater larger smaller
-    bigger least most than almost nearly guess unknown undefined impossible plus minus opposite negative inverse
-    reciprocal double triple half halves quarter quarters third thirds tenths hundredths thousandths twice thrice
-    dozen hundred hundreds thousand thousands million millions billion billions trillion trillions lakh crore
-    mod modulo depending depends doubt unsure assuming only until unlike contradiction
+    not no nor neither never none without except excluding but unless if iff wrong incorrect incorrectly
+    false untrue invalid cannot can't maybe perhaps possibly probably likely either otherwise else
+    rather instead alternatively alternative vs versus between under over below above less more fewer
+    greater larger smaller bigger least most than almost nearly guess unknown undefined impossible plus
+    minus opposite negative inverse reciprocal double triple half halves quarter quarters third thirds
+    tenths hundredths thousandths twice thrice dozen hundred hundreds thousand thousands million
+    millions billion billions trillion trillions lakh crore mod modulo depending depends doubt unsure
+    assuming only until unlike contradiction
     """.split())
-LOGIC_SIGNS = set("\u4e0d\u975e\u6216\u5426\u9519\u932f\u65e0\u7121\u6ca1\u672a\u4e07\u842c\u5343\u767e\u4ebf\u5104")     # not, or, wrong; 10^4
+# The same in Chinese: not, or, wrong; a hundred to a hundred million.
+LOGIC_SIGNS = set("\u4e0d\u975e\u6216\u5426\u9519\u932f\u65e0\u7121\u6ca1\u672a"
+                  "\u767e\u5343\u4e07\u842c\u4ebf\u5104")
 
 UNITS = kinds(
-    mm="mm millimeter millimetre", cm="cm centimeter centimetre", m="m meter metre", km="km kilometer kilometre",
-    inch="inch inche in", ft="ft foot feet", yd="yd yard", mile="mi mile", g="g gram", kg="kg kilogram",
-    mg="mg milligram", lb="lb lbs pound", oz="oz ounce", ton="ton tonne", s="s sec second", min="min minute",
-    h="h hr hour", day="day", week="week", month="month", year="yr year", deg="degree deg", rad="rad radian",
-    dollar="dollar usd", cent="cent", euro="euro eur", l="l liter litre", ml="ml milliliter millilitre",
-    gallon="gal gallon", newton="newton", joule="joule", watt="watt", volt="volt", ohm="ohm", hz="hz hertz",
-    acre="acre", pascal="pa pascal", kelvin="kelvin", mol="mol mole")
+    mm="mm millimeter millimetre", cm="cm centimeter centimetre", m="m meter metre",
+    km="km kilometer kilometre", inch="inch inche in", ft="ft foot feet", yd="yd yard", mile="mi mile",
+    g="g gram", kg="kg kilogram", mg="mg milligram", lb="lb lbs pound", oz="oz ounce", ton="ton tonne",
+    s="s sec second", min="min minute", h="h hr hour", day="day", week="week", month="month",
+    year="yr year", deg="degree deg", rad="rad radian", dollar="dollar usd", cent="cent", euro="euro eur",
+    l="l liter litre", ml="ml milliliter millilitre", gallon="gal gallon", newton="newton", joule="joule",
+    watt="watt", volt="volt", ohm="ohm", hz="hz hertz", acre="acre", pascal="pa pascal", kelvin="kelvin",
+    mol="mol mole")
 SPEEDS = {"mph": "mile", "kmh": "km", "kph": "km", "kmph": "km"}
 SINGLE_UNITS = set("mgshlLJNWVAKCF") | {r"\Omega", r"\mu"}      # letters that after a number may be a unit
 
@@ -90,7 +94,7 @@ def fault(box, answer):
 
 
 def _is_a_name(given, wanted):
-    """Of the one letter of 3 < x <= 4, for the interval (3, 4]; or of a point, for words: P, for \\text{P}."""
+    """Of the letter of 3 < x <= 4, for the interval (3, 4]; or of a point, for words: P, for \\text{P}."""
     return not wanted.values or _is_an_interval_as_relations(given, wanted)
 
 
@@ -479,7 +483,8 @@ class Reading:
 
     def _fraction(self, numerator, denominator):
         frame = self._frame
-        numeric = numerator.numbers + denominator.numbers > 0 and not (numerator.letters or denominator.letters)
+        unknown = numerator.letters or denominator.letters
+        numeric = numerator.numbers + denominator.numbers > 0 and not unknown
         if numeric:
             # A fraction of fractions is a quotient that is to be worked out.
             frame.arithmetic |= numerator.fractions + denominator.fractions > 0
@@ -549,7 +554,7 @@ def is_name(tokens):
             owners.append(before)
         elif kind == "unbrace" and owners:
             owners.pop()
-        elif kind == "number" and "sub" not in owners and not (owners and owners[-1] == "power" and len(token) == 1):
+        elif kind == "number" and "sub" not in owners and (owners[-1:] != ["power"] or len(token) > 1):
             return False
         elif kind in ("relation", "strange", "dots", "percent", "calculus", "factorial"):
             return False

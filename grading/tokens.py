@@ -1,8 +1,8 @@
 r"""A short answer in LaTeX as tokens, each with its kind: what grading/statement.py reads.
 
     tokenize(r"x = \dfrac12\text{ cm}")
-    # [("letter", "x"), ("relation", "="), ("frac", "\\dfrac"), ("brace", "{"), ("number", "1"), ("unbrace", "}"),
-    #  ("brace", "{"), ("number", "2"), ("unbrace", "}"), ("word", "cm")]
+    # [("letter", "x"), ("relation", "="), ("frac", "\\dfrac"), ("brace", "{"), ("number", "1"),
+    #  ("unbrace", "}"), ("brace", "{"), ("number", "2"), ("unbrace", "}"), ("word", "cm")]
 
 Regular expressions alone: no parser, no evaluation; time grows with the length of the text alone.
 """
@@ -11,7 +11,8 @@ import re
 TOKEN = re.compile(r"""
       \\(?:begin|end)\ ?\{[a-z]{1,20}\*?\}(?:\ ?\{[clr|\ ]{0,40}\})?
     | \\[a-zA-Z]+ | \\. | \d+(?:,\d{3}(?!\d))+(?:\.\d+)? | \d+\.?\d* | \.\d+
-    | (?:[a-zA-Z]\.){2,9} | [a-zA-Z]+(?:'(?:t|s|re)\b)? | \.\.+ | '+ | != | <= | >= | == | := | \S""", re.VERBOSE)
+    | (?:[a-zA-Z]\.){2,9} | [a-zA-Z]+(?:'(?:t|s|re)\b)? | \.\.+ | '+
+    | != | <= | >= | == | := | \S""", re.VERBOSE)
 
 
 def kinds(**words):
@@ -21,34 +22,38 @@ def kinds(**words):
 
 KINDS = kinds(
     skip=r"""\left \right \bigl \bigr \Bigl \Bigr \big \Big \bigg \Bigg \limits \nolimits \displaystyle
-        \textstyle \scriptstyle \quad \qquad \enspace \thinspace \space \hfill \, \; \: \! \ \/ \- ~ $ \( \) \[ \]
-        \bf \rm \it \therefore \boxed \square \blacksquare " ` { }""",
-    text=r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \emph \mbox \hbox \fbox \mathrm
-        \mathbf \mathit \mathsf \mathtt \mathbb \mathcal \mathfrak \boldsymbol \bm \operatorname
+        \textstyle \scriptstyle \quad \qquad \enspace \thinspace \space \hfill \, \; \: \! \ \/ \- ~ $ \(
+        \) \[ \] \bf \rm \it \therefore \boxed \square \blacksquare " ` { }""",
+    text=r"""\text \textbf \textit \textrm \textsf \texttt \textnormal \textup \emph \mbox \hbox \fbox
+        \mathrm \mathbf \mathit \mathsf \mathtt \mathbb \mathcal \mathfrak \boldsymbol \bm \operatorname
         \underline""",
     plus=r"+ - \pm \mp", times=r"\cdot \times \ast * \bullet \div", slash=r"/ \over",
     frac=r"\frac \dfrac \tfrac \cfrac frac", root=r"\sqrt sqrt", power="^", sub="_", prime=r"' '' ''' \prime",
     separator=r", ; & \\ \newline and or", opening=r"( [ \{ \langle \lbrace \lbrack \lparen",
     closing=r") ] \} \rangle \rbrace \rbrack \rparen", brace="{", unbrace="}",
     bar=r"| \| \vert \Vert \lvert \rvert \lVert \rVert \mid",
-    relation=r"""= == := < > <= >= != \lt \gt \le \leq \leqslant \ge \geq \geqslant \ll \gg \ne \neq \notin \nless
-        \ngtr \nleq \ngeq \not \in \ni \owns \subset \subseteq \supset \approx \simeq \doteq \sim \cong \equiv
-        \propto \to \gets \rightarrow \leftarrow \Rightarrow \Leftarrow \implies \iff \Leftrightarrow
-        \leftrightarrow \longrightarrow \mapsto \lor \land \vee \wedge \neg \lnot \forall \exists \because""",
-    function=r"""\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \log \ln \lg \exp \max \min
-        \sup \inf \gcd \lcm \det \lfloor \rfloor \lceil \rceil \bmod \pmod \mod \arg \deg \Re \Im \dim \ker \Pr
-        sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd lcm max min det floor ceil
-        round abs mod arg deg""",
+    relation=r"""= == := < > <= >= != \lt \gt \le \leq \leqslant \ge \geq \geqslant \ll \gg \ne \neq
+        \notin \nless \ngtr \nleq \ngeq \not \in \ni \owns \subset \subseteq \supset \approx \simeq \doteq
+        \sim \cong \equiv \propto \to \gets \rightarrow \leftarrow \Rightarrow \Leftarrow \implies \iff
+        \Leftrightarrow \leftrightarrow \longrightarrow \mapsto \lor \land \vee \wedge \neg \lnot \forall
+        \exists \because""",
+    function=r"""\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \log \ln \lg \exp
+        \max \min \sup \inf \gcd \lcm \det \lfloor \rfloor \lceil \rceil \bmod \pmod \mod \arg \deg \Re
+        \Im \dim \ker \Pr sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp gcd lcm
+        max min det floor ceil round abs mod arg deg""",
     calculus=r"\int \iint \iiint \oint \lim \limsup \liminf \sum \prod \coprod \partial \nabla lim",
-    binomial=r"\binom \dbinom \tbinom", factorial=r"! \choose", percent=r"% \% percent", money=r"\$ \pounds \euro",
+    binomial=r"\binom \dbinom \tbinom", factorial=r"! \choose", percent=r"% \% percent",
+    money=r"\$ \pounds \euro",
     constant=r"\pi pi e i \infty infty inf infinity \imath \emptyset \varnothing",
     over=r"\overline \vec \overrightarrow \hat \bar \widehat \tilde \widetilde \dot \ddot",
     mark=r"\triangle \angle \measuredangle \odot \cup \cap \setminus \backslash : \colon \circ \degree",
     dots=r"\ldots \dots \cdots \vdots \ddots \dotsc \dotsb")
 KINDS["\\ "] = "skip"
-LETTERS = set(r"""\alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \iota \kappa \lambda
-    \mu \nu \xi \rho \sigma \tau \upsilon \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi
-    \Sigma \Upsilon \Phi \Psi \Omega \ell \hbar""".split())
+LETTERS = set(r"""
+    \alpha \beta \gamma \delta \epsilon \varepsilon \zeta \eta \theta \vartheta \iota \kappa \lambda \mu
+    \nu \xi \rho \sigma \tau \upsilon \phi \varphi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi
+    \Sigma \Upsilon \Phi \Psi \Omega \ell \hbar
+    """.split())
 AFTER_NUMBERS = set("min max sec deg det floor round abs mod arg inf".split())      # 15 min, but min(1, 2)
 # How many arguments follow. Those of `over` stand over what they mark: \overline{AB}.
 ARGUMENTS = {"frac": 2, "binomial": 2, "root": 1, "power": 1, "sub": 1, "over": 1}

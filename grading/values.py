@@ -1,7 +1,7 @@
 r"""Where Math-Verify's equality of two values is too coarse or too fine, from what it has parsed.
 
-It compares differences, to 6 decimals or 15 digits: 10^-200 and 10^-300 are the same to it, and so are 1/2004!
-and 1/2006!. And it compares as functions of a complex number: 1/sqrt(n) and sqrt(1/n) are two.
+It compares differences, to 6 decimals or 15 digits: 10^-200 and 10^-300 are the same to it, and so are
+1/2004! and 1/2006!. And it compares functions of a complex number: 1/sqrt(n) and sqrt(1/n) are two.
 
 For workers only: what is evaluated here has been written by a model.
 """
@@ -44,7 +44,7 @@ def _size(value):
 
 
 def _number(value):
-    """A value as a number of sympy, whose exponent has no limit; 0 if it is one by all of its digits. None for
+    """A value as a number of sympy, whose exponent has no limit; 0 if it is 0 by all of its digits. None for
     what is no finite number."""
     if getattr(value, "free_symbols", True) or not hasattr(value, "evalf"):
         return None

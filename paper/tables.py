@@ -71,8 +71,8 @@ def verdict(row, kind):
 
 def summarize(rows, kinds):
     """Rows of results.jsonl (benchmark -> list, each with samples 0..n-1 of every problem) -> for each
-    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts. "strict" is
-    the accuracy if an answer must also be worked out, and be the one that its box states.
+    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts. "strict"
+    is the accuracy if an answer must also be worked out, and be the one that its box states.
 
     kinds: the verifiers, the first of which counts for the paper's table. "oat/repaired", where a row of the
     benchmark has it, is a view of its own: OAT's verdict by either spelling of the reference.
@@ -248,9 +248,9 @@ def footnote(summary, text):
     """How to read the two tables."""
     said = (f"± is the standard error over problems, the samples' noise included. Graded was {GRADED[text]} "
             "math-verify is the reward of training: Math-Verify with its known slips repaired "
-            "(grading/answers.py). % counts what a verifier finds equal; strict %, as the reward of training does, "
-            "only what is also worked out as far as the reference, and the one answer that its box states "
-            "(grading/statement.py).")
+            "(grading/answers.py). % counts what a verifier finds equal; strict %, as the reward of training "
+            "does, only what is also worked out as far as the reference, and the one answer that its box "
+            "states (grading/statement.py).")
     if "amc23" in summary:
         said += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
     if any(name in summary for name in COLUMNS[5:]):

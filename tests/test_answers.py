@@ -7,7 +7,7 @@ import time
 import pytest
 
 from grading import answers, oat
-from grading.answers import choice_letter, judge, last_box, misstated
+from grading.answers import choice_letter, judge, last_box
 from grading.notation import repair_scientific, undollar
 
 

@@ -20,8 +20,8 @@ import pytest
 import reward
 from grading import worker as grading_worker
 from grading.answers import KINDS, REASONS
-from grading.notation import repair_scientific
 from grading.cpus import usable_cpus
+from grading.notation import repair_scientific
 from grading.worker import Worker
 from reward import Grader, graded_text
 
