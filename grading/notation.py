@@ -94,7 +94,8 @@ def repair_scientific(text):
 
 def clean(text):
     """A short answer in the notation that Math-Verify reads: typography, numbers, words that say no more."""
-    text = re.sub(r"\s+", " ", text).strip()            # short runs also keep the patterns below linear
+    # Single blanks also keep the patterns below linear.
+    text = re.sub(r"[\s~]+", " ", text).strip()
     for mark in ("**", "__"):
         if len(text) > 4 and text.startswith(mark) and text.endswith(mark):                 # Markdown's bold
             text = text[2:-2].strip()
