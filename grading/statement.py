@@ -204,6 +204,8 @@ class Reading:
             self._leave()
         self._end_term()
         self._end_value()
+        if self._frame.pending:
+            self.strange.add("no argument")
         if self._frame.arithmetic:
             self.operations.add("arithmetic")
         if self.bars > 1 and not self.letters:
@@ -432,6 +434,8 @@ class Reading:
             self._enter(pending.pop(0))
         elif token.startswith(r"\begin"):
             self._enter("matrix")
+            if "vmatrix" in token:                      # a determinant
+                self._operation("function")
         else:
             self._enter("set" if token in (r"\{", r"\lbrace") else "group")
 
@@ -451,6 +455,7 @@ class Reading:
             self._frame.arithmetic = True               # -(-5)
         numeric = closed.kind == "group" and closed.numbers > 0 and not closed.letters and not closed.commas
         self._operand("group", numeric)
+        self._frame.quotients += numeric and closed.fractions > 0               # 1/(1/22)
 
     def _brace(self, token):
         self._enter(self._frame.pending.pop(0) if self._frame.pending else "group")

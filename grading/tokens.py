@@ -43,7 +43,7 @@ KINDS = kinds(
         max min det floor ceil round abs mod arg deg""",
     calculus=r"\int \iint \iiint \oint \lim \limsup \liminf \sum \prod \coprod \partial \nabla lim",
     binomial=r"\binom \dbinom \tbinom", factorial=r"! \choose", percent=r"% \% percent",
-    money=r"\$ \pounds \euro",
+    money="\\$ \\pounds \\euro \u20ac \u00a3 \u00a2 \u00a5 \u20b9",
     constant=r"\pi pi e i \infty infty inf infinity \imath \emptyset \varnothing",
     over=r"\overline \vec \overrightarrow \hat \bar \widehat \tilde \widetilde \dot \ddot",
     mark=r"\triangle \angle \measuredangle \odot \cup \cap \setminus \backslash : \colon \circ \degree",
