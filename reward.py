@@ -426,6 +426,8 @@ def explain(argv):
             print(f"\n{kind}\n  extracted  {verdict.extracted!r}")
             for step in verdict.trace:
                 print(f"  tried      {step}")
+            if verdict.fault:
+                print(f"  stated     {verdict.fault} (grading/statement.py)")
             print(f"  verdict    {verdict.reason}, reward {verdict.reward:.0f}, {verdict.ms:.0f} ms")
 
 

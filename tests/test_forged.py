@@ -7,6 +7,8 @@ import json
 import random
 import re
 import string
+import subprocess
+import sys
 import time
 
 import pytest
@@ -16,7 +18,7 @@ from grading import notation
 from grading.answers import choice_letter, last_box
 from grading.statement import fault
 from reward import Grader
-from test_oat import DATA, needs_data
+from test_oat import DATA, ROOT, needs_data
 from tiny import task
 
 
@@ -129,6 +131,8 @@ AMBIGUOUS = [
 
 def test_a_box_states_one_answer(grader):
     assert_reasons(grader, AMBIGUOUS, {"ambiguous", "unevaluated", "wrong", "parse_fail"})
+    found = reasons(grader, [box for box, _ in AMBIGUOUS], [answer for _, answer in AMBIGUOUS])
+    assert found.count("ambiguous") > 0.6 * len(found)          # equal, then, to Math-Verify
 
 
 @pytest.mark.parametrize("box, answer", AMBIGUOUS)
@@ -276,6 +280,17 @@ def test_both_are_counted_at_the_start(grader, monkeypatch):
     assert unmatchable(grader, "--data", prompts, said.append) == {0: "no_answer", 4: "no_answer"}
     assert any("2 reference answers are read in another notation" in line for line in said)
     assert "2 of 5 reference answers cannot be matched by math-verify, 2 of them because they" in said[-1]
+
+
+def test_the_command_line_says_how_an_answer_is_stated():
+    verdicts = {"--strict_answer": "unevaluated, reward 0", "--no-strict_answer": "ok, reward 1"}
+    for flag, verdict in verdicts.items():
+        done = subprocess.run(
+            [sys.executable, ROOT / "reward.py", "--response", "-", "--answer", "22", flag],
+            input=r"\boxed{47+35-60}", capture_output=True, text=True, timeout=120)
+        of_training, of_evaluation = done.stdout.split("\noat\n")
+        assert verdict in of_training and "ok, reward 1" in of_evaluation
+        assert done.stdout.count("stated     unevaluated") == 2
 
 
 # ---- The check itself --------------------------------------------------------------------------
