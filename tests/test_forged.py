@@ -329,27 +329,28 @@ def test_every_reference_states_itself_and_every_demonstration_its_answer(name):
 
 @pytest.mark.slow
 @needs_data
-def test_the_case_file_by_training_reward_and_by_oat_before_and_after(capsys):
-    """Prints the table of docs/evaluation.md: pytest -s -k case_file_by_training tests/test_forged.py"""
-    cases = rows("grader_cases")
+def test_the_case_file_by_both_graders_and_by_what_the_boxes_state():
+    """Prints the figures of docs/evaluation.md: pytest -s -k case_file_by_both tests/test_forged.py"""
+    # Bombs, all of them wrong, are left out: test_reward.py sees to it that none earns anything.
+    cases = [case for case in rows("grader_cases") if case["category"] != "bomb"]
     unclear = re.compile("POLICY|AMBIGUOUS")
     clear = [i for i, case in enumerate(cases) if not unclear.search(case["note"])]
     figures = {}
     for kind, text in [("math-verify", "after_think"), ("oat", "whole")]:
-        with Grader(kind, workers=2, deadline_s=2.0, text=text, strict_answer=False) as grader:
-            finished = [kind == "oat" or "truncated" not in case["note"] for case in cases]
-            responses = [case["response"] for case in cases]
+        finished = [kind == "oat" or "truncated" not in case["note"] for case in cases]
+        responses = [case["response"] for case in cases]
+        with Grader(kind, workers=2, text=text, strict_answer=False) as grader:
             verdicts = grader.grade(responses, [case["gold"] for case in cases], finished)
         equal = [bool(verdict.reward) for verdict in verdicts]
         strict = [bool(verdict.reward and not verdict.fault) for verdict in verdicts]
         for name, accepted in [(kind, equal), (kind + ", strict", strict)]:
             wrong = [i for i in clear if accepted[i] and not cases[i]["expected"]]
             denied = [i for i in clear if not accepted[i] and cases[i]["expected"]]
-            figures[name] = (len(clear) - len(wrong) - len(denied), len(wrong), len(denied))
-            print(f"{name}: agrees {figures[name][0]} of {len(clear)}, false accepts {len(wrong)}, "
-                  f"false denials {len(denied)}")
+            figures[name] = (len(wrong), len(denied))
+            print(f"{name}: {len(clear) - len(wrong) - len(denied)} of {len(clear)} agree; wrong answers "
+                  f"accepted: {len(wrong)}, right ones denied: {len(denied)}")
         for case, is_equal, verdict in zip(cases, equal, verdicts):
             if is_equal and verdict.fault and case["expected"]:
                 print("  ", verdict.fault, verdict.extracted, "for", case["gold"], case["note"])
-    assert figures["math-verify"][1] <= 3 and figures["math-verify"][2] <= 10
-    assert figures["math-verify, strict"][1] <= 2 and figures["oat, strict"][1] < figures["oat"][1]
+    assert figures["math-verify"] <= (3, 9) and figures["math-verify, strict"] <= (2, 32)
+    assert figures["oat, strict"][0] < figures["oat"][0] == 21
