@@ -13,13 +13,16 @@ import time
 
 import pytest
 
+from conftest import ROOT
 from eval import unmatchable
 from grading import notation
 from grading.answers import choice_letter, last_box
 from grading.statement import fault
 from reward import Grader
-from test_oat import DATA, ROOT, needs_data
 from tiny import task
+
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not on this machine")
 
 
 @pytest.fixture(scope="module")
