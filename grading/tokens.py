@@ -11,7 +11,7 @@ import re
 TOKEN = re.compile(r"""
       \\(?:begin|end)\ ?\{[a-z]{1,20}\*?\}(?:\ ?\{[clr|\ ]{0,40}\})?
     | \\[a-zA-Z]+ | \\. | \d+(?:,\d{3}(?!\d))+(?:\.\d+)? | \d+\.?\d* | \.\d+
-    | (?:[a-zA-Z]\.){2,9} | [a-zA-Z]+(?:'(?:t|s|re)\b)? | \.\.+ | '+
+    | [a-zA-Z](?:\.[a-zA-Z])+\.? | [a-zA-Z]+(?:'(?:t|s|re)\b)? | \.\.+ | '+
     | != | <= | >= | == | := | \S""", re.VERBOSE)
 
 
@@ -76,7 +76,7 @@ def kind_of(token, in_text, called):
         if known == "function" and called:
             return "function"
         return "percent" if known == "percent" else "word"
-    if token[-1] == ".":                # p.m.
+    if "." in token:                    # p.m.
         return "word"
     if len(token) == 1 and token.isascii() and token not in ("e", "i"):
         return "letter"

@@ -220,7 +220,7 @@ RIGHT = [
     (r"42\ \text{cm}", "42"), (r"42~\mathrm{cm}", "42"), (r"42\text{ apples}", "42"),
     (r"42 \text{ (exactly)}", "42"), (r"42\text{ sq in}", r"42\text{ inches}^2"), ("42", r"42\text{ cm}"),
     (r"42\text{ square inches}", r"42 \mbox{ inches}^2"), (r"\$18.9", r"18.90\text{ dollars}"),
-    ("15 min", "15"),
+    ("15 min", "15"), (r"12:30\text{ p.m.}", "12:30"),
     (r"90\text{ degrees}", r"90^\circ"), (r"x \in (3,4]", "(3,4]"), (r"3 < x \le 4", "(3,4]"),
     (r"x = 1 \pm \sqrt{19}", r"1 \pm \sqrt{19}"), (r"0,\pm 2", "$-2,0,2$"),
     (r"69 \text{ and } 84", "$69$,$84$"),
