@@ -213,6 +213,9 @@ class Config:
     strict_box: bool = opt(True, "engine",
         "Math-Verify grades the last closed \\boxed{} only; off: whatever it takes for an answer in "
         "the text")
+    strict_answer: bool = opt(True, "engine",
+        "an answer equal to the reference earns 1 only if it is worked out as far (47+35-60 is not, for 22) "
+        "and is the one answer that its box states (41 = 42 is not, for 42); off: equal is enough")
     score_unfinished: bool = opt(False, "engine",
         "a response cut at its limit is graded like any other; off: it earns 0")
     grader_deadline: float = opt(10.0, "engine",

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import model as M
 from data import TEMPLATES, Prompt, check_vocabulary, tokenize
+from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
 from support.claim import claim, lock
@@ -123,7 +124,8 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False,
     # Responses end in any order; verdicts come in the order of submission, as `jobs` has it.
     for (row, name), verdict in zip(jobs, grader.collect()):
         row["verdicts"][name] = {"reward": verdict.reward, "reason": verdict.reason,
-                                 "ms": round(verdict.ms, 1), "extracted": verdict.extracted}
+                                 "ms": round(verdict.ms, 1), "extracted": verdict.extracted,
+                                 "fault": verdict.fault}
     for row in rows:                                  # the repaired reference is a second right spelling
         if "oat/repaired" in row["verdicts"] and row["verdicts"]["oat"]["reward"]:
             row["verdicts"]["oat/repaired"] = row["verdicts"]["oat"]
@@ -208,11 +210,18 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
     for part in everyone:
         for answer, reason in part.items():
             bad.update(dict.fromkeys(places[answer], reason))
+    if kind == "math-verify":
+        mended = sum(notation.is_mended(prompt.example.answer) for prompt in prompts)
+        if mended:
+            say(f"{name}: {mended} reference answers are read in another notation, as `5 (mod 7)` and "
+                "`\\[5\\]` are")
     for i in sorted(bad)[:20]:                        # where the column is a wrong one, it is all of them
         say(f"{name} {prompts[i].example.id}: no response can match the reference answer "
             f"{prompts[i].example.answer!r}, not even itself, by {kind} ({bad[i]})")
     if bad:
-        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}")
+        words = list(bad.values()).count("no_answer")
+        say(f"{name}: {len(bad)} of {len(prompts)} reference answers cannot be matched by {kind}, {words} of "
+            "them because they are words of no answer, such as \"proof\"")
     return bad
 
 
@@ -408,7 +417,8 @@ def measure(args):
     kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]    # the first one counts
     path = Path(args.out) / "results.jsonl"
     with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
-                strict_box=args.strict_box, score_unfinished=args.score_unfinished) as grader:
+                strict_box=args.strict_box, strict_answer=False,      # told beside the comparable figures
+                score_unfinished=args.score_unfinished) as grader:
         name_unmatchable(grader, tasks, kinds, say)
         known = known_results(path, tasks)
         if len(known) < len(tasks):                   # else only the table is made again

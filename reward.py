@@ -36,9 +36,10 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from grading.answers import KINDS, undollar
+from grading.answers import KINDS, misstated
 from grading.cpus import usable_cpus
 from grading.fence import UNFENCED
+from grading.notation import says_nothing, undollar
 from grading.worker import Worker
 
 MAX_CHARS = 50_000      # of a longer text only the end is graded: answers stand at the end
@@ -54,6 +55,8 @@ class Verdict:
 
     ok          equal to the reference answer; the only reason with reward 1.0
     wrong       something was extracted, and it is not equal
+    unevaluated it is equal, and not worked out: 47+35-60 for 22 (grading/statement.py)
+    ambiguous   it is equal, and not stated as the one answer: `41 = 42`, `> 42`, `42 or not` for 42
     no_box      nothing could be extracted: no \boxed{...}, no letter
     unclosed    the last \boxed{ is never closed; or no </think> where it is required
     truncated   the generation hit its token limit, and such a one cannot score
@@ -62,13 +65,15 @@ class Verdict:
     killed      the process that graded it died (memory, crash) or answered nonsense
 
     `extracted` is the answer found in the response (its first 200 characters), `trace` one line for each
-    comparison tried, for a person to read.
+    comparison tried, for a person to read. `fault` is "unevaluated" or "ambiguous" where that is so, also
+    where it costs no reward.
     """
     reward: float
     reason: str
     ms: float
     extracted: str = ""
     trace: list = field(default_factory=list)
+    fault: str = ""
 
 
 def graded_text(response, text="after_think"):
@@ -91,6 +96,8 @@ class Grader:
                 "</think>" is "unclosed", reward 0.0
     strict_box  math-verify: only the last box counts. Off, Math-Verify searches all of the text: what is
                 called the answer, else the last number; then responses cut off in mid-thought score, too
+    strict_answer       math-verify: an answer that is equal must also be worked out as far as the reference
+                is, and be the one answer that its box states; off: its `fault` is only told
     score_unfinished    a response cut at its token limit is graded like any other; off: "truncated", 0.0
 
     n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s: a late one costs no more
@@ -100,7 +107,7 @@ class Grader:
     """
 
     def __init__(self, kind="math-verify", workers=None, deadline_s=10.0, memory_mb=1000,
-                 text="after_think", strict_box=True, score_unfinished=False):
+                 text="after_think", strict_box=True, strict_answer=True, score_unfinished=False):
         if kind not in KINDS or text not in TEXTS:
             raise ValueError(f"Grader: kind {kind!r} must be one of {KINDS}, text {text!r} one of {TEXTS}")
         if (workers is not None and workers < 1) or not deadline_s > 0:
@@ -112,6 +119,7 @@ class Grader:
         self.memory_mb = memory_mb
         self.text = text
         self.strict_box = strict_box
+        self.strict_answer = strict_answer
         self.score_unfinished = score_unfinished
 
         # What was submitted since the last `collect`, in order: its items, and their verdicts, None so far.
@@ -190,19 +198,25 @@ class Grader:
         while self._left:
             self._advance(wait=True)
         verdicts = self._verdicts
+        for item, verdict in zip(self._batch, verdicts):
+            if verdict.reward and item["kind"] != "choice":
+                self._look_at_statement(item, verdict)
         self._forget()
         if not self._closed:
             self._refill()      # replacements start now, in the time until the next call
         return verdicts
 
     def check(self, answers, kind=None):
-        """Which reference answers cannot be matched even by themselves? dict index -> reason, empty if all
-        can. A problem with such an answer is lost: every response to it would earn 0."""
+        """Which reference answers cannot be matched even by themselves, or are words of no answer, such as
+        "proof" ("no_answer")? dict index -> reason, empty if all can be matched. A problem with such an
+        answer is lost: every response to it would earn 0."""
         # Behind </think>, which a response must have where text is "require_think".
         responses = [f"</think>\\boxed{{{undollar(answer)}}}" for answer in answers]
         unmatched = {}
         for number, verdict in enumerate(self.grade(responses, answers, kind=kind)):
-            if not verdict.reward:
+            if says_nothing(answers[number]):
+                unmatched[number] = "no_answer"
+            elif not verdict.reward:
                 unmatched[number] = verdict.reason
             elif not verdict.extracted.strip():
                 unmatched[number] = "parse_fail"        # of an empty answer: for oat, nothing equals nothing
@@ -226,6 +240,13 @@ class Grader:
             text = graded_text(response, self.text)[-MAX_CHARS:]
             items.append({"kind": kind, "response": text, "answer": answer, "strict_box": self.strict_box})
         return items
+
+    def _look_at_statement(self, item, verdict):
+        """Of an answer that was found equal: how its box states it. Here and not in a worker, because it is a
+        question of text, which no parser answers."""
+        verdict.fault = misstated(item["response"], item["answer"], verdict.extracted) or ""
+        if verdict.fault and self.strict_answer and item["kind"] == "math-verify":
+            verdict.reward, verdict.reason = 0.0, verdict.fault
 
     def _ruled_out(self, response, finished):
         """The reason for a verdict without looking for an answer, or None."""
@@ -380,6 +401,8 @@ def explain(argv):
     parser.add_argument("--grade_text", choices=TEXTS, default="after_think", help="what is graded")
     parser.add_argument("--strict_box", action=argparse.BooleanOptionalAction, default=True,
                         help="only the last box counts, for math-verify")
+    parser.add_argument("--strict_answer", action=argparse.BooleanOptionalAction, default=True,
+                        help="the box must state one answer, worked out, for math-verify")
     args = parser.parse_args(argv)
     # A model may have written bytes that are no text in the terminal's encoding: show them, do not stop.
     sys.stdin.reconfigure(errors="replace")
@@ -395,12 +418,15 @@ def explain(argv):
     text = graded_text(response, args.grade_text)
     print(f"response   {len(response)} characters; graded are the last {min(len(text), MAX_CHARS)}")
     kinds = [args.grader] if args.grader else ["math-verify", "oat"]
-    with Grader(workers=1, text=args.grade_text, strict_box=args.strict_box) as grader:
+    with Grader(workers=1, text=args.grade_text, strict_box=args.strict_box,
+                strict_answer=args.strict_answer) as grader:
         for kind in kinds:
             verdict, = grader.grade([response], [args.answer], kind=kind)
             print(f"\n{kind}\n  extracted  {verdict.extracted!r}")
             for step in verdict.trace:
                 print(f"  tried      {step}")
+            if verdict.fault:
+                print(f"  stated     {verdict.fault} (grading/statement.py)")
             print(f"  verdict    {verdict.reason}, reward {verdict.reward:.0f}, {verdict.ms:.0f} ms")
 
 

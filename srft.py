@@ -717,7 +717,8 @@ def setup(cfg):
     tokenizer = M.load_tokenizer(folder)
     # The grader before the model: its processes start while that is loaded.
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
-                    strict_box=cfg.strict_box, score_unfinished=cfg.score_unfinished)
+                    strict_box=cfg.strict_box, strict_answer=cfg.strict_answer,
+                    score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
     identity = identify(cfg, folder, prompts, heldout)
@@ -883,7 +884,8 @@ def ask_for_room(cfg, checkpoint, config, ranks, say):
                        exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
 
 
-GRADING = ("grade_text", "strict_box", "score_unfinished")       # what a demonstration's reward hangs on
+# What a demonstration's reward hangs on.
+GRADING = ("grade_text", "strict_box", "strict_answer", "score_unfinished")
 
 
 def restore(cfg, checkpoint, policy, optimizer, say):

@@ -8,19 +8,23 @@ r"""The graders themselves: is the answer in this text the reference answer?
     # ("ok", "0.5", ["reference, parsed: [1/2, '\\frac12']", ...])
 
 Only for the processes that grading/worker.py forks: here, what a model wrote reaches parsers, and `eval`.
-What calls no parser is safe anywhere: last_box, choice_letter, repair_scientific, undollar.
+What calls no parser is safe anywhere: last_box, choice_letter, misstated.
 """
-import math
 import re
 import time
-import unicodedata
 
-from grading import oat
+from grading import notation, oat, statement, values
 
 KINDS = ("math-verify", "oat", "choice")
 REASONS = ("ok", "wrong", "no_box", "unclosed", "parse_fail", "timeout")    # what `judge` may answer
 FAILED = ("timeout", "killed")          # of a verdict; these say nothing about the response
 DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5
+
+
+# In front of a value: "The answer is", or the letter of an option.
+LEAD = re.compile(
+    r"^\\text(?:bf|it|rm)? ?\{ ?(?:(?:the )?(?:final )?(?:answer|result)(?: is)?:?|\([A-J]\)) ?\}"
+    r"(?: |\\[ ,;:]|\\q?quad|[:=~])*(?=[-+\d\\])", re.IGNORECASE)
 
 
 def judge(item, seconds):
@@ -47,18 +51,47 @@ def judge(item, seconds):
 def math_verify(text, answer, strict_box, seconds, trace):
     """(reason, extracted text): Math-Verify's verdict, with its slips repaired before and after. seconds
     limits each of: parse the reference, parse the response, compare. trace: a list that gets a line each."""
-    from math_verify import parse, verify
-    box = ""
-    if strict_box:
-        box, why_not = last_box(text)
-        if why_not:
-            return why_not, ""
-        if re.search(DENIAL, box) and not re.search(DENIAL, answer):
-            trace.append(f"a denial is no answer: {box}")
-            return "wrong", box
-        without_dollars = re.sub(r"(?<!\\)\$", "", box)
-        text = "\\boxed{%s}" % _clean(without_dollars)      # Math-Verify sees the box, and nothing around it
+    box, why_not = last_box(text)
+    if strict_box and why_not:
+        return why_not, ""
+    # One text, one reading: where the reference is a letter and the response settles on one, that is all.
+    letter = reference_letter(answer)
+    said = choice_letter(text) if letter else None
+    if said:
+        trace.append(f"letter: {said}")
+        return ("ok" if said == letter else "wrong"), box
+    if not strict_box:
+        return _compared(text, notation.reference(answer), "", seconds, trace)
 
+    given, wanted, reason = _matched_notation(box, answer)
+    if reason:
+        trace.append(f"{reason}: {box}")
+        return "wrong", box
+    return _compared("\\boxed{%s}" % given, wanted, box, seconds, trace)    # the box, and nothing around it
+
+
+def _matched_notation(box, answer):
+    """(the box, the reference, why they cannot be equal or ""): both in one notation, without what only one
+    of the two says: a modulus, that ABC is a triangle."""
+    answer, modulus = notation.split_modulus(notation.reference(answer))
+    box = notation.boxed(box)
+    if modulus:
+        box, other = notation.split_modulus(box)
+        if other not in ("", modulus):
+            return box, answer, "another modulus"
+    if re.search(DENIAL, box) and not re.search(DENIAL, answer):
+        return box, answer, "a denial is no answer"
+    box = LEAD.sub("", notation.clean(box))
+    answer = notation.clean(answer)
+    if bool(notation.FIGURE.search(box)) != bool(notation.FIGURE.search(answer)):
+        box = notation.FIGURE.sub(" ", box)
+        answer = notation.FIGURE.sub(" ", answer)
+    return box, answer, ""
+
+
+def _compared(text, answer, box, seconds, trace):
+    """(reason, extracted text) of Math-Verify on `text`. box: what is in it, "" if all of it counts."""
+    from math_verify import parse, verify
     gold = _parse_reference(answer, seconds)
     trace.append(f"reference, parsed: {gold}")
     prediction = parse(text, parsing_timeout=seconds, raise_on_error=True)
@@ -72,15 +105,15 @@ def math_verify(text, answer, strict_box, seconds, trace):
     equal = verify(gold, prediction, timeout_seconds=seconds, allow_set_relation_comp=True)
     trace.append(f"math_verify.verify: {equal}")
     extracted = box or str(prediction[-1])
-    if not equal and re.fullmatch("[A-J]", answer.strip()):
-        equal = choice_letter(text) == answer.strip()
-        trace.append(f"same letter: {equal}")
-    elif not equal and time.monotonic() - start >= seconds:
+    if not equal and time.monotonic() - start >= seconds:
         return "timeout", extracted                         # verify says False when its time is up
-    if equal and _rounded_away(gold, prediction):
+    if not equal and values.equal_where_real(gold, prediction):
+        trace.append("but equal wherever both are real")
+        equal = True
+    if equal and values.rounded_away(gold, prediction):
         trace.append("but equal only by rounding")
         equal = False
-    if equal and _other_base(gold, prediction):
+    if equal and values.other_base(gold, prediction):
         trace.append("but another base")
         equal = False
     return ("ok" if equal else "wrong"), extracted
@@ -89,8 +122,7 @@ def math_verify(text, answer, strict_box, seconds, trace):
 def _parse_reference(answer, seconds):
     """As inline math, which suits numbers and LaTeX but would end at a newline; else as it is."""
     from math_verify import parse
-    one_line = " ".join(undollar(answer).split())
-    parsed = parse(f"${_clean(one_line)}$", parsing_timeout=seconds)
+    parsed = parse(f"${notation.clean(answer)}$", parsing_timeout=seconds)
     if not parsed:
         parsed = parse(answer, parsing_timeout=seconds)
     if not parsed:
@@ -98,34 +130,14 @@ def _parse_reference(answer, seconds):
     return parsed
 
 
-def _rounded_away(gold, prediction):
-    """Math-Verify rounds to 6 decimals: 0, 1/2^98 and 1/2^99 are the same to it."""
-    try:
-        gold_value = _value(gold)
-        value = _value(prediction)
-    except (TypeError, ValueError, OverflowError, AttributeError):
-        return False                    # no real numbers
-    return abs(gold_value) < 0.01 and not math.isclose(gold_value, value, rel_tol=1e-3)
-
-
-def _value(parsed):
-    number = float(parsed[0])
-    if abs(number) < 1e-100:            # sympy's value of sin(2 pi)
-        return 0.0
-    return number
-
-
-def _other_base(gold, prediction):
-    """Math-Verify ignores subscripts: 2516_8 = 2516_9. A response without a base has no other one; a
-    reference without a base has base 10."""
-    subscript = r"\d_\{?\s*(\d+)\s*\}?$"
-    gold_base = re.search(subscript, str(gold[-1]))
-    base = re.search(subscript, str(prediction[-1]))
-    if base is None:
-        return False
-    if gold_base is None:
-        return base[1] != "10"
-    return base[1] != gold_base[1]
+def misstated(text, answer, extracted):
+    """Of a response whose answer was found equal to the reference: does its last box (without one, what was
+    extracted) state that one answer, worked out? None, or one of statement.FAULTS. Calls no parser."""
+    box, why_not = last_box(text)
+    letter = reference_letter(answer)
+    if letter and choice_letter(text) == letter:
+        return None
+    return statement.fault(extracted if why_not else box, answer)
 
 
 # ---- oat, choice --------------------------------------------------------------------------------------
@@ -155,10 +167,14 @@ def choice(text, answer, strict_box, seconds, trace):
 # ---- Boxes and letters --------------------------------------------------------------------------------
 
 def last_box(text):
-    r"""(content of the last \boxed{...}, None), or ("", "no_box" or "unclosed")."""
-    boxes = list(re.finditer(r"\\boxed\s*\{", text))
+    r"""(content of the last \boxed{...}, None), or ("", "no_box" or "unclosed"). \boxed 42 holds 42."""
+    # Without a brace: a number, or the letter of an option.
+    boxes = list(re.finditer(r"\\boxed(?:\s*\{|\s{0,9}([-+]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?"
+                             r"(?:\\?%)?|[A-J](?=[\s.$\\)]|$)))", text))
     if not boxes:
         return "", "no_box"
+    if boxes[-1][1]:
+        return boxes[-1][1], None
     start = boxes[-1].end()
     depth = 1                                                       # of open braces, the box's own included
     for token in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):     # \{ and \} are tokens, and no braces
@@ -171,6 +187,12 @@ def last_box(text):
     return "", "unclosed"
 
 
+def reference_letter(answer):
+    r"""The letter A-J that a reference answer is, in any dress: C, (C), C., \text{(C)}; or None."""
+    found = re.fullmatch(r"[(\[]?\s*([A-J])\s*[)\].]?", _without_markup(answer).strip())
+    return found[1] if found else None
+
+
 def choice_letter(text):
     r"""The option A-J that a response settles on, or None; two different letters are none.
 
@@ -181,6 +203,15 @@ def choice_letter(text):
     if why_not == "no_box":
         return _letter_in_prose(_without_markup(text))
     return _letter_in_box(_without_markup(box))                     # "" if it is never closed: no letter
+
+
+# Behind a letter and its bracket: other options, as in `B) C) D)` and `or (C)`, or that it is wrong.
+ANOTHER_LETTER = re.compile(
+    r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:[(\[]?[A-J][)\].:,;\s]+)+[A-J]?$"
+    r"|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b|^not\W*$|^(?:wrong|incorrect)\W*$"
+    r"|^(?:is|was|seems)\b.{0,20}\b(?:wrong|incorrect|false|untrue|invalid)\W*$"
+    r"|^(?:is|was|seems)(?: not|n't) (?:correct|right|true|it|the answer)\W*$")
+INSTEAD = re.compile(r"\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not)\b")      # ... B
 
 
 def _without_markup(text):
@@ -204,68 +235,6 @@ def _letter_in_box(box):
         return None
     letter = found[1].upper()
     rest = (found[2] or "").strip()     # the option's text, which may hold letters: "C) P(A) = 0.5"
-    another = r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b"
-    return None if re.search(another, rest) else letter
-
-
-# ---- Repairs of notation ------------------------------------------------------------------------------
-
-def repair_scientific(text):
-    r"""Floats of program output as LaTeX: '4.5e33' -> '4.5 \times 10^{33}'; parsers read e as Euler's number.
-
-    58 of Minerva's 272 references are written so, and no grader finds 4.5 \times 10^{33} equal to them.
-    """
-    def as_latex(number):
-        exponent = int(number[2])       # without + and leading zeros
-        return rf"{number[1]} \times 10^{{{exponent}}}"
-
-    return re.sub(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])", as_latex, text)
-
-
-def undollar(answer):
-    """'$x$' -> 'x', 'x+$ $y' -> 'x+ y' (cut from a text that closes and opens); '$x$ and $y$' stays."""
-    answer = re.sub(r"\$\s+\$", " ", answer.strip())
-    if re.fullmatch(r"\$[^$]*\$", answer):
-        return answer[1:-1]
-    return answer
-
-
-def _clean(text):
-    """A short answer in the notation that Math-Verify reads: typography, thousands, floats, what trails."""
-    text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", _superscript, text)
-    text = re.sub(r"\u221a\s*(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)            # the sign of a root
-    text = re.sub(r"[^\x00-\x7f]", _ascii, text)
-    text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:(?:\\[,!;: ]|\{,\})\d{3})+(?!\d)", _digits, text)      # 58\,500
-    while True:
-        shorter = re.sub(r"\\[ ,;:!]?$", "", text.rstrip(" \n\t~.,;:\u3002"))           # "42 ~." -> "42"
-        if shorter == text:
-            return repair_scientific(text)
-        text = shorter
-
-
-def _superscript(run):
-    digits = unicodedata.normalize("NFKC", run[0])
-    return "^{%s}" % digits.replace("\u2212", "-")
-
-
-def _digits(number):
-    return re.sub(r"\D", "", number[0])
-
-
-def _ascii(match):
-    """One character that is not ASCII, in LaTeX or ASCII; itself if it has no such spelling."""
-    char = match[0]
-    special = {"\u00b0": r"^\circ", "\u00ba": r"^\circ",                   # degrees, written in two ways
-               "\u00b7": r"\cdot ", "\u221e": r"\infty ", "\u2013": "-"}
-    kind = unicodedata.category(char)
-    plain = unicodedata.normalize("NFKC", char)
-    if kind == "Nd":
-        return str(unicodedata.decimal(char))                               # full-width, Arabic-Indic, ...
-    if kind == "No" and "\u2044" in plain:
-        numerator, denominator = plain.split("\u2044")
-        return r"\frac{%s}{%s}" % (numerator, denominator)                  # one half
-    if kind == "Cf":
-        return ""                                                           # zero-width space
-    if char in special:
-        return special[char]
-    return plain if plain.isascii() else char
+    if ANOTHER_LETTER.search(rest) or (INSTEAD.search(rest) and re.search(r"\b[A-J]\W*$", rest[-9:])):
+        return None
+    return letter

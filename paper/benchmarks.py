@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import Example, check_characters, load_examples, parse_row
-from grading.answers import last_box, repair_scientific
+from grading.answers import last_box
+from grading.notation import repair_scientific
 from support.readers import READERS, data_files
 
 LETTERS = "ABCDEFGHIJ"

@@ -71,7 +71,8 @@ def verdict(row, kind):
 
 def summarize(rows, kinds):
     """Rows of results.jsonl (benchmark -> list, each with samples 0..n-1 of every problem) -> for each
-    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts.
+    benchmark its estimates by each verifier, truncated share, mean length, and counts of verdicts. "strict"
+    is the accuracy if an answer must also be worked out, and be the one that its box states.
 
     kinds: the verifiers, the first of which counts for the paper's table. "oat/repaired", where a row of the
     benchmark has it, is a view of its own: OAT's verdict by either spelling of the reference.
@@ -88,13 +89,15 @@ def summarize(rows, kinds):
         if any("oat/repaired" in row["verdicts"] for row in part):
             views.append("oat/repaired")
         for view in views:
-            rewards, reasons = [], Counter()
+            rewards, strict, reasons = [], [], Counter()
             for row in part:
                 # Where the reference needed no repair, or the problem is multiple choice: one for all views.
                 seen = row["verdicts"].get(view) or verdict(row, kinds[0])
                 rewards.append(seen["reward"])
+                strict.append(seen["reward"] and not seen.get("fault"))     # a letter has no faults
                 reasons[seen["reason"]] += 1
             one[view] = estimate(np.reshape(rewards, (-1, n)))
+            one[view]["strict"] = float(np.mean(strict))
             one[view]["reasons"] = dict(reasons)
         summary[name] = one
     return summary
@@ -214,8 +217,8 @@ def paper_rows(template):
 
 def detail(summary, shown, kinds):
     """Lines of a table with a row for each benchmark and verifier."""
-    heads = ["benchmark", "problems", "metric", "verifier", "%", "pass@n %", "truncated %", "tokens",
-             "verdicts"]
+    heads = ["benchmark", "problems", "metric", "verifier", "%", "strict %", "pass@n %", "truncated %",
+             "tokens", "verdicts"]
     lines = [table_row(heads), "|---" * len(heads) + "|"]
     for name in shown:
         one = summary[name]
@@ -230,8 +233,9 @@ def detail(summary, shown, kinds):
                 passed = f"pass@{most}: " + percent(one[view], f"pass@{most}")
             reasons = [f"{count} {reason}" for reason, count in sorted(one[view]["reasons"].items())]
             lines.append(table_row([
-                title(name), str(one["problems"]), metric, view, percent(one[view]), passed,
-                f"{100 * one['truncated']:.1f}", f"{one['response_len']:.0f}", ", ".join(reasons)]))
+                title(name), str(one["problems"]), metric, view, percent(one[view]),
+                f"{100 * one[view]['strict']:.1f}", passed, f"{100 * one['truncated']:.1f}",
+                f"{one['response_len']:.0f}", ", ".join(reasons)]))
     return lines
 
 
@@ -244,7 +248,9 @@ def footnote(summary, text):
     """How to read the two tables."""
     said = (f"± is the standard error over problems, the samples' noise included. Graded was {GRADED[text]} "
             "math-verify is the reward of training: Math-Verify with its known slips repaired "
-            "(grading/answers.py).")
+            "(grading/answers.py). % counts what a verifier finds equal; strict %, as the reward of training "
+            "does, only what is also worked out as far as the reference, and the one answer that its box "
+            "states (grading/statement.py).")
     if "amc23" in summary:
         said += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
     if any(name in summary for name in COLUMNS[5:]):

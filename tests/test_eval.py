@@ -241,7 +241,7 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def grader():
-    with Grader("oat", workers=1, score_unfinished=True) as shared:
+    with Grader("oat", workers=1, strict_answer=False, score_unfinished=True) as shared:
         yield shared
 
 
@@ -272,7 +272,7 @@ def test_a_row_holds_the_response_and_both_verdicts(grader):
         "benchmark": "math500", "id": "p/1", "sample": 3, "prompt": "1+1", "answer": "0.5",
         "response": r"\boxed{\frac12}", "tokens": 11, "finished": True, "nll": 1.0}
     assert list(row["verdicts"]) == BOTH and rewards(row) == {"oat": 1, "math-verify": 1}
-    assert all(set(v) == {"reward", "reason", "ms", "extracted"} for v in row["verdicts"].values())
+    assert all(set(v) == {"reward", "reason", "ms", "extracted", "fault"} for v in row["verdicts"].values())
     assert rewards(wrong) == {"oat": 0, "math-verify": 0} and wrong["verdicts"]["oat"]["reason"] == "wrong"
     assert wrong["verdicts"]["oat"]["extracted"] == "3"
 
@@ -490,11 +490,27 @@ def test_the_summary_tells_apart_verifiers_benchmarks_and_problems_in_whatever_o
     found = scores.summarize({"amc23": shuffled, "x": graded("x", [[0], [1], [1]])}, BOTH)
     assert found["amc23"] == {
         "problems": 2, "samples": 2, "truncated": 0.25, "response_len": 17.5,
-        "oat": scores.estimate([[1, 0], [1, 1]]) | {"reasons": {"ok": 3, "wrong": 1}},
-        "math-verify": scores.estimate([[0, 0], [1, 1]]) | {"reasons": {"wrong": 2, "ok": 2}}}
+        "oat": scores.estimate([[1, 0], [1, 1]]) | {"strict": 0.75, "reasons": {"ok": 3, "wrong": 1}},
+        "math-verify": scores.estimate([[0, 0], [1, 1]]) | {"strict": 0.5, "reasons": {"wrong": 2, "ok": 2}}}
     assert (found["x"]["problems"], found["x"]["samples"]) == (3, 1)
     assert found["x"]["oat"]["accuracy"] == pytest.approx(2 / 3)
     assert json.loads(json.dumps(found)) == found
+
+
+def test_beside_the_comparable_figure_stands_what_states_one_worked_out_answer():
+    rows = graded("math500", [[1], [1], [1], [0]])
+    rows[0]["verdicts"]["oat"]["fault"] = "unevaluated"
+    rows[1]["verdicts"]["oat"]["fault"] = ""              # rows of an older results.jsonl have none
+    (ours, theirs, *_), (oat, ours_by_training) = tables(show(rows))
+    assert ours["MATH500"][:4] == oat["%"][:4] == theirs["MATH500"][:4] == "75.0"
+    assert (oat["strict %"], ours_by_training["strict %"]) == ("50.0", "75.0")
+
+
+def test_an_evaluation_tells_the_fault_of_a_right_answer_and_counts_it_all_the_same(grader):
+    (row, plain) = answers(grader, (task("1+1", "2"), r"\boxed{1+1}"), (task("1+1", "2"), r"\boxed{2}"))
+    for kind in BOTH:
+        assert row["verdicts"][kind]["reward"] == plain["verdicts"][kind]["reward"] == 1
+        assert (row["verdicts"][kind]["fault"], plain["verdicts"][kind]["fault"]) == ("unevaluated", "")
 
 
 def test_choice_counts_for_both_verifiers_and_repaired_references_get_a_row_of_their_own():
@@ -556,7 +572,7 @@ def test_each_figure_stands_in_its_own_column_and_averages_need_every_one_of_the
 def test_another_template_brings_the_rows_of_table_a1():
     summary = as_in_the_paper("math500")
     estimates = scores.estimate([[1], [0]]) | {"reasons": {}}
-    summary["math500"] |= {"truncated": 0.0, "response_len": 9.0, "oat": estimates}
+    summary["math500"] |= {"truncated": 0.0, "response_len": 9.0, "oat": estimates | {"strict": 0.5}}
     assert "Table A1" not in scores.markdown(summary, "m", ["oat"], [])
     table = scores.markdown(summary, "m", ["oat"], [], template="none")
     assert "--template none (paper, Table A1) | 59.6 |" in table
