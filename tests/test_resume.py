@@ -83,7 +83,8 @@ def test_without_locks_a_living_holder_is_refused_and_what_a_killed_one_left_is_
 @pytest.mark.parametrize("note, warns", [
     ({"host": "here", "pid": os.getpid(), "start": 1, "since": "then"}, "process .* on here"),      # reused
     ({"host": "elsewhere", "pid": 1, "start": 1, "since": "then"}, "process 1 on elsewhere, since then"),
-    ({}, "nothing else writes there.$"), ("torn", "nothing else writes there.$")], ids=str)
+    ({}, "nothing else writes there.$"), ("torn", "nothing else writes there.$")],
+    ids=["reused pid", "elsewhere", "empty", "torn"])
 def test_without_locks_what_cannot_be_known_to_live_is_a_warning_and_no_refusal(
         tmp_path, monkeypatch, note, warns):
     monkeypatch.setattr(socket, "gethostname", lambda: "here")
