@@ -448,7 +448,8 @@ NOT_NEEDED = (
     "sympy.printing", "sympy.plotting", "sympy.testing", "sympy.codegen", "sympy.vector", "sympy.categories",
     "sympy.physics.control", "sympy.parsing", "sympy.interactive", "sympy.utilities", "sympy.combinatorics",
     "sympy.logic.algorithms.minisat22_wrapper", "sympy.logic.algorithms.pycosat_wrapper",
-    "sympy.logic.algorithms.z3_wrapper", "sympy.tensor.array.expressions", "sympy.assumptions.facts")
+    "sympy.logic.algorithms.z3_wrapper", "sympy.tensor.array.expressions", "sympy.assumptions.facts",
+    "sympy.polys.matrices._dfm")
 
 
 def test_the_modules_that_sympy_loads_late_are_loaded_before_the_fence():
