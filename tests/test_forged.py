@@ -72,7 +72,8 @@ UNEVALUATED = [
     ("|-204|", "204"), (r"\lfloor 204.7 \rfloor", "204"), (r"\sin 30^\circ", r"\frac12"),
     (r"\frac{10!}{9!}", "10"),
     (r"\operatorname{lcm}(4,6)", "12"), ("204+0x", "204"), ("3x+2x", "5x"), (r"\ln e^{x}", "x"),
-    (r"\max(42, 41)", "42")]
+    (r"\max(42, 41)", "42"), (r"\begin{vmatrix}204\end{vmatrix}", "204"), ("204x^0", "204"),
+    ("1/(1/204)", "204")]
 
 
 def test_an_answer_must_be_worked_out_as_far_as_the_reference(grader):
@@ -129,7 +130,8 @@ AMBIGUOUS = [
     (r"42\text{ cm}", r"42\text{ cm}^2"), (r"42\text{ cm}^3", r"42\text{ cm}^2"),
     (r"\$42", r"42\text{ cents}"),
     (r"42\text{ feet}", r"42\text{ inches}"), (r"42^\circ", r"42\text{ rad}"), (r"42\overline{7}", "42"),
-    (r"42\text{\u4e07}", "42"), ("3", "3 + d"), (r"42 \text{ but probably 43}", "42")]
+    (r"42\text{\u4e07}", "42"), ("3", "3 + d"), (r"42 \text{ but probably 43}", "42"), ("42^+", "42"),
+    (r"\text{even}, \text{odd}", r"\text{even}")]
 
 
 def test_a_box_states_one_answer(grader):
