@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -123,13 +124,12 @@ def test_of_two_runs_that_are_started_at_once_one_is_refused_on_all_its_ranks_an
 def test_ranks_end_with_a_torchrun_that_is_killed():
     command = [*TWO_RANKS, "tests/phases.py", "sleep", "10"]
     launcher = subprocess.Popen(list(map(str, command)), env=ENV, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.DEVNULL, start_new_session=True)
-    ranks = []
+                                stderr=subprocess.STDOUT, start_new_session=True)
+    ranks, said = [], []
     while len(ranks) < 2:
-        line = launcher.stdout.readline()
-        assert line, "the ranks have ended by themselves"
-        if line.startswith("PID"):
-            ranks.append(int(line.split()[1]))
+        said.append(launcher.stdout.readline())
+        assert said[-1], "".join(said)                                   # they have ended by themselves
+        ranks += map(int, re.findall(r"PID (\d+)", said[-1]))
     launcher.kill()
     launcher.wait()
     deadline = time.monotonic() + 10
