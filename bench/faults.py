@@ -138,7 +138,11 @@ def truncate_checkpoint(job, dice):
 
 def stop_rank(job, dice):
     job.send(job.a_rank(dice), signal.SIGSTOP)
-    return None if job.ends(PATIENCE_S) else "still there after minutes"
+    if job.ends(PATIENCE_S):
+        return None
+    job.send(job.processes())
+    # A rank that is stopped while Python ends, its work done and its watch with it: torchrun alone waits.
+    return None if (job.out / "hf").exists() else "still there after minutes"
 
 
 KINDS = {
