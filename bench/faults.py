@@ -180,7 +180,7 @@ def one_start(out, log, dice, kinds, duration, deadline, counts):
     """Start the run and let faults happen to it until it ends, none after the deadline. Returns what went
     wrong, a list of texts."""
     job, kind, before, wrong = Job(out, log), None, newest(out), []
-    while not job.ends(dice.uniform(0, duration)):
+    while not job.ends(dice.uniform(0, 0.7 * duration)):
         if time.monotonic() > deadline:
             if job.ends(PATIENCE_S + duration):
                 break
