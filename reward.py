@@ -36,7 +36,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from grading.answers import KINDS, misstated
+from grading.answers import KINDS
 from grading.cpus import usable_cpus
 from grading.fence import UNFENCED
 from grading.notation import says_nothing, undollar
@@ -62,7 +62,7 @@ class Verdict:
     truncated   the generation hit its token limit, and such a one cannot score
     parse_fail  a closed box that is no mathematics, or a reference answer that cannot be parsed
     timeout     stopped by a time limit, or killed at the deadline
-    killed      the process that graded it died (memory, crash) or answered nonsense
+    killed      twice, the process that graded it died (memory, crash) or answered nonsense
 
     `extracted` is the answer found in the response (its first 200 characters), `trace` one line for each
     comparison tried, for a person to read. `fault` is "unevaluated" or "ambiguous" where that is so, also
@@ -101,9 +101,10 @@ class Grader:
     score_unfinished    a response cut at its token limit is graded like any other; off: "truncated", 0.0
 
     n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s: a late one costs no more
-    than the fork of the next. (A worker that something else stops or kills loses its one response, 1 s and
-    its start.) Linux. Not thread-safe. Workers die with the process (strictly, the thread) that started them,
-    and their children with them. What the fence around a grading lacks on this system, stderr says once.
+    than the fork of the next. (One whose process dies is graded once more, and then is "killed". A worker
+    that something else stops costs its response, "timeout", 1 s and its start.) Linux. Not thread-safe.
+    Workers die with the process (strictly, the thread) that started them, and their children with them. What
+    the fence around a grading lacks on this system, stderr says once.
     """
 
     def __init__(self, kind="math-verify", workers=None, deadline_s=10.0, memory_mb=1000,
@@ -126,6 +127,7 @@ class Grader:
         self._batch = []
         self._verdicts = []
         self._waiting = deque()         # the numbers of the items that no worker has yet
+        self._tried_again = set()       # the numbers of those whose process has died once
         self._left = 0                  # how many items have no verdict yet: waiting, or with a worker
 
         self._pool = []                 # the workers
@@ -198,9 +200,6 @@ class Grader:
         while self._left:
             self._advance(wait=True)
         verdicts = self._verdicts
-        for item, verdict in zip(self._batch, verdicts):
-            if verdict.reward and item["kind"] != "choice":
-                self._look_at_statement(item, verdict)
         self._forget()
         if not self._closed:
             self._refill()      # replacements start now, in the time until the next call
@@ -241,13 +240,6 @@ class Grader:
             items.append({"kind": kind, "response": text, "answer": answer, "strict_box": self.strict_box})
         return items
 
-    def _look_at_statement(self, item, verdict):
-        """Of an answer that was found equal: how its box states it. Here and not in a worker, because it is a
-        question of text, which no parser answers."""
-        verdict.fault = misstated(item["response"], item["answer"], verdict.extracted) or ""
-        if verdict.fault and self.strict_answer and item["kind"] == "math-verify":
-            verdict.reward, verdict.reason = 0.0, verdict.fault
-
     def _ruled_out(self, response, finished):
         """The reason for a verdict without looking for an answer, or None."""
         if not finished and not self.score_unfinished:
@@ -256,11 +248,20 @@ class Grader:
             return "unclosed"
         return None
 
-    def _settle(self, worker, reason, ms=math.inf, extracted="", trace=()):
-        """Write down the verdict on a worker's item. ms: what the worker says that it took, if it says so."""
+    def _settle(self, worker, reason, ms=math.inf, extracted="", trace=(), fault=""):
+        """Write down the verdict on a worker's item, which is tried again when its process dies for the first
+        time. ms: what the worker says that it took, if it says so. fault: of an answer that was found equal,
+        how its box states it wrongly."""
+        if reason == "killed" and worker.item not in self._tried_again:
+            self._tried_again.add(worker.item)          # it may not have been the response that ended it
+            self._waiting.appendleft(worker.item)
+            worker.item = None
+            return
+        if fault and self.strict_answer and self._batch[worker.item]["kind"] == "math-verify":
+            reason = fault
         age_ms = 1e3 * worker.age()     # an upper limit: the reply may have waited for us, and may lie
-        reward = float(reason == "ok")
-        self._verdicts[worker.item] = Verdict(reward, reason, min(ms, age_ms), extracted, list(trace))
+        verdict = Verdict(float(reason == "ok"), reason, min(ms, age_ms), extracted, list(trace), fault)
+        self._verdicts[worker.item] = verdict
         worker.item = None
         self._failures = 0              # a worker that came as far as a verdict: the installation works
         self._left -= 1
@@ -270,6 +271,7 @@ class Grader:
         self._batch = []
         self._verdicts = []
         self._waiting = deque()
+        self._tried_again = set()
         self._left = 0
         for worker in list(self._pool):
             if worker.busy:
@@ -286,7 +288,8 @@ class Grader:
     #                                       it dies                             discarded
     #   busy       with an item             its reply comes ("timeout" and      its verdict; idle
     #                                       "killed" of its child among them)
-    #                                       it dies, or breaks the protocol     "killed"; discarded
+    #                                       it dies, or breaks the protocol     discarded; its item is handed
+    #                                                                           out again, or "killed"
     #                                       deadline_s + BACKSTOP_S have passed "timeout"; discarded
     #
     # Whoever is discarded leaves the pool, and _refill launches another.
@@ -325,7 +328,8 @@ class Grader:
             worker.ready = True
             _say_what_is_unfenced(reply["unfenced"])
         else:
-            self._settle(worker, reply["reason"], reply["ms"], reply["extracted"], reply["trace"])
+            self._settle(worker, reply["reason"], reply["ms"], reply["extracted"], reply["trace"],
+                         reply["fault"])
 
     def _refill(self):
         """Launch workers until there are as many as shall grade."""

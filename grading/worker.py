@@ -42,7 +42,8 @@ if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from grading import fence, warmup  # noqa: E402  (after the line above)
-from grading.answers import REASONS, judge  # noqa: E402
+from grading.answers import REASONS, judge, misstated  # noqa: E402
+from grading.statement import FAULTS  # noqa: E402
 
 MAX_REPLY = 8192        # bytes of a reply; a longer trace is cut
 SEND_S = 2.0            # a worker that has not read its item by then is stuck
@@ -55,11 +56,14 @@ def well_formed(reply, number):
     """Whether this is a verdict on item `number`. It may be anything that JSON can say."""
     try:
         texts = [reply["extracted"], *reply["trace"]]
-        ours = reply["id"] == number and reply["reason"] in (*REASONS, "killed")
+        ours = reply["id"] == number
+        known = reply["reason"] in (*REASONS, "killed") and reply["fault"] in ("", *FAULTS)
         took = reply["ms"]
     except (TypeError, LookupError):
         return False
-    if not ours or not isinstance(took, float) or not took >= 0:        # not >=: nan is refused, too
+    if not ours or not known:
+        return False
+    if not isinstance(took, float) or not took >= 0:        # not >=: nan is refused, too
         return False
     return all(isinstance(text, str) for text in texts)
 
@@ -204,7 +208,7 @@ class _Children:
         except (ValueError, RecursionError):
             pass
         reply = {"id": item["id"], "reason": "timeout" if late else "killed", "extracted": "", "trace": [],
-                 "ms": 1e3 * (time.monotonic() - start)}
+                 "fault": "", "ms": 1e3 * (time.monotonic() - start)}
         return json.dumps(reply).encode() + b"\n"
 
     def _be_the_child(self, item, deadline_s, ours, theirs):
@@ -250,6 +254,9 @@ def _reply(item, seconds):
     start = time.monotonic()
     reason, extracted, trace = judge(item, seconds)
     reply = {"id": item["id"], "reason": reason, "ms": 1e3 * (time.monotonic() - start)}
+    reply["fault"] = ""
+    if reason == "ok" and item["kind"] != "choice":             # a letter has no faults
+        reply["fault"] = misstated(item["response"], item["answer"], extracted) or ""
     reply["extracted"] = extracted[:200]
     reply["trace"] = [step[:300] for step in trace[:20]]
     message = json.dumps(reply).encode() + b"\n"

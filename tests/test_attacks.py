@@ -307,14 +307,16 @@ def survivor(tmp_path_factory):
 
 @pytest.mark.parametrize("line", [
     b"ok\n", b"[0]\n", b"7\n", b"null\n", b"\xff\xfe\n", b"[" * 4000 + b"\n", b'{"id": 0, "reason": "ok"}\n',
-    b'{"id": 1, "reason": "ok", "ms": 1.0, "extracted": "", "trace": []}\n',
-    b'{"id": 0, "reason": "perfect", "ms": 1.0, "extracted": "", "trace": []}\n',
-    b'{"id": 0, "reason": ["ok"], "ms": 1.0, "extracted": "", "trace": []}\n',
-    b'{"id": 0, "reason": "ok", "ms": NaN, "extracted": "", "trace": []}\n',
-    b'{"id": 0, "reason": "ok", "ms": "1", "extracted": "", "trace": []}\n',
-    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": 5, "trace": []}\n',
-    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": "", "trace": [5]}\n',
-    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": "", "trace": 5}\n'])
+    b'{"id": 1, "reason": "ok", "ms": 1.0, "extracted": "", "trace": [], "fault": ""}\n',
+    b'{"id": 0, "reason": "perfect", "ms": 1.0, "extracted": "", "trace": [], "fault": ""}\n',
+    b'{"id": 0, "reason": ["ok"], "ms": 1.0, "extracted": "", "trace": [], "fault": ""}\n',
+    b'{"id": 0, "reason": "ok", "ms": NaN, "extracted": "", "trace": [], "fault": ""}\n',
+    b'{"id": 0, "reason": "ok", "ms": "1", "extracted": "", "trace": [], "fault": ""}\n',
+    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": 5, "trace": [], "fault": ""}\n',
+    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": "", "trace": [5], "fault": ""}\n',
+    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": "", "trace": 5, "fault": ""}\n',
+    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": "", "trace": [], "fault": "none"}\n',
+    b'{"id": 0, "reason": "ok", "ms": 1.0, "extracted": "", "trace": []}\n'])
 def test_a_reply_of_another_shape_earns_nothing_and_costs_no_worker(survivor, line):
     worker, = survivor._pool
     verdict = run(survivor, f"os.write(3, {line!r}); os._exit(0)")

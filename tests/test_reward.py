@@ -23,7 +23,6 @@ from grading.answers import KINDS, REASONS
 from grading.cpus import usable_cpus
 from grading.notation import repair_scientific
 from grading.statement import FAULTS
-from grading.worker import Worker
 from reward import Grader, graded_text
 
 ROOT = Path(reward.__file__).resolve().parent
@@ -83,14 +82,18 @@ def children(worker):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def signal_item_0(grader, signum, whom):
-    """In a thread: waits until item 0 is being graded, then sends its worker or its child a signal."""
+def signal_item_0(grader, signum, whom, times=1):
+    """In a thread: waits until item 0 is being graded, then sends its worker or its child a signal. `times`:
+    also when it is graded again."""
     def run():
-        while True:
+        met = set()                                             # the children that have graded it
+        while len(met) < times:
             for worker in list(grader._pool):
-                if worker.item == 0 and children(worker):
+                if worker.item == 0 and set(children(worker)) - met:
+                    child = children(worker)[-1]
+                    met.add(child)
                     time.sleep(0.3)
-                    return os.kill(worker.proc.pid if whom == "worker" else children(worker)[-1], signum)
+                    os.kill(worker.proc.pid if whom == "worker" else child, signum)
             time.sleep(0.01)
     threading.Thread(target=run, daemon=True).start()
 
@@ -610,11 +613,12 @@ def test_where_no_alarm_can_fire_the_kill_comes_at_the_deadline(whom, late_s):
 
 
 @pytest.mark.parametrize("whom", ["child", "worker"])
-def test_a_process_killed_while_grading_loses_its_own_item_only(whom):
+@pytest.mark.parametrize("times, reason", [(1, "timeout"), (2, "killed")])      # the first is its own
+def test_a_response_whose_process_is_killed_is_graded_once_more(whom, times, reason):
     with Grader(workers=2) as grader:
-        signal_item_0(grader, signal.SIGKILL, whom)
+        signal_item_0(grader, signal.SIGKILL, whom, times)
         verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 100, ["5"] * 101)
-        assert reasons(verdicts) == ["killed"] + ["ok"] * 100 and verdicts[0].reward == 0.0
+        assert reasons(verdicts) == [reason] + ["ok"] * 100 and verdicts[0].reward == 0.0
 
 
 def test_workers_killed_while_idle_lose_nothing():
@@ -639,21 +643,22 @@ def test_an_interrupted_grade_leaves_no_stale_verdict_behind():
 
 def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
     grader.grade(["1"], ["1"])
-    for line in (b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n",
-                 b"ok\n", b"[0]\n", b'{"id": 0}\n', b"\xff\xfe\n", b"7\n"):
+    lies = [b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n", b"ok\n",
+            b"[0]\n", b'{"id": 0}\n', b"\xff\xfe\n", b"7\n"]
+    for line in lies:
         with monkeypatch.context() as patch:        # what a worker under a response's control could send
             theirs, real = socket.socketpair()
-            patch.setattr(Worker, "send", lambda worker, item: theirs.sendall(line))
             worker = next(w for w in grader._pool if w.ready)
+            patch.setattr(worker, "send", lambda item, line=line: theirs.sendall(line))
             grader._selector.unregister(worker.sock)
             worker.sock.close()
             worker.sock = real
             grader._selector.register(real, reward.selectors.EVENT_READ, worker)
             grader._pool.sort(key=lambda w: w is not worker)
-            verdict, = grader.grade([r"\boxed{5}"], ["5"])
+            verdict, = grader.grade([r"\boxed{5}"], ["6"])
             theirs.close()
-        assert (verdict.reward, verdict.reason) == (0.0, "killed"), line
-        assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
+        assert worker not in grader._pool, line
+        assert (verdict.reward, verdict.reason) == (0.0, "wrong"), line             # by another, who is asked
 
 
 def test_workers_that_cannot_start_raise_instead_of_respawning_for_ever(capfd):
