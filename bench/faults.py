@@ -31,6 +31,7 @@ from pathlib import Path
 import psutil
 
 from support.checkpoint import newest_checkpoint
+from support.intervals import number_in
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
@@ -205,8 +206,9 @@ def one_start(out, log, dice, kinds, duration, deadline, counts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="no fault after that [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds, moments and victims [%(default)s]")
+    parser.add_argument("--minutes", type=number_in(float, "(0, inf)"), default=60, help="no fault after that [%(default)s]")
+    parser.add_argument("--seed", type=number_in(int, "[0, inf)"), default=0,
+                        help="of kinds, moments and victims [%(default)s]")
     parser.add_argument("--kinds", default=",".join(KINDS), help="by commas [%(default)s]")
     parser.add_argument("--out", default="out/faults", help="folder of the runs and their log [%(default)s]")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ MEASURE = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from reward import Grader
+from support.intervals import positive
 kind, cases = sys.argv[2], json.load(sys.stdin)
 
 def cpu():
@@ -63,7 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", help="JSONL of response and gold")
     parser.add_argument("--against", help="folder of another version")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     args = parser.parse_args()
     cases = answers()
     if args.cases:

@@ -93,8 +93,9 @@ def test_a_copy_of_any_problem_of_the_tiny_task_earns_nothing(grader):
     for end in ("", "=?", "=?\n", "="):
         copies = [row["problem"].removesuffix("=?\n") + end for row in problems]
         assert {fault(copy, row["answer"]) for copy, row in zip(copies, problems)} == {"unevaluated"}
-    copies = [row["problem"].removesuffix("=?\n") for row in problems]
-    answers = [row["answer"] for row in problems]
+    some = problems[::10]                               # with the grader, which takes its time
+    copies = [row["problem"].removesuffix("=?\n") for row in some]
+    answers = [row["answer"] for row in some]
     assert set(reasons(grader, copies, answers)) == {"unevaluated"}
     with Grader(workers=1, strict_answer=False) as lenient:
         assert set(reasons(lenient, copies, answers)) == {"ok"}
@@ -158,7 +159,7 @@ HEDGED_LETTERS = [
 
 def test_no_box_earns_1_for_two_letters(grader):
     """Two readers joined by OR earned twice: the letter is read first, and Math-Verify reads last."""
-    pairs = [(a, b) for a in "ABCDEI" for b in "ABCDEI" if a != b]
+    pairs = [("A", "B"), ("D", "C"), ("E", "I"), ("I", "E")]            # E and I are numbers, too
     boxes = [form.format(*pair) for form in HEDGED_LETTERS for pair in pairs]
     firsts = reasons(grader, boxes, [first for _ in HEDGED_LETTERS for first, _ in pairs])
     seconds = reasons(grader, boxes, [second for _ in HEDGED_LETTERS for _, second in pairs])
