@@ -206,7 +206,8 @@ def one_start(out, log, dice, kinds, duration, deadline, counts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=number_in(float, "(0, inf)"), default=60, help="no fault after that [%(default)s]")
+    parser.add_argument("--minutes", type=number_in(float, "(0, inf)"), default=60,
+                        help="no fault after that [%(default)s]")
     parser.add_argument("--seed", type=number_in(int, "[0, inf)"), default=0,
                         help="of kinds, moments and victims [%(default)s]")
     parser.add_argument("--kinds", default=",".join(KINDS), help="by commas [%(default)s]")

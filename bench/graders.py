@@ -15,12 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.intervals import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURE = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from reward import Grader
-from support.intervals import positive
 kind, cases = sys.argv[2], json.load(sys.stdin)
 
 def cpu():

@@ -454,6 +454,7 @@ NOT_NEEDED = (
     "sympy.polys.matrices._dfm")
 
 
+@pytest.mark.slow
 def test_the_modules_that_sympy_loads_late_are_loaded_before_the_fence():
     """A child cannot load them: one that is missing would deny right answers."""
     done = subprocess.run([sys.executable, "-c", LATE_IMPORTS], cwd=ROOT, text=True, capture_output=True)

@@ -31,6 +31,7 @@ def touch(name):
     return fault
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, says", [
     (faults.KINDS["kill -9 of all"], None),
     (faults.KINDS["SIGTERM"], None),

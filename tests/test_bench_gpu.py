@@ -291,6 +291,7 @@ def test_a_run_that_stops_early_or_is_not_finite_is_found(changes, failed, repor
     assert len(failures(report)) == failed
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_leaves_its_output_and_its_last_words(report, tmp_path):
     with pytest.raises(RuntimeError, match="exit code 2: srft.py: .*--no_such_flag"):
         gpu_parts.command(report, "srft.py", "--no_such_flag")

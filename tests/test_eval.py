@@ -418,6 +418,7 @@ with Grader(workers=1) as grader:
 """
 
 
+@pytest.mark.slow
 def test_evaluation_in_training_needs_nothing_of_paper():
     done = subprocess.run([sys.executable, "-c", WITHOUT_PAPER], env=ENV, cwd=ROOT, capture_output=True,
                           text=True, timeout=120)

@@ -77,6 +77,7 @@ def test_offload_moves_the_three_parts_to_the_host_and_nothing_else(small):
     assert "in host memory (--offload)" in text and "optimizer: two" not in text
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_micro_batch_but_not_with_its_square(small):
     sizes = [simulate(small, micro_batch_tokens=n)["activations"] for n in (8192, 16384, 32768)]
     assert sizes[0] < sizes[1] < sizes[2]

@@ -561,6 +561,7 @@ def test_a_hung_response_that_was_submitted_holds_nobody_up_and_is_killed_at_its
         assert reasons(grader.collect()) == ["timeout"] + ["ok"] * 5
 
 
+@pytest.mark.slow
 def test_a_worker_whose_reply_waited_for_a_busy_parent_is_not_late():
     with Grader(workers=1, deadline_s=1.5) as grader:
         grader.grade(["1"], ["1"])
@@ -588,6 +589,7 @@ def test_a_call_in_between_cannot_take_the_verdicts_of_what_was_submitted(grader
     assert reasons(grader.collect()) == ["ok"]
 
 
+@pytest.mark.slow
 def test_milliseconds_are_those_of_the_grading_not_of_a_parent_that_was_busy():
     with Grader(workers=1) as grader:
         grader.grade([boxed("1")], ["1"])
@@ -612,6 +614,7 @@ def test_where_no_alarm_can_fire_the_kill_comes_at_the_deadline(whom, late_s):
         assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["child", "worker"])
 @pytest.mark.parametrize("times, reason", [(1, "timeout"), (2, "killed")])      # the first is its own
 def test_a_response_whose_process_is_killed_is_graded_once_more(whom, times, reason):
@@ -621,6 +624,7 @@ def test_a_response_whose_process_is_killed_is_graded_once_more(whom, times, rea
         assert reasons(verdicts) == [reason] + ["ok"] * 100 and verdicts[0].reward == 0.0
 
 
+@pytest.mark.slow
 def test_workers_killed_while_idle_lose_nothing():
     with Grader(workers=4) as grader:
         for _ in range(2):                                      # right after their launch, and after work
@@ -641,6 +645,7 @@ def test_an_interrupted_grade_leaves_no_stale_verdict_behind():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
     grader.grade(["1"], ["1"])
     lies = [b'{"id": 7, "reason": "ok"}\n', b'{"id": 0, "reason": "perfect"}\n', b"[" * 4000 + b"\n", b"ok\n",
@@ -670,6 +675,7 @@ def test_workers_that_cannot_start_raise_instead_of_respawning_for_ever(capfd):
         assert rewards(grader.grade([r"\boxed{5}"], ["5"])) == [1.0]
 
 
+@pytest.mark.slow
 def test_a_worker_does_not_grow_with_what_it_grades():
     """It used to: with each answer, the caches of parsers and of sympy grew."""
     with Grader(workers=1) as grader:
@@ -682,6 +688,7 @@ def test_a_worker_does_not_grow_with_what_it_grades():
         assert sizes[0] == sizes[1] == sizes[2]
 
 
+@pytest.mark.slow
 def test_workers_and_their_children_die_with_a_killed_parent_even_in_the_middle_of_a_hang():
     script = ("from reward import Grader\ng = Grader(workers=2)\ng.grade(['1'] * 9, ['1'] * 9)\n"
               "print(*[w.proc.pid for w in g._pool], flush=True)\n" f"g.grade([{SLOW!r}] * 2, ['5'] * 2)")
@@ -736,6 +743,7 @@ def copied(tmp_path):
     return tmp_path / "copied"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("safe_path", ["", "1"])
 @pytest.mark.parametrize("path", ["", "{strangers}", "{project}", "{strangers}:{project}",
                                   "{project}/grading:{project}"])
@@ -855,6 +863,7 @@ def test_the_command_line_says_what_was_extracted_and_compared_and_the_verdict(t
         assert any(word == "tried" and tried in what for word, what in lines)
 
 
+@pytest.mark.slow
 def test_the_command_line_reads_standard_input_and_takes_the_switches():
     args = ["--response", "-", "--answer", "42", "--grader", "math-verify"]
     done = explained(*args, stdin="The answer is 42.")

@@ -409,6 +409,7 @@ def test_without_network_the_default_flags_name_the_two_flags_to_set(tmp_path):
     assert "--model DIR" in output and "--data FILE-or-DIR" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_help_explains_every_field_in_the_terms_of_the_paper():
     text = run(["srft.py", "--help"])
     for name, field in Config.__dataclass_fields__.items():
