@@ -49,7 +49,7 @@ from grading.answers import FAILED
 from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.device import memory_gb, peak_flops, read_once
+from support.device import memory_gb, name_the_card, peak_flops, read_once
 from support.disk import words_if_full
 from support.health import Health, check_alive, check_engine
 from support.metrics import Tally, shown_on_the_bar, summarize
@@ -69,8 +69,8 @@ from support.processes import (
     start_profiler,
     write_profile,
 )
-from support.resume import check_identity, check_room, open_run
-from support.runlog import RunLog, read_rows
+from support.resume import check_identity, check_room, check_settings, open_run
+from support.runlog import RunLog, print_accuracy
 from support.versions import check_versions, environment, versions
 from support.weights import fingerprints
 
@@ -752,18 +752,6 @@ def setup(cfg):
                progress=progress, identity=identity, log=log)
 
 
-def name_the_card(device, say):
-    """Which GPU this is, and what perf/mfu is a share of."""
-    if device.type != "cuda":
-        return
-    name = torch.cuda.get_device_name(device)
-    card, peak = peak_flops(name)
-    if peak:
-        say(f"{name}: perf/mfu is of {peak / 1e12:.0f} TFLOP/s, {card}'s dense bf16 peak")
-    else:
-        say(f"{name}: peak FLOP/s not listed in support.device.PEAK_FLOPS, so no perf/mfu")
-
-
 def load_data(cfg, tokenizer, vocab_size, grader, say):
     """-> (the training prompts, name -> held-out prompts). A collective.
 
@@ -860,17 +848,11 @@ def check_resume(cfg, checkpoint, identity, say):
     if checkpoint is None:
         return
     path, manifest = checkpoint
-    then = manifest["state"]["settings"]
-    for name, now in settings(cfg).items():
-        until_now = then.get(name, now)
-        if now != until_now and name in ("method", "template", "seed"):
-            raise ValueError(f"{cfg.out}: was trained with --{name} {until_now}; resume with the run's own "
-                             "flags, or start another run from a model of its own, --model DIR")
-        if now != until_now:
-            say(f"  with --{name} {now}, until now {until_now}")
+    then = manifest["state"]
+    check_settings(path, then["settings"], settings(cfg), must=("method", "template", "seed"), log=say)
     # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
     must = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
-    check_identity(path, manifest["state"]["identity"], identity, must, say)
+    check_identity(path, then["identity"], identity, must, say)
 
 
 def ask_for_room(cfg, checkpoint, config, ranks, say):
@@ -921,12 +903,7 @@ def finish(cfg, run, stopped):
     if stopped:
         print(f"stopped; what is done is in {cfg.out}, continue with --resume")
         return
-    rows = read_rows(Path(cfg.out) / "metrics.jsonl")
-    for name in sorted({name for row in rows for name in row if name.startswith("eval/")}):
-        values = {row["step"]: row[name] for row in rows if name in row}
-        first, last = min(values), max(values)
-        before = f"step {first}" if first else "base"
-        print(f"{name:<16} {before} {100 * values[first]:5.1f} %   trained {100 * values[last]:5.1f} %")
+    print_accuracy(cfg.out)
     print(f"curves: {cfg.out}/curves.png   model for transformers and vllm: {cfg.out}/hf")
 
 

@@ -120,3 +120,15 @@ def peak_flops(name):
         if words.issuperset(card.split()):
             return card, flops
     return None, None
+
+
+def name_the_card(device, log=print):
+    """Say which GPU this is, and what perf/mfu is a share of; nothing on a CPU."""
+    if device.type != "cuda":
+        return
+    name = torch.cuda.get_device_name(device)
+    card, peak = peak_flops(name)
+    if peak:
+        log(f"{name}: perf/mfu is of {peak / 1e12:.0f} TFLOP/s, {card}'s dense bf16 peak")
+    else:
+        log(f"{name}: peak FLOP/s not listed in support.device.PEAK_FLOPS, so no perf/mfu")

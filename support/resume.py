@@ -49,6 +49,19 @@ def open_run(run, resume, rank, log=print):
     return None
 
 
+def check_settings(path, then, now, must, log=print):
+    """Compare flags; both: name -> value. Raises ValueError if one that `must` be the same is not what the
+    checkpoint `path` was trained with; the others are said. A flag that is new since then has not changed."""
+    for name, value in now.items():
+        until_now = then.get(name, value)
+        if value == until_now:
+            continue
+        if name in must:
+            raise ValueError(f"{path}: was trained with --{name} {until_now}; resume with the run's own "
+                             "flags, or start another run from a model of its own, --model DIR")
+        log(f"  with --{name} {value}, until now {until_now}")
+
+
 def check_identity(path, then, now, must, log=print):
     """Compare what the checkpoint `path` was trained with to what the flags name now; both: name of a flag ->
     digests of its content, None where it has none. Raises ValueError if one that must be the same (`must`:

@@ -54,6 +54,16 @@ def json_line(row):
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+def print_accuracy(run):
+    """How far a run's accuracy on each held-out set has come."""
+    rows = read_rows(Path(run) / "metrics.jsonl")
+    for name in sorted({name for row in rows for name in row if name.startswith("eval/")}):
+        values = {row["step"]: row[name] for row in rows if name in row}
+        first, last = min(values), max(values)
+        before = f"step {first}" if first else "base"
+        print(f"{name:<16} {before} {100 * values[first]:5.1f} %   trained {100 * values[last]:5.1f} %")
+
+
 def draw_curves(run):
     """Draw run/curves.png from run/metrics.jsonl: PANELS."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state, safe inside training
