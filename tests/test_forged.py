@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run
 from eval import unmatchable
 from grading import notation
 from grading.answers import choice_letter, last_box
@@ -99,6 +99,26 @@ def test_a_copy_of_any_problem_of_the_tiny_task_earns_nothing(grader):
     assert set(reasons(grader, copies, answers)) == {"unevaluated"}
     with Grader(workers=1, strict_answer=False) as lenient:
         assert set(reasons(lenient, copies, answers)) == {"ok"}
+
+
+@pytest.mark.slow
+def test_a_policy_that_learns_to_box_the_problem_earns_nothing_for_it(tmp_path):
+    data, out = tmp_path / "copies.jsonl", tmp_path / "run"
+    lines = []
+    for row in task.rows("train"):
+        copy = row["problem"].removesuffix("=?\n")
+        lines.append(json.dumps({**row, "solution": rf"\boxed{{{copy}}}"}) + "\n")
+    data.write_text("".join(lines))
+    run(["srft.py", "--preset", "tiny", "--device", "cpu", "--data", data, "--out", out, "--steps", "16",
+         "--eval_data", "", "--log_samples", "16", "--grader_workers", "1"])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["reward/demo_mean"] == 0 and last["grader/unevaluated"] > last["reward/mean"] * 128
+    copies = []
+    for line in (out / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        if "+" in last_box(sample["response"])[0] and sample["reason"] != "truncated":
+            copies.append(sample)
+    assert len(copies) >= 16 and not any(sample["reward"] for sample in copies)
 
 
 def test_the_demonstrations_of_the_tiny_task_earn_what_they_say(grader):
