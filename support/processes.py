@@ -304,6 +304,8 @@ class Silence:
 
     def lost(self, seconds):
         """Who has been silent for so long, and on which node; None: nobody."""
+        if not _here.joined:                 # alone: there is nobody to hear, and no store
+            return None
         looks = seconds / _tick()
         text = (f"silent for {timedelta(seconds=round(seconds))}: killed, stopped, or the node is lost. "
                 "Start the run again with --resume")

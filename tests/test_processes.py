@@ -295,3 +295,21 @@ print("WENT ON", received)
 """
     done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, text=True, capture_output=True)
     assert "WENT ON [15]" in done.stdout and "finishing this step" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_outlasts_the_time_of_silence_is_not_lost_to_itself(ranks):
+    """Alone there is no store to hear from, ever; with others there are signs of life."""
+    code = """
+import time
+from support import processes
+processes.SILENT_MINUTES = 0.02
+with processes.hang_watch():
+    processes.init_distributed("cpu")
+    time.sleep(4)
+    processes.wait_for_all()
+print("DONE")
+"""
+    for process in start(["-c", code], ranks):
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "DONE" in output, output
