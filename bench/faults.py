@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
+import psutil  # which vLLM brings
 
 from support.checkpoint import newest_checkpoint
 from support.intervals import number_in

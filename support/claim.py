@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_claimed = {}           # folder -> the descriptor of its lock, which is never closed: the lock would end
 _warned = set()
 
 
@@ -30,7 +31,7 @@ def claim(folder):
     file.parent.mkdir(parents=True, exist_ok=True)
     if is_claimed(folder):
         return
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)         # never closed: the lock would end
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     holder = _read(file)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,14 +46,17 @@ def claim(folder):
             os.close(descriptor)
             raise ValueError(_held(folder, holder)) from None
         _warn_once(folder, error, f" The last to write there was {_who(holder)}." if holder else "")
+    _claimed[str(folder)] = descriptor
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(_me(), indent=2).encode(), 0)
 
 
 def is_claimed(folder):
-    """Is this still the folder that this process has claimed?"""
-    noted, me = _read(Path(folder) / ".lock"), _me()
-    return all(noted.get(name) == me[name] for name in ("host", "pid", "start"))
+    """Is this still the folder that this process has claimed? By the lock's file itself, not by its name."""
+    try:
+        return os.path.samestat(os.fstat(_claimed[str(folder)]), os.stat(Path(folder) / ".lock"))
+    except (KeyError, OSError):
+        return False
 
 
 def lock(file):

@@ -130,7 +130,7 @@ class RunLog:
         rows = read_rows(self.run / "metrics.jsonl")
         if self.active and rows:
             rows[-1].update(metrics)
-            write_whole(self.run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.run / "metrics.jsonl", "".join(map(json_line, rows)))
 
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""

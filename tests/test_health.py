@@ -106,6 +106,14 @@ def test_metrics_and_samples_are_strict_json_and_readers_and_curves_go_on(number
     assert (tmp_path / "curves.png").exists()
 
 
+def test_what_is_added_to_a_row_later_is_strict_json_too(tmp_path):
+    log = RunLog(tmp_path, active=True, step=-1)
+    log.write({"step": 1})
+    log.amend({"eval/heldout": 0.5, "eval_entropy/heldout": math.nan})
+    assert strict(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "eval/heldout": 0.5, "eval_entropy/heldout": None}]
+
+
 def test_rows_that_an_older_version_wrote_are_strict_after_a_resume_and_so_are_settings(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "grad_norm": NaN}\n{"step": 2}\n')
     RunLog(tmp_path, active=True, step=1)

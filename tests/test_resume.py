@@ -81,6 +81,18 @@ def test_without_locks_a_living_holder_is_refused_and_what_a_killed_one_left_is_
     assert claim.is_claimed(tmp_path)
 
 
+def test_a_folder_is_known_by_its_lock_and_not_by_its_name_or_that_of_the_host(tmp_path, monkeypatch):
+    """A host may be renamed while a run goes on, and a folder may be made anew under the old one's name."""
+    claim.claim(tmp_path / "run")
+    monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+    assert claim.is_claimed(tmp_path / "run")
+    claim.claim(tmp_path / "run")                                   # once more is no error
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert not claim.is_claimed(tmp_path / "run")
+    shutil.copytree(tmp_path / "moved", tmp_path / "run")
+    assert not claim.is_claimed(tmp_path / "run")
+
+
 @pytest.mark.parametrize("note, warns", [
     ({"host": "here", "pid": os.getpid(), "start": 1, "since": "then"}, "process .* on here"),      # reused
     ({"host": "elsewhere", "pid": 1, "start": 1, "since": "then"}, "process 1 on elsewhere, since then"),
