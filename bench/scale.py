@@ -17,7 +17,6 @@ rank sends (n-1)/n of them in an all-gather or a reduce-scatter and 2 (n-1)/n in
 """
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -209,18 +208,13 @@ def worker(out):
 def measured(world):
     """What `worker` wrote, run in `world` processes. Large tensors in maps of their own, so that freed memory
     leaves."""
-    with socket.socket() as s, tempfile.TemporaryDirectory() as folder:
-        s.bind(("127.0.0.1", 0))
-        out, port = Path(folder) / "out.pt", s.getsockname()[1]
-        s.close()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.pt"
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1",
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                            "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        command = [sys.executable, __file__, "--worker", out]
-        ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                 for rank in range(world)]
-        if any([process.wait(timeout=600) for process in ranks]):
+                            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
+        command = [*torchrun, f"--nproc_per_node={world}", __file__, "--worker", out]
+        if subprocess.run(command, env=env, timeout=600).returncode:
             raise RuntimeError(f"a rank of {world} failed; its error stands above")
         return torch.load(out)
 

@@ -77,7 +77,9 @@ def init_distributed(device="auto", timeout_minutes=START_MINUTES):
         _here.joined = True
         _here.silence.look()
         _tell()
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES))
+    # Alone, the group needs no port: one that was free a moment ago may be another's by now.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes + MARGIN_MINUTES), **alone)
     mesh = init_device_mesh(device.type, **mesh_shape(world, int(os.environ["LOCAL_WORLD_SIZE"])))
     set_timeouts(mesh, timeout_minutes)           # its groups began with torch's default, 10 minutes on nccl
     return Ranks(dist.get_rank(), world, device, mesh)
@@ -96,14 +98,9 @@ def die_with_launcher():
 
 def describe_a_group_of_one():
     """Set what torchrun would, where it has not."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    if os.environ["MASTER_PORT"] == "0":                                   # any free port will do
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(s.getsockname()[1])
 
 
 def mesh_shape(world, per_node):

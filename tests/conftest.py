@@ -1,6 +1,7 @@
 """Shared by all tests: starting the program in processes of its own, one or several ranks."""
 import json
 import os
+import random
 import socket
 import tempfile
 from pathlib import Path
@@ -18,9 +19,13 @@ os.environ.update(SETTINGS)                 # of the tests' own process
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """For a server that starts seconds later. Not one that the system may give away meanwhile: it takes those
+    of outgoing connections from 32768 on."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):                # nobody answers
+                return port
 
 
 LOGS = tempfile.TemporaryDirectory()

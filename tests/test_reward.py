@@ -57,14 +57,15 @@ def reasons(verdicts):
 def gone(pid, patience_s=5.0):
     """True once the process has ended (a zombie that nobody reaps has)."""
     end = time.monotonic() + patience_s
-    while time.monotonic() < end:
+    while True:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
         except OSError:
             return True
+        if time.monotonic() >= end:
+            return False
         time.sleep(0.02)
-    return False
 
 
 def start_in_time(grader):
@@ -79,7 +80,10 @@ def start_in_time(grader):
 def children(worker):
     """The processes that a worker grades in, one at a time; those that ended may be among them."""
     pid = worker.proc.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:                                             # the worker has ended
+        return []
 
 
 def signal_item_0(grader, signum, whom, times=1):
@@ -89,11 +93,13 @@ def signal_item_0(grader, signum, whom, times=1):
         met = set()                                             # the children that have graded it
         while len(met) < times:
             for worker in list(grader._pool):
-                if worker.item == 0 and set(children(worker)) - met:
-                    child = children(worker)[-1]
-                    met.add(child)
-                    time.sleep(0.3)
-                    os.kill(worker.proc.pid if whom == "worker" else child, signum)
+                if worker.item != 0:
+                    continue
+                time.sleep(0.3)                                 # by now it has forked
+                grading = [child for child in children(worker) if child not in met and not gone(child, 0)]
+                if worker.item == 0 and grading:
+                    met.update(grading)
+                    os.kill(worker.proc.pid if whom == "worker" else grading[-1], signum)
             time.sleep(0.01)
     threading.Thread(target=run, daemon=True).start()
 
