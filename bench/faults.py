@@ -40,7 +40,7 @@ RUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--local
        "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", str(SAVE_EVERY), "--eval_every", "8",
        "--eval_data", "tiny:heldout", "--engine_sequences", "64", "--grader_workers", "1",
        "--hang_minutes", "0.5"]
-PATIENCE_S, GRACE_S = 450, 15
+PATIENCE_S, GRACE_S = 750, 15     # a rank that is stopped before it has joined is missed after 10 minutes
 
 
 class Job:

@@ -42,6 +42,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from support.device import choose_device
 
 START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
+JOIN_MINUTES = 10        # until all ranks have given a sign of life: Python's imports, maybe from a cold disk
 SILENT_MINUTES = 5       # without a sign of life of a rank, or of the group's store, until it counts as lost
 MARGIN_MINUTES = 5       # collectives get more than phases: the watch, which can name a rank, comes first
 
@@ -308,6 +309,9 @@ class Silence:
                 "Start the run again with --resume")
         if _here.store is None and time.monotonic() - self.heard >= seconds:
             return f"LOST: node {os.environ['MASTER_ADDR']}, which holds the group's store, is {text}"
+        if not self.seen and self.count * _tick() >= 60 * JOIN_MINUTES:
+            return (f"LOST: {_ranks(_absent())} did not join within {timedelta(minutes=JOIN_MINUTES)}: "
+                    "killed, stopped, or the node is lost. Start the run again with --resume")
         if max(self.missed.values(), default=0) < looks:
             return None
         silent = {}                          # node -> its ranks
@@ -502,6 +506,12 @@ def _of_all_ranks(key):
     keys = [key.format(rank) for rank in range(int(os.environ.get("WORLD_SIZE", 1)))]
     # Asked for a key that is not there, the store would wait for it.
     return _ask(lambda store: store.check(keys) and store.multi_get(keys)) or []
+
+
+def _absent():
+    """The ranks that have given no sign of life yet."""
+    ranks = range(int(os.environ["WORLD_SIZE"]))
+    return [rank for rank in ranks if not _ask(lambda store: store.check([f"alive {rank}"]))]
 
 
 def _tell():

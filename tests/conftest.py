@@ -18,6 +18,12 @@ ENV = os.environ | SETTINGS                 # of the processes that tests start
 os.environ.update(SETTINGS)                 # of the tests' own process
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first: whoever is done early then finds something left to do."""
+    longest = ("test_experiments.py", "test_run.py", "test_eval.py", "test_bench_faults.py")
+    items.sort(key=lambda item: item.path.name not in longest)           # stable: else as before
+
+
 def free_port():
     """For a server that starts seconds later. Not one that the system may give away meanwhile: it takes those
     of outgoing connections from 32768 on."""

@@ -65,6 +65,10 @@ if __name__ == "__main__":
     task, minutes = sys.argv[1], float(sys.argv[2])
     if task == "forever":
         processes.SILENT_MINUTES, minutes = minutes, 30.0
+    if task == "absent":
+        processes.JOIN_MINUTES = processes.SILENT_MINUTES = minutes
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
     with hang_watch():
         steps(task, minutes)
     time.sleep(1)                                        # nothing is left that could end a process

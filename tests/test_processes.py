@@ -248,6 +248,19 @@ def test_when_a_node_is_lost_the_other_ends_by_itself_and_names_it(lost, number,
                     os.kill(pid, signal.SIGKILL)
 
 
+def test_a_rank_that_is_lost_before_it_has_joined_is_missed_and_named(tmp_path):
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    command = [torchrun, "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", "tests/phases.py",
+               "absent", "0.1"]
+    log = tmp_path / "log"
+    node = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
+    try:
+        until(lambda: "LOST: rank 1 did not join within 0:00:06: killed" in log.read_text(), 60)
+    finally:
+        for pid in tree(node.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
 def until(condition, timeout):
     deadline = time.monotonic() + timeout
     while not condition():
