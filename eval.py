@@ -35,11 +35,11 @@ from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
 from support.claim import claim, lock
+from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval, positive
 from support.processes import (
     alive,
-    all_or_none,
     fetch,
     hang_watch,
     init_distributed,
@@ -175,8 +175,7 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
         found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
     except Stopped:
         found = None
-    everyone = [None] * world
-    dist.all_gather_object(everyone, found)           # three numbers a response, not its text
+    everyone = of_all_ranks(found)                    # three numbers a response, not its text
     if None in everyone:
         return None
     dealt = [None] * len(tasks)
@@ -205,9 +204,8 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
             reasons[part[place]] = reason
         bar.update(len(part))
     bar.close()
-    everyone, bad = [None] * world, {}
-    dist.all_gather_object(everyone, reasons)
-    for part in everyone:
+    bad = {}
+    for part in of_all_ranks(reasons):
         for answer, reason in part.items():
             bad.update(dict.fromkeys(places[answer], reason))
     if kind == "math-verify":

@@ -49,15 +49,13 @@ from grading.answers import FAILED
 from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import load_checkpoint, save_checkpoint
+from support.collectives import agreed, all_or_none, anyone, of_all_ranks
 from support.device import memory_gb, name_the_card, peak_flops, read_once
 from support.disk import words_if_full
 from support.health import Health, check_alive, check_engine
 from support.metrics import Tally, shown_on_the_bar, summarize
 from support.processes import (
     Ranks,
-    agreed,
-    all_or_none,
-    anyone,
     fetch,
     finish_step_on_signals,
     hang_watch,
@@ -399,10 +397,8 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
     phase("exchange", step)
     # Any rank may train on any sequence (deal), and packing needs all lengths. Arrays of tokens and of the
     # engine's log-probs: 20 MB a step, over all ranks.
-    everyone = [None] * ranks.world
-    dist.all_gather_object(everyone, Answered(sequences, samples, grading, known))
     total = Answered([], [], Counter(), {})
-    for part in everyone:
+    for part in of_all_ranks(Answered(sequences, samples, grading, known)):
         total.sequences.extend(part.sequences)
         total.samples.extend(part.samples)
         total.grading.update(part.grading)

@@ -13,7 +13,8 @@ dcp's own list of tensors, .metadata, is a pickle: to read it is to run what its
 folder is read before its digests are right, which keeps out what is damaged or another program's. It does not
 keep out a forger, who can write digests, too: resume from folders of people that you trust.
 
-To copy: this file with support/disk.py, for any model of FSDP2. They need torch and numpy alone.
+To copy: this file with support/disk.py and support/collectives.py, for any model of FSDP2. They need torch
+and numpy alone.
 """
 import hashlib
 import json
@@ -29,6 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from support.collectives import all_or_none, of_all_ranks
 from support.disk import amount, discard, discard_leftovers, free_bytes
 
 BYTES_A_WEIGHT = 12      # fp32: the weight and AdamW's two moments; 91 GB at 7.6 B
@@ -55,15 +57,6 @@ def _set_rng_state(state):
 
 def _shapes(policy):
     return {name: list(p.shape) for name, p in policy.named_parameters()}
-
-
-def _of_all_ranks(value):
-    """The `value` of each rank. A collective, where there is a group."""
-    everyone = [value]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, value)
-    return everyone
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -96,7 +89,7 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
     with _all_or_nothing(partial, needed):                # all files are written before any rank lists them
         mine = _digests_by(rank, partial)
     files = {}
-    for part in _of_all_ranks(mine):
+    for part in of_all_ranks(mine):
         files.update(part)
     with _all_or_nothing(partial, needed):
         if rank == 0:
@@ -128,7 +121,7 @@ def _all_or_nothing(partial, needed):
     except (Exception, dcp.api.CheckpointException) as e:        # the latter derives from BaseException
         error = e
     # The last line alone: dcp puts a traceback of every rank into its message.
-    reasons = _of_all_ranks(error and f"{type(error).__name__}: {error}".strip().splitlines()[-1])
+    reasons = of_all_ranks(error and f"{type(error).__name__}: {error}".strip().splitlines()[-1])
     reason = next(filter(None, reasons), None)
     if reason is None:
         return
@@ -223,19 +216,13 @@ def verify_checkpoint(path):
     core that has instructions for it, 8 s once the disk has delivered them.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    manifest = error = None
-    try:
+    with all_or_none():
         manifest = inspect_checkpoint(path)
         found = _digests_by(rank, Path(path))
         for name, written in manifest["files"].items():
             if _reader_of(name) == rank and found[name] != written:
                 raise ValueError(f"{Path(path) / name}: damaged checkpoint: the file has the size that was "
                                  "written, and another content (SHA-256)")
-    except (OSError, ValueError) as e:
-        error = str(e)
-    error = next(filter(None, _of_all_ranks(error)), None)
-    if error:
-        raise ValueError(error)
     return manifest
 
 
@@ -246,7 +233,7 @@ def newest_checkpoint(folder, log=print):
     in silence would throw a run away. ValueError too if ranks see different ones.
     """
     paths = checkpoints_in(Path(folder))
-    everyone = _of_all_ranks([path.name for path in paths])
+    everyone = of_all_ranks([path.name for path in paths])
     if any(names != everyone[0] for names in everyone):
         raise ValueError(f"{folder}: ranks see different checkpoints ({everyone}): --out must lie on a "
                          "shared file system")

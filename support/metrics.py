@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch.distributed as dist
 
 from grading.answers import FAILED
 from grading.statement import FAULTS
+from support.collectives import of_all_ranks
 from support.health import MISMATCH_WARNS, gradings
 
 
@@ -38,10 +38,8 @@ class Tally:
 
     def of_all_ranks(self):
         """The sum over all ranks. A collective."""
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self)
         total = Tally()
-        for tally in everyone:
+        for tally in of_all_ranks(self):
             total = total.plus(tally)
         return total
 

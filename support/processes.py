@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from support.collectives import of_all_ranks
 from support.device import choose_device
 
 START_MINUTES = 120      # of a phase before the first step is done: a download, a first compilation
@@ -123,10 +124,7 @@ def fetch(name, repo_type, flag):
     One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag
     when it cannot be had. A collective, once there is a group.
     """
-    here = [Path(name).exists()]                                                           # of each rank
-    if dist.is_initialized():
-        here *= dist.get_world_size()
-        dist.all_gather_object(here, here[0])
+    here = of_all_ranks(Path(name).exists())
     if all(here):
         return str(name)
     if any(here):                 # these ranks would go on alone, and hang in the next collective
@@ -185,38 +183,6 @@ def finish_step_on_signals():
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
     return received
-
-
-def anyone(flag):
-    """True on every rank if `flag` is on any. A collective."""
-    found = torch.tensor(float(flag))
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
-
-
-@contextmanager
-def all_or_none():
-    """Inside, an OSError or a ValueError of one rank becomes a ValueError of all, which so end alike. A
-    collective at its end; there must be none inside, since other ranks would wait in it."""
-    error, everyone = None, [None] * dist.get_world_size()
-    try:
-        yield
-    except (OSError, ValueError) as found:
-        error = found
-    dist.all_gather_object(everyone, error and str(error))
-    first = next(filter(None, everyone), None)
-    if first:
-        raise ValueError(first) from error
-
-
-def agreed(what, value):
-    """`value`, which must be the same on every rank: ValueError if it is not. A collective."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    if others:
-        raise ValueError(f"{what}: {_ranks(others)} read another one than rank 0; put the same on every node")
-    return value
 
 
 def wait_for_all():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from support.checkpoint import BYTES_A_WEIGHT, begin_run, checkpoints_in, has_none_yet, newest_checkpoint
 from support.claim import claim
+from support.collectives import all_or_none
 from support.disk import amount, discard_leftovers, free_bytes
-from support.processes import all_or_none
 from support.runlog import read_rows
 
 
