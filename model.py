@@ -38,6 +38,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from support.device import to_device
 from support.disk import discard
+from support.health import check_alive
 from support.logprobs import token_kl, token_logprobs
 from support.packing import pack  # noqa: F401  (so that callers find pack beside collate)
 from support.weights import WeightsReader
@@ -460,7 +461,7 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a policy hands out: its weights, its agreement with transformers, its cost, its export.
+# What a policy hands out: its weights, two checks of them, its cost, its export.
 
 def full_parameters(policy, dtype):
     """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a tied tensor comes once.
@@ -523,6 +524,18 @@ def check_packing(policy, device, vocab_size):
                     "versions.")
     # A forward without backward leaves the root gathered. An optimizer made now must find the shards.
     policy.reshard()
+
+
+@torch.no_grad()
+def look_for_life(policy, device):
+    """Before weights are saved or exported: raise RuntimeError if they are not finite, or give no finite
+    log-probs, or none that differ. A collective."""
+    vocabulary = policy.lm.config.vocab_size
+    tokens = [place % vocabulary for place in range(16)]                     # the same on every rank
+    logp, *_ = policy(collate([Sequence(tokens[:8], tokens[8:])], device))                      # (1, 8)
+    policy.reshard()                   # a forward without backward leaves the root gathered
+    shards = [(name.removeprefix("lm."), p.to_local()) for name, p in policy.named_parameters()]
+    check_alive(shards, logp, vocabulary)
 
 
 def head_width(config):

@@ -36,12 +36,16 @@ from tqdm import tqdm
 
 import model as M
 from config import (
+    GRADING,
     METHODS,
+    SAME_CONTENT,
+    SAME_FLAGS,
     asks_for_the_papers_loss,
     check_config,
     check_flags,
     parse_args,
     sequences_per_prompt,
+    settings,
 )
 from data import Order, check_vocabulary, demo_key, digest, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
@@ -50,10 +54,10 @@ from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.collectives import agreed, all_or_none, anyone, of_all_ranks
-from support.device import memory_gb, name_the_card, peak_flops, read_once
+from support.device import memory_gb, name_the_card, read_once, utilization
 from support.disk import words_if_full
-from support.health import Health, check_alive, check_engine
-from support.metrics import Tally, shown_on_the_bar, summarize
+from support.health import Health, check_engine
+from support.metrics import Tally, shown_on_the_bar, summarize, tally_of
 from support.processes import (
     Ranks,
     fetch,
@@ -67,7 +71,7 @@ from support.processes import (
     start_profiler,
     write_profile,
 )
-from support.resume import check_identity, check_room, check_settings, open_run
+from support.resume import check_room, check_same_run, open_run
 from support.runlog import RunLog, print_accuracy
 from support.versions import check_versions, environment, versions
 from support.weights import fingerprints
@@ -228,29 +232,6 @@ def backward_micro_batch(objective, policy, sequences, extra, n_demo, n_rollout,
         distance = difference.abs()                                                             # (B,T)
         losses, sums, [worst], distances = read_once(terms, sums, distance.max()[None], distance.sum(1))
     return tally_of(sequences, losses, sums, worst, distances)
-
-
-def tally_of(sequences, losses, sums, worst, distances):
-    """The Tally of a micro-batch: what the device measured, and how many sequences or tokens it was of.
-
-    losses, sums: name -> float. worst: the largest |log pi - log pi_engine|. distances: its sum, for each
-    sequence.
-    """
-    tally = Tally(losses=Counter(losses), sums=Counter(sums), worst=worst)
-    demos = rollouts = correct = 0
-    for s, distance in zip(sequences, distances):
-        if s.is_demo:
-            demos += 1
-            continue
-        rollouts += 1
-        correct += s.reward > 0
-        tally.drift[s.engine] += distance
-        tally.tokens[s.engine] += len(s.response)
-    counts = {"w_sft": demos, "w_rl": correct, "entropy/demo": demos, "entropy/rollout": rollouts,
-              "tis/capped": tally.tokens.total()}
-    for name in sums:                        # what was measured: baselines have no weights
-        tally.counts[name] = counts[name]
-    return tally
 
 
 def backward(objective, policy, micro_batches, extras, n_demo, n_rollout, reference, cfg, device):
@@ -474,14 +455,13 @@ class Run:
 
 
 def train(cfg, run):
-    """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that cfg.method names.
-    Returns the last step's metrics."""
-    rank, _, device, mesh = run.ranks
+    """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that --method names."""
+    rank, world, device, mesh = run.ranks
     objective, progress = run.objective, run.progress
     health = Health(run.policy.lm.config.vocab_size, cfg.prompts_per_step * sequences_per_prompt(cfg)[0])
     order = Order(len(run.prompts), cfg.seed, progress.position)
     stopping = finish_step_on_signals()
-    metrics, first = {}, progress.step + 1
+    first = progress.step + 1
     bar = tqdm(total=cfg.steps, initial=progress.step, desc=cfg.method, disable=rank != 0, dynamic_ncols=True)
     stop = not evaluate_before_the_first_step(cfg, run, stopping)
     for step in range(first, cfg.steps + 1):
@@ -545,8 +525,9 @@ def train(cfg, run):
         skipped = progress.skipped + sum(not math.isfinite(norm) for norm in grad_norms)
         progress = Progress(step, skipped, order.position, failed, demo_rewards, unevaluated=due)
         metrics = {"step": step, **summarize(sequences, len(prompts), answered.grading, updates, clock)}
+        flops = run.policy.flops(sequences)
         metrics |= {"steps_skipped": skipped, "lr": learning_rate(cfg, step),
-                    "perf/mfu": utilization(run, sequences, seconds=metrics["time/train"]),
+                    "perf/mfu": utilization(flops / metrics["time/train"], world, device),
                     "perf/peak_memory_gb": max(memory)}
         trouble = health.look(metrics, grad_norms, answered.grading, [p.example.id for p in prompts])
         if evaluate_now and not trouble:
@@ -561,14 +542,13 @@ def train(cfg, run):
         phase("checkpoint", step)
         stop = anyone(bool(stopping))                     # the signal may have come since
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            look_for_life(run)
+            M.look_for_life(run.policy, device)
             state = {**asdict(progress), "settings": settings(cfg), "identity": run.identity}
             save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if step == first:
             set_timeouts(mesh, cfg.hang_minutes)          # all is compiled: from now on no phase takes hours
     bar.close()
     finish(cfg, run, stopped=stop)
-    return metrics
 
 
 def evaluate_before_the_first_step(cfg, run, stopping):
@@ -629,16 +609,7 @@ def deal(cfg, run, objective, shares):
     return micro_batches, extras
 
 
-def utilization(run, sequences, seconds):
-    """perf/mfu: the model FLOPs of training on them over what the cards could do in that time; None on a CPU,
-    and on a card that is not listed."""
-    if run.ranks.device.type != "cuda":
-        return None
-    _, peak = peak_flops(torch.cuda.get_device_name(run.ranks.device))
-    return run.policy.flops(sequences) / (seconds * run.ranks.world * peak) if peak else None
-
-
-def evaluation(cfg, run, step, stopping=()):
+def evaluation(cfg, run, step, stopping):
     """Accuracy, length and entropy on each held-out set, as metrics; None if it was abandoned, because
     `stopping`, of any rank, is no longer empty. A collective."""
     if not run.heldout:
@@ -678,18 +649,6 @@ def compare_engine(cfg, run, version):
     check_engine(ours, theirs, f"before the evaluation of step {version}")
 
 
-@torch.no_grad()
-def look_for_life(run):
-    """Before weights are saved or exported: raise RuntimeError if they are not finite, or give no finite
-    log-probs, or none that differ. A collective."""
-    policy, vocabulary = run.policy, run.policy.lm.config.vocab_size
-    tokens = [place % vocabulary for place in range(16)]                     # the same on every rank
-    logp, *_ = policy(M.collate([M.Sequence(tokens[:8], tokens[8:])], run.ranks.device))        # (1, 8)
-    policy.reshard()                   # a forward without backward leaves the root gathered
-    shards = [(name.removeprefix("lm."), p.to_local()) for name, p in policy.named_parameters()]
-    check_alive(shards, logp, vocabulary)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Start and end.
 
@@ -697,7 +656,7 @@ def setup(cfg):
     """Everything before the first step -> Run: processes, data, sharded policy, engine, grader; with
     --resume, the state of the newest whole checkpoint. A collective."""
     ranks = init_distributed(cfg.device)
-    device, out = ranks.device, Path(cfg.out)
+    device = ranks.device
     say = print if ranks.rank == 0 else lambda *_: None
     # What can fail fast comes first: loading 7B takes minutes.
     check_flags(cfg)
@@ -718,8 +677,9 @@ def setup(cfg):
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
     identity = identify(cfg, folder, prompts, heldout)
-    checkpoint = open_run(out, cfg.resume, ranks.rank, say)
-    check_resume(cfg, checkpoint, identity, say)
+    checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
+    if checkpoint:
+        check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
     phase("load model")
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
@@ -737,11 +697,9 @@ def setup(cfg):
     seed_everything(cfg.seed + ranks.rank)
     phase("load checkpoint")
     progress = restore(cfg, checkpoint, policy, optimizer, say) if checkpoint else Progress()
-    if 0 < cfg.profile <= progress.step:
-        say(f"--profile {cfg.profile}: that step is done, so there will be no trace")
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
-    log = RunLog(out, ranks.rank == 0, progress.step if checkpoint else -1)
+    log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1)
     log.write_settings({**settings(cfg), "ranks": ranks.world, **environment(device)})
     return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
                policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
@@ -820,11 +778,6 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def settings(cfg):
-    """All flags but --resume, as a dictionary: what config.json and every checkpoint hold."""
-    return asdict(replace(cfg, resume=False))
-
-
 def identify(cfg, folder, prompts, heldout):
     """What this run is about, by content, since a name may stand for something else when it is resumed: name
     of a flag -> digests. A collective. ValueError if ranks (of several nodes) have read different things."""
@@ -838,32 +791,14 @@ def identify(cfg, folder, prompts, heldout):
     return identity
 
 
-def check_resume(cfg, checkpoint, identity, say):
-    """Raise ValueError where this run cannot go on from `checkpoint`, (path, manifest) or None; say what else
-    its flags change."""
-    if checkpoint is None:
-        return
-    path, manifest = checkpoint
-    then = manifest["state"]
-    check_settings(path, then["settings"], settings(cfg), must=("method", "template", "seed"), log=say)
-    # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
-    must = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
-    check_identity(path, then["identity"], identity, must, say)
-
-
 def ask_for_room(cfg, checkpoint, config, ranks, say):
     """Raise ValueError if the disk has no room for the checkpoints to come. A collective."""
     done = checkpoint[1]["state"]["step"] if checkpoint else 0
     saves = len({*range(cfg.save_every, cfg.steps, cfg.save_every), cfg.steps} - {*range(done + 1)})
     weights = sum(p.numel() for p in M.empty_model(config).parameters())
     with all_or_none():
-        if ranks.rank == 0:
-            check_room(Path(cfg.out) / "checkpoints", weights, saves, cfg.keep,
-                       exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
-
-
-# What a demonstration's reward hangs on.
-GRADING = ("grade_text", "strict_box", "strict_answer", "score_unfinished")
+        check_room(Path(cfg.out) / "checkpoints", weights, saves, cfg.keep,
+                   exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
 
 
 def restore(cfg, checkpoint, policy, optimizer, say):
@@ -878,6 +813,8 @@ def restore(cfg, checkpoint, policy, optimizer, say):
     if any(then[name] != getattr(cfg, name) for name in GRADING):
         state["demo_rewards"] = {}                            # they were graded by other rules
     say(f"resumed {path}")
+    if 0 < cfg.profile <= state["step"]:
+        say(f"--profile {cfg.profile}: that step is done, so there will be no trace")
     return Progress(**state)
 
 
@@ -886,9 +823,10 @@ def finish(cfg, run, stopped):
     far held-out accuracy has come. A collective."""
     if not stopped:
         phase("export", cfg.steps)
-        look_for_life(run)
-        with words_if_full(Path(cfg.out) / "hf"):
-            M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(run.ranks.device))
+        device, folder = run.ranks.device, Path(cfg.out) / "hf"
+        M.look_for_life(run.policy, device)
+        with words_if_full(folder):
+            M.export_hf(folder, run.policy, run.tokenizer, M.compute_dtype(device))
     run.grader.close()
     dist.barrier()                                    # no rank leaves while another still talks to it
     run.engine.close()                                # before the process group: it owns parts of it

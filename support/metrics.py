@@ -57,6 +57,29 @@ class Tally:
         return found
 
 
+def tally_of(sequences, losses, sums, worst, distances):
+    """The Tally of a micro-batch: what the device measured, and how many sequences or tokens it was of.
+
+    sequences: like model.Sequence. losses, sums: name -> float. worst: the largest |log pi - log pi_engine|.
+    distances: its sum over tokens, for each sequence.
+    """
+    tally = Tally(losses=Counter(losses), sums=Counter(sums), worst=worst)
+    demos = rollouts = correct = 0
+    for s, distance in zip(sequences, distances):
+        if s.is_demo:
+            demos += 1
+            continue
+        rollouts += 1
+        correct += s.reward > 0
+        tally.drift[s.engine] += distance
+        tally.tokens[s.engine] += len(s.response)
+    counts = {"w_sft": demos, "w_rl": correct, "entropy/demo": demos, "entropy/rollout": rollouts,
+              "tis/capped": tally.tokens.total()}
+    for name in sums:                        # what was measured: baselines have no weights
+        tally.counts[name] = counts[name]
+    return tally
+
+
 def mean_of(values):
     """Of what is there; None if nothing is: a method without such sequences, an update without that kind."""
     values = [float(value) for value in values if value is not None]

@@ -1,7 +1,7 @@
 """Before a run begins or goes on: is its folder this run's, what is there, is it the same run, is there room?
 
     checkpoint = open_run("out/run", resume=True, rank=rank)     # (path, manifest), or None: begin
-    check_identity(path, then, now, must={"data": "--data"})     # of what was trained on, by content
+    check_same_run(checkpoint, settings, identity, ...)          # its flags, and by content what they name
     check_room(folder, weights, saves, keep, exported)           # of the checkpoints that are to come
 
 All are collectives where that is said, and then end alike on all ranks.
@@ -49,30 +49,31 @@ def open_run(run, resume, rank, log=print):
     return None
 
 
-def check_settings(path, then, now, must, log=print):
-    """Compare flags; both: name -> value. Raises ValueError if one that `must` be the same is not what the
-    checkpoint `path` was trained with; the others are said. A flag that is new since then has not changed."""
-    for name, value in now.items():
-        until_now = then.get(name, value)
-        if value == until_now:
-            continue
-        if name in must:
-            raise ValueError(f"{path}: was trained with --{name} {until_now}; resume with the run's own "
-                             "flags, or start another run from a model of its own, --model DIR")
-        log(f"  with --{name} {value}, until now {until_now}")
+def check_same_run(checkpoint, settings, identity, same_flags, same_content, log=print):
+    """Is this the run that wrote `checkpoint`, (path, manifest)?
 
-
-def check_identity(path, then, now, must, log=print):
-    """Compare what the checkpoint `path` was trained with to what the flags name now; both: name of a flag ->
-    digests of its content, None where it has none. Raises ValueError if one that must be the same (`must`:
-    its name -> what to call it) is not; the others are said."""
-    for name, found in now.items():
-        if found is None or then[name] is None or found == then[name]:
+    settings: flag -> value. identity: flag -> digests of what it names, None where it names nothing. Raises
+    ValueError if one of `same_flags` has another value, or one of `same_content` (flag -> what to call it)
+    names something else; says what else has changed.
+    """
+    path, manifest = checkpoint
+    state = manifest["state"]
+    for name, now in settings.items():
+        then = state["settings"].get(name, now)           # a flag that is new since then has not changed
+        if then == now:
             continue
-        if name in must:
-            raise ValueError(f"{path}: {must[name]} is not what this run was trained on until now (compared "
-                             "by content: a file may move). Resume with the run's own, or start another run "
-                             "from a model of its own, --model DIR")
+        if name in same_flags:
+            raise ValueError(f"{path}: was trained with --{name} {then}; resume with the run's own flags, or "
+                             "start another run from a model of its own, --model DIR")
+        log(f"  with --{name} {now}, until now {then}")
+    for name, now in identity.items():
+        then = state["identity"][name]
+        if then == now or then is None or now is None:
+            continue
+        if name in same_content:
+            raise ValueError(f"{path}: {same_content[name]} is not what this run was trained on until now "
+                             "(compared by content: a file may move). Resume with the run's own, or start "
+                             "another run from a model of its own, --model DIR")
         log(f"--{name} holds something else than until now; the run goes on from {path}")
 
 

@@ -20,7 +20,7 @@ import pytest
 
 import eval as E
 import srft
-from config import TINY, parse_args
+from config import SAME_CONTENT, SAME_FLAGS, TINY, parse_args, settings
 from conftest import ENV, ROOT, SMALL, metrics, run, start
 from data import Example, Prompt, demo_key, digest
 from support import checkpoint, claim, resume
@@ -269,7 +269,12 @@ def manifest(flags=(), **identity):
     cfg = parse_args(["--preset", "tiny", *flags])
     known = {"data": "d", "model": {"config.json": "c"}, "reference": None, "eval_data": {"held": "h"}}
     return cfg, ("out/checkpoints/step-2", {"state": {
-        "step": 2, "settings": srft.settings(cfg), "identity": known | identity}}), known | identity
+        "step": 2, "settings": settings(cfg), "identity": known | identity}}), known | identity
+
+
+def check_same_run(cfg, checkpoint, identity, log):
+    """As srft.setup asks."""
+    resume.check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, log)
 
 
 @pytest.mark.parametrize("now, refused", [
@@ -280,9 +285,9 @@ def test_other_data_are_refused_another_model_or_held_out_set_under_the_same_nam
     said = []
     if refused:
         with pytest.raises(ValueError, match=refused):
-            srft.check_resume(cfg, found, identity | now, said.append)
+            check_same_run(cfg, found, identity | now, said.append)
         return
-    srft.check_resume(cfg, found, identity | now, said.append)
+    check_same_run(cfg, found, identity | now, said.append)
     (name,) = now
     assert said == [f"--{name} holds something else than until now; the run goes on from {found[0]}"]
 
@@ -290,15 +295,15 @@ def test_other_data_are_refused_another_model_or_held_out_set_under_the_same_nam
 def test_another_base_model_is_refused_where_a_kl_is_taken_to_it_and_a_new_kl_is_not():
     cfg, found, identity = manifest(reference={"model.safetensors": "1 a"})
     with pytest.raises(ValueError, match=r"\(--reference, else --model\) is not what"):
-        srft.check_resume(cfg, found, identity | {"reference": {"model.safetensors": "1 b"}}, print)
-    srft.check_resume(cfg, found, identity | {"reference": None}, print)
+        check_same_run(cfg, found, identity | {"reference": {"model.safetensors": "1 b"}}, print)
+    check_same_run(cfg, found, identity | {"reference": None}, print)
 
 
 @pytest.mark.parametrize("flag, value", [("method", "grpo"), ("template", "paper"), ("seed", 1)])
 def test_flags_that_make_another_run_are_refused_by_name(flag, value):
     cfg, found, identity = manifest()
     with pytest.raises(ValueError, match=f"was trained with --{flag} .*; resume with the run's own flags"):
-        srft.check_resume(replace(cfg, **{flag: value}), found, identity, print)
+        check_same_run(replace(cfg, **{flag: value}), found, identity, print)
 
 
 def test_a_reference_is_identified_as_what_is_loaded_for_the_kl(mesh, tmp_path):
