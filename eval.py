@@ -38,18 +38,10 @@ from support.claim import claim, lock
 from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval, positive
-from support.processes import (
-    alive,
-    fetch,
-    hang_watch,
-    init_distributed,
-    mistakes_in_one_line,
-    phase,
-    set_timeouts,
-    wait_for_all,
-)
+from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import json_line
 from support.versions import check_versions, environment, versions
+from support.watch import alive, hang_watch, phase, set_timeouts, wait_for_all
 from support.weights import fingerprints, stored_tensors
 
 # Nothing of paper/ here: srft.py loads this file for `evaluate`, and trains without that room. The functions

@@ -58,22 +58,12 @@ from support.device import memory_gb, name_the_card, read_once, utilization
 from support.disk import words_if_full
 from support.health import Health, check_engine
 from support.metrics import Tally, shown_on_the_bar, summarize, tally_of
-from support.processes import (
-    Ranks,
-    fetch,
-    finish_step_on_signals,
-    hang_watch,
-    init_distributed,
-    mistakes_in_one_line,
-    phase,
-    seed_everything,
-    set_timeouts,
-    start_profiler,
-    write_profile,
-)
+from support.processes import Ranks, fetch, init_distributed, mistakes_in_one_line, seed_everything
+from support.profiler import start_profiler, write_profile
 from support.resume import check_room, check_same_run, open_run
 from support.runlog import RunLog, print_accuracy
 from support.versions import check_versions, environment, versions
+from support.watch import finish_step_on_signals, hang_watch, phase, set_timeouts
 from support.weights import fingerprints
 
 # ----------------------------------------------------------------------------------------------------------
