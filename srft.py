@@ -659,6 +659,7 @@ def setup(cfg):
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
     name_the_card(device, say)
+    base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
     tokenizer = M.load_tokenizer(folder)
     # The grader before the model: its processes start while that is loaded.
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
@@ -666,7 +667,7 @@ def setup(cfg):
                     score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
-    identity = identify(cfg, folder, prompts, heldout)
+    identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout)
     checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
     if checkpoint:
         check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
@@ -675,7 +676,7 @@ def setup(cfg):
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    reference = load_reference(cfg, folder, config, ranks) if cfg.kl_coef else None
+    reference = load_reference(cfg, base, config, ranks) if cfg.kl_coef else None
     # --engine_memory is a share of the whole card, and vLLM refuses to start if less than that is free: what
     # the policy has taken by now must leave it room.
     phase("start engine")
@@ -756,8 +757,6 @@ def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
 
 def load_reference(cfg, folder, config, ranks):
     """The frozen base model of A1's KL: --reference, or --model as it was before training. A collective."""
-    if cfg.reference:
-        folder = fetch(cfg.reference, "model", "--reference")
     of_base = M.load_config(folder, cfg.rope_theta, cfg.window)
     if of_base.vocab_size != config.vocab_size:
         raise ValueError(f"--reference {cfg.reference}: has {of_base.vocab_size} tokens, the model has "
@@ -768,13 +767,12 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def identify(cfg, folder, prompts, heldout):
-    """What this run is about, by content, since a name may stand for something else when it is resumed: name
-    of a flag -> digests. A collective. ValueError if ranks (of several nodes) have read different things."""
-    reference = None
-    if cfg.kl_coef:
-        reference = fingerprints(fetch(cfg.reference or folder, "model", "--reference"))
-    identity = {"data": digest(prompts), "model": fingerprints(folder), "reference": reference,
+def identify(model, base, prompts, heldout):
+    """What this run is about: flag -> digests of what it names. By content, since another file may have that
+    name when the run is resumed. model, base: folders, base None where no KL is taken to it. A collective.
+    Raises ValueError if ranks (of several nodes) have read different things."""
+    identity = {"data": digest(prompts), "model": fingerprints(model),
+                "reference": base and fingerprints(base),
                 "eval_data": {name: digest(held) for name, held in heldout.items()}}
     for name, value in identity.items():
         agreed(f"--{name}", value)

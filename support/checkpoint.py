@@ -78,8 +78,7 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
         discard_leftovers(folder)
     with _all_or_nothing(partial, needed):
         if rank == 0:
-            free = free_bytes(folder)
-            if free is not None and free < needed:        # all ranks would write for minutes, in vain
+            if free_bytes(folder) < needed:               # all ranks would write for minutes, in vain
                 raise OSError("the disk has no room for it")
             partial.mkdir(parents=True)
     with _all_or_nothing(partial, needed):
@@ -130,7 +129,7 @@ def _all_or_nothing(partial, needed):
     dist.barrier()
     free = free_bytes(partial)
     # torch hides a full disk behind "unexpected pos 704 vs 598", so what is said first is what is free.
-    what = "the disk is full" if free is not None and free < needed else "could not be written"
+    what = "the disk is full" if free < needed else "could not be written"
     raise OSError(f"{partial.parent / partial.name.removeprefix('.partial-')}: {what}. A checkpoint takes "
                   f"{amount(needed)}, {amount(free)} are free now that what was written of it is removed "
                   f"(a quota may be lower). Older checkpoints are untouched: make room, then --resume. "

@@ -9,6 +9,7 @@ To copy: this file. It needs nothing but Python.
 """
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -19,21 +20,21 @@ from pathlib import Path
 
 
 def free_bytes(path):
-    """Bytes that this user may still write where `path` lies, or its nearest folder that exists; None where
+    """Bytes that this user may still write where `path` lies, or its nearest folder that exists. inf where
     the file system does not say. A quota of the user is not in it."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
     disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf
 
 
 def amount(size):
     """
-    >>> amount(91_440_000_000), amount(1_900_000), amount(None)
+    >>> amount(91_440_000_000), amount(1_900_000), amount(math.inf)
     ('91.4 GB', '1.9 MB', 'an unknown amount')
     """
-    if size is None:
+    if size == math.inf:
         return "an unknown amount"
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 

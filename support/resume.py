@@ -24,28 +24,28 @@ def open_run(run, resume, rank, log=print):
     Raises ValueError where another run writes there, where one is there that is not to be resumed, and where
     there are records of one that has lost its checkpoints: to begin anew would delete them.
     """
-    run, checkpoint = Path(run), None
+    run = Path(run)
+    records, checkpoints, rows = run / "metrics.jsonl", run / "checkpoints", []
     with all_or_none():
         if rank == 0:
-            claim(run)                   # before anything is read that another run may be writing
-            discard_leftovers(run)       # of a kill, before anyone asks what room there is
-            discard_leftovers(run / "checkpoints")
-    with all_or_none():
-        if not resume and ((run / "metrics.jsonl").exists() or checkpoints_in(run / "checkpoints")):
-            raise ValueError(f"{run} already holds a run: pass --resume to continue it, or another --out")
-        rows = read_rows(run / "metrics.jsonl")
+            claim(run)                       # before anything is read that another run may be writing
+            discard_leftovers(run)           # of a kill, before anyone asks what room there is
+            discard_leftovers(checkpoints)
+            if not resume and (records.exists() or checkpoints_in(checkpoints)):
+                raise ValueError(f"{run} already holds a run: pass --resume to continue it, or another --out")
+            rows = read_rows(records)
     if resume:
-        checkpoint = newest_checkpoint(run / "checkpoints", log)
-    if checkpoint is not None:
-        return checkpoint
+        found = newest_checkpoint(checkpoints, log)
+        if found is not None:
+            return found
     with all_or_none():
-        steps = max((row["step"] for row in rows), default=0)
-        if (run / "hf").exists() or (steps > 0 and not has_none_yet(run / "checkpoints")):
-            raise ValueError(f"{run}: holds the records of a run of {steps} steps and none of its "
-                             "checkpoints, so there is nothing to resume, and to begin anew would delete the "
-                             "records. Put checkpoints/ back, or take another --out")
         if rank == 0:
-            begin_run(run / "checkpoints")
+            steps = max((row["step"] for row in rows), default=0)
+            if (run / "hf").exists() or (steps > 0 and not has_none_yet(checkpoints)):
+                raise ValueError(f"{run}: holds the records of a run of {steps} steps and none of its "
+                                 "checkpoints, so there is nothing to resume, and to begin anew would delete "
+                                 "the records. Put checkpoints/ back, or take another --out")
+            begin_run(checkpoints)
     return None
 
 
@@ -90,7 +90,7 @@ def check_room(folder, weights, saves, keep, exported, log=print):
     most = max(there + (saves > 0), min(keep + 1, there + saves))
     last = min(keep, there + saves) if saves else there
     needed = max((most - there) * size, (last - there) * size + exported)
-    if free is None or free >= needed:
+    if free >= needed:
         return
     text = (f"{folder}: the disk has {amount(free)} free, and this run needs {amount(needed)}: checkpoints "
             f"of {amount(size)}, {most} at a time (--keep {keep} and the one that is being written; {there} "

@@ -25,14 +25,14 @@ BESIDES = ["*.json", "*.jinja", "*.txt", "*.model"]            # config, tokeniz
 
 
 def named_files(folder):
-    """Names of the files that hold the weights, whether they are there or not; and tensor -> its file, None
-    where no index says it. Raises ValueError for an index that cannot be read."""
+    """Names of the files that hold the weights, whether they are there or not; and tensor -> its file, {}
+    without an index. Raises ValueError for an index that cannot be read."""
     index = Path(folder) / INDEX
     if not index.exists():
-        return [ALONE], None
+        return [ALONE], {}
     try:
-        weight_map = json.loads(index.read_text(), object_pairs_hook=_each_name_once)["weight_map"]
-        return sorted(set(weight_map.values())), weight_map
+        named = json.loads(index.read_text(), object_pairs_hook=_each_name_once)["weight_map"]
+        return sorted(set(named.values())), named
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of weights ({error!r}); fetch the model again") from None
 
@@ -70,7 +70,7 @@ def weight_map(folder):
                 raise ValueError(f"{folder}: the weight {name} stands in {found[name].name} and in "
                                  f"{file.name}: which one counts? Fetch the model again")
             found[name] = file
-    for name, file in (named or {}).items():
+    for name, file in named.items():
         if name not in found or found[name].name != Path(file).name:
             raise ValueError(f"{folder}: {INDEX} says that {name} is in {file}, and it is not; fetch the "
                              "model again")

@@ -5,6 +5,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -310,11 +311,10 @@ def test_a_reference_is_identified_as_what_is_loaded_for_the_kl(mesh, tmp_path):
     shutil.copytree(TINY, tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text() + " ")
-    cfg = parse_args(["--preset", "tiny"])
-    assert srft.identify(cfg, TINY, [PROMPT], {})["reference"] is None
-    own = srft.identify(replace(cfg, kl_coef=0.1), TINY, [PROMPT], {})
+    assert srft.identify(TINY, None, [PROMPT], {})["reference"] is None
+    own = srft.identify(TINY, TINY, [PROMPT], {})
     assert own["reference"] == own["model"]
-    other = srft.identify(replace(cfg, kl_coef=0.1, reference=str(tmp_path / "base")), TINY, [PROMPT], {})
+    other = srft.identify(TINY, str(tmp_path / "base"), [PROMPT], {})
     assert other["model"] == own["model"] != other["reference"]
 
 
@@ -358,14 +358,13 @@ def test_rewards_of_demonstrations_are_graded_anew_when_a_resume_grades_by_other
     (1, 10, 2, 1.0, False, True),
     (5, 10, 2, 1.0, False, False), (5, 10, 2, 0.9, True, False),       # with a larger --keep until now
     (2, 0, 2, 0.1, False, True), (2, 0, 2, 0.2, False, False),         # done, but for the export
-    (0, 10, 2, None, False, False)])
+    (0, 10, 2, math.inf, False, False)])
 def test_a_disk_without_room_for_the_next_checkpoint_is_refused_at_the_start_and_for_later_ones_a_warning(
         tmp_path, monkeypatch, there, saves, keep, free_of_them, refused, said):
     for step in range(1, there + 1):
         (tmp_path / f"step-{step}").mkdir()
     size = 12_000_000                                              # a million weights
-    free = None if free_of_them is None else int(free_of_them * size)
-    monkeypatch.setattr(resume, "free_bytes", lambda folder: free)
+    monkeypatch.setattr(resume, "free_bytes", lambda folder: free_of_them * size)
     told = []
     if refused:
         with pytest.raises(OSError, match=r"the disk has .* MB free, and this run needs .* checkpoints of "
