@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -507,10 +506,9 @@ def name_unmatchable(grader, tasks, kinds, say):
 
 def start_engine(args, config, tokenizer, device, tasks):
     """vLLM with room for the longest prompt and its response, without weights yet."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     longest = max(len(task.prompt.ids) for task in tasks)
-    return RolloutEngine(config, tokenizer, dtype, longest + args.max_tokens, args.engine_sequences,
-                         args.engine_memory, seed=args.seed)
+    return RolloutEngine(config, tokenizer, M.compute_dtype(device), longest + args.max_tokens,
+                         args.engine_sequences, args.engine_memory, seed=args.seed)
 
 
 def write_summary(args, tasks, known, kinds):

@@ -21,7 +21,6 @@ size.
 import gc
 import inspect
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -596,7 +595,7 @@ def export_hf(folder, policy, tokenizer, dtype):
     if rank0:
         # Into a folder of another name, renamed when it is whole: a kill leaves the export before it.
         partial = folder.with_name(f".partial-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         partial.mkdir(parents=True)
         # Not by the model's own save_pretrained: it needs a second instance, which the engine may prevent
         # (Policy.forward), and refuses generation defaults that from_pretrained reads gladly.

@@ -423,7 +423,7 @@ class Progress:
     position: int = 0                                     # examples that data.Order has handed out
     failed: list = field(default_factory=list)            # ReLIFT: prompts that wait for their demonstration
     demo_rewards: dict = field(default_factory=dict)      # data.demo_key -> reward, of those graded so far
-    unevaluated: bool = False                             # a signal came before its evaluation was done
+    unevaluated: bool = False                             # a signal came before the step was evaluated
 
 
 @dataclass(kw_only=True)
@@ -498,8 +498,8 @@ def train(cfg, run):
         # 6. Send the new weights to the engine, under the version that the next step will ask for.
         phase("sync", step)
         stop = anyone(bool(stopping))                     # ranks may get the signal in different steps
-        # A job that is told to stop has minutes left, and the checkpoint needs them: there is no evaluation,
-        # or no more of it, until the run is resumed.
+        # A job that is told to stop has minutes left, and the checkpoint needs them: the evaluation waits for
+        # --resume, also one that has begun.
         due = step == cfg.steps or step % cfg.eval_every == 0
         evaluate_now = due and not stop
         if METHODS[cfg.method].rollouts or evaluate_now:
@@ -542,8 +542,8 @@ def train(cfg, run):
 
 
 def evaluate_before_the_first_step(cfg, run, stopping):
-    """The evaluation of the base model; after a resume, that of the last step, if it is still due. False if a
-    signal cut it short. A collective."""
+    """Evaluate the base model; after a resume, the last step, if a signal has kept it from that. False if a
+    signal cuts this one short, too. A collective."""
     step = run.progress.step
     if step > 0 and not run.progress.unevaluated:
         return True
@@ -600,8 +600,8 @@ def deal(cfg, run, objective, shares):
 
 
 def evaluation(cfg, run, step, stopping):
-    """Accuracy, length and entropy on each held-out set, as metrics; None if it was abandoned, because
-    `stopping`, of any rank, is no longer empty. A collective."""
+    """Accuracy, length and entropy on each held-out set, as metrics. None if a signal came meanwhile: on some
+    rank, the list `stopping` is no longer empty. A collective."""
     if not run.heldout:
         return {}
     compare_engine(cfg, run, step)
@@ -623,8 +623,8 @@ def compare_engine(cfg, run, version):
     """Before an evaluation: raise RuntimeError unless each rank's engine, which has just got the weights of
     `version`, gives the trainer's log-probs to 8 rollouts of its own. A collective.
 
-    A step's rollouts check the transfer of weights before them only, and SFT has no rollouts. The prompts are
-    random tokens: those of the data would leave their keys and values in the engine's prefix cache, and the
+    A step's rollouts check only the transfer of weights before them, and SFT has none. The prompts are random
+    tokens: prompts of the data would leave their keys and values in the engine's prefix cache, and the
     evaluation would begin from these instead of computing its own.
     """
     vocabulary, length = run.policy.lm.config.vocab_size, min(16, cfg.max_prompt_tokens)
@@ -705,13 +705,14 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
     Raises ValueError where no answer can be matched, or the method has nothing to imitate.
     """
     phase("load data")
-    prompts, heldout = load_prompts(cfg.data, "--data", tokenizer, vocab_size, cfg, say), {}
+    prompts = load_prompts(cfg.data, "--data", tokenizer, vocab_size, cfg, say)
+    heldout = {}
     for source in filter(None, cfg.eval_data.split(",")):
         name = Path(source).stem.removeprefix("tiny:")
         if name in heldout:
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
         heldout[name] = load_prompts(source, "--eval_data", tokenizer, vocab_size, cfg, say)
-    check_demonstrations(cfg, prompts)                # now: the next lines may take minutes
+    check_demonstrations(cfg, prompts)                # already here: the next lines may take minutes
     for name, asked in heldout.items():
         matchable(grader, f"--eval_data {name}", asked, say)
     prompts = matchable(grader, "--data", prompts, say)
@@ -726,7 +727,7 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
 
 
 def matchable(grader, name, prompts, say):
-    """The prompts whose reference answer can be matched. ValueError: there is none. A collective."""
+    """The prompts whose reference answer can be matched. Raises ValueError if there is none. A collective."""
     reasons = unmatchable(grader, name, prompts, say)
     # A check that ran out of time proves nothing, and would differ after a resume: its prompt stays.
     found = [prompt for i, prompt in enumerate(prompts) if reasons.get(i) in (None, *FAILED)]
@@ -736,7 +737,8 @@ def matchable(grader, name, prompts, say):
 
 
 def check_demonstrations(cfg, prompts):
-    """Raise ValueError if the method imitates demonstrations, and there is none: it would be another one."""
+    """Raise ValueError if the method imitates demonstrations and there is none: it would quietly be another
+    method."""
     if METHODS[cfg.method].demos != "none" and not any(prompt.demo for prompt in prompts):
         raise ValueError(f"--method {cfg.method} learns from demonstrations, and no example of --data "
                          f"{cfg.data} has one (column `solution` or `target`); add them, or pass --method "
@@ -744,8 +746,8 @@ def check_demonstrations(cfg, prompts):
 
 
 def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
-    """A file, folder, hub name or tiny:NAME -> list of Prompt. flag: "--data" or "--eval_data", whose value
-    it is. cfg: config.Config. A collective: of each node one rank downloads."""
+    """A file, folder, hub name or tiny:NAME, the value of `flag` (--data or --eval_data) -> list of Prompt. A
+    collective: one rank of each node downloads."""
     path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
     examples = load_examples(path, cfg.skip_bad_rows, say)
     if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
@@ -772,7 +774,7 @@ def identify(model, base, prompts, heldout):
     name when the run is resumed. model, base: folders, base None where no KL is taken to it. A collective.
     Raises ValueError if ranks (of several nodes) have read different things."""
     identity = {"data": digest(prompts), "model": fingerprints(model),
-                "reference": base and fingerprints(base),
+                "reference": fingerprints(base) if base else None,
                 "eval_data": {name: digest(held) for name, held in heldout.items()}}
     for name, value in identity.items():
         agreed(f"--{name}", value)
@@ -798,7 +800,7 @@ def restore(cfg, checkpoint, policy, optimizer, say):
     del state["identity"]
     for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
         group["weight_decay"] = cfg.weight_decay
-    if any(then[name] != getattr(cfg, name) for name in GRADING):
+    if any(then.get(name) != getattr(cfg, name) for name in GRADING):
         state["demo_rewards"] = {}                            # they were graded by other rules
     say(f"resumed {path}")
     if 0 < cfg.profile <= state["step"]:

@@ -111,8 +111,8 @@ def respond(args, mesh, device):
     tokenizer = M.load_tokenizer(folder)
     prompts = read_prompts(args, tokenizer)
     check_vocabulary(prompts, tokenizer, config.vocab_size)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    engine = RolloutEngine(config, tokenizer, dtype, longest, 128, gpu_memory_utilization=0.9)
+    engine = RolloutEngine(
+        config, tokenizer, M.compute_dtype(device), longest, 128, gpu_memory_utilization=0.9)
     engine.sync_weights(stored_tensors(folder), 0)         # the engine reads no folder itself
     # Seeds of all prompts, before they are dealt: what is sampled does not depend on the number of ranks.
     seeds = np.random.SeedSequence(args.seed).generate_state(len(prompts), np.uint64).tolist()
