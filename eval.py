@@ -154,8 +154,8 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns "accuracy", the
     mean over problems of the share of their n responses that are correct; "tokens", the responses' mean
     length; "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose
-    expectation is that distribution's entropy. Or None, where on any rank `stopping` (a list that a signal
-    fills) was not empty in time. The same on every rank. A collective.
+    expectation is that distribution's entropy. None if a signal came meanwhile: on some rank, the list
+    `stopping` is no longer empty. The same on every rank. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tasks = [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
@@ -180,7 +180,7 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
 
 def unmatchable(grader, name, prompts, say, kind="math-verify"):
     """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
-    0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
+    0. Returns index in `prompts` -> reason, the same on every rank. A collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     places = {}                                       # each answer once -> indices of its prompts
     for i, prompt in enumerate(prompts):

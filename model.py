@@ -353,15 +353,15 @@ def load_config(path, rope_theta=0.0, window=0):
 
 def load_tokenizer(path):
     """The tokenizer of a model's folder. Raises ValueError if there is none, or none that can be read."""
-    # Looked for here: of a folder without one, transformers makes an empty tokenizer for some types of model,
-    # and for others asks to install sentencepiece.
+    # Looked for here, since transformers does not say that it is missing: for some types of model it makes an
+    # empty tokenizer, for others it asks to install sentencepiece.
     kinds = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
     if not any(list(Path(path).glob(kind)) for kind in kinds):
         raise ValueError(f"{path}: no tokenizer here; copy tokenizer.json and tokenizer_config.json from the "
                          "model that it was made of")
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:                         # of several libraries, which share no class of errors
+    except Exception as error:                         # several libraries raise, each its own errors
         raise ValueError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: "
                          f"{str(error).strip()[:150]}); copy tokenizer.json and tokenizer_config.json anew "
                          "from the model that it was made of") from error

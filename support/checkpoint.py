@@ -6,12 +6,12 @@
 
 A checkpoint holds the fp32 weights and AdamW's moments, each rank's shards written by that rank
 (torch.distributed.checkpoint, "dcp"), each rank's random generators, and, written last, manifest.json: the
-state, the weights' shapes, size and SHA-256 of every other file, and its own. It is complete if, and only if,
-all of them are there as the manifest has them.
+state, the shapes of the weights, size and SHA-256 of every other file, and a SHA-256 of all this. It is
+complete if, and only if, every file is there as the manifest has it.
 
-dcp's own list of tensors, .metadata, is a pickle: to read it is to run what its author wrote. So nothing of a
-folder is read before its digests are right, which keeps out what is damaged or another program's. It does not
-keep out a forger, who can write digests, too: resume from folders of people that you trust.
+dcp's own list of tensors, .metadata, is a pickle: whoever reads it runs what its author wrote. So no file is
+read before all digests are right. That keeps out what is damaged, or of another program. It does not keep out
+a forger, who can write digests, too: resume only from folders of people that you trust.
 
 To copy: this file with support/disk.py and support/collectives.py, for any model of FSDP2. They need torch
 and numpy alone.
@@ -137,8 +137,8 @@ def _all_or_nothing(partial, needed):
 
 
 def begin_run(folder):
-    """Note that a run begins which has no checkpoint yet. Where the note is missing and there is none, they
-    were lost."""
+    """Note that a run begins, and has no checkpoint yet. Where neither this note nor a checkpoint is, the
+    checkpoints were lost."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NONE_YET).touch()
 
@@ -167,8 +167,8 @@ def _digest_of(content):
 
 
 def _digests_by(rank, folder):
-    """Name -> [bytes, SHA-256] of the files in `folder` that are this rank's to read: those that it wrote,
-    which are still in its machine's memory."""
+    """Name -> [bytes, SHA-256] of the files in `folder` that this rank reads: those that it wrote, since they
+    are still in its machine's memory."""
     found = {}
     for file in sorted(folder.iterdir()):
         if _reader_of(file.name) == rank:

@@ -4,10 +4,10 @@
     is_claimed("out/run")         # no longer, once the folder was renamed or removed
     lock(file)                    # wait until no other rank writes
 
-The lock is flock's, on the file .lock in the folder: the kernel lets go of it when the process ends, over NFS
-the server does, so that what a killed run leaves blocks nobody. In the file stands who holds it. Where a file
-system has no locks, that note is all there is: a process of this machine that still runs is refused, of
-another machine's one nothing can be known, and a warning names it.
+The lock is flock's, on the file .lock in the folder: the kernel lets go of it when the process ends (over NFS
+the server does), so what a killed run leaves blocks nobody. The file says who holds it. Where a file system
+has no locks, that note is all there is: if it names a process of this machine that still runs, the claim is
+refused; if it names one of another machine, of which nothing can be known, a warning says so.
 
 To copy: this file. It needs nothing but Python, on Linux.
 """
@@ -52,7 +52,7 @@ def claim(folder):
 
 
 def is_claimed(folder):
-    """Is this still the folder that this process has claimed? By the lock's file itself, not by its name."""
+    """Is this still the folder that this process has claimed, and no other of its name?"""
     try:
         return os.path.samestat(os.fstat(_claimed[str(folder)]), os.stat(Path(folder) / ".lock"))
     except (KeyError, OSError):
@@ -70,7 +70,7 @@ def lock(file):
 
 
 def _me():
-    """A number of a process is given again when it has ended: its start, in ticks since boot, tells both."""
+    """Its start, in ticks since boot, tells a process from a later one that has got the same number."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
 

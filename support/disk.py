@@ -40,7 +40,7 @@ def amount(size):
 
 
 def is_full(error):
-    """Is this error, or one that it came of, for want of room (a full disk, a quota)?"""
+    """Is this error, or one that caused it, for want of room (a full disk, a quota)?"""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -74,7 +74,7 @@ def append_whole(file, text):
                 left = left[file.write(left):]        # a disk that fills up takes a part first
             os.fsync(file.fileno())                   # some file systems find out only now
         except OSError:
-            file.truncate(end)                        # half a line would be one with the next that is written
+            file.truncate(end)                        # the next line would be glued to half a line
             raise
 
 
@@ -95,7 +95,7 @@ def write_whole(path, text):
 
 
 def read_json(path):
-    """Its content. Raises ValueError, naming it, where that is empty, cut short or otherwise no JSON."""
+    """A JSON file's content. Raises ValueError, naming the file, if it is empty, cut short or no JSON."""
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
@@ -105,7 +105,7 @@ def read_json(path):
 def discard(path):
     """Remove a folder, if it is there. Where that fails (files open over NFS, or not ours), warn and go on.
 
-    It gets a hidden name first: half removed under its own, it would still look like what it was.
+    It gets a hidden name first: half removed under its own name, it would still look like what it was.
     """
     hidden = path = Path(path)
     try:

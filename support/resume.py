@@ -1,10 +1,8 @@
-"""Before a run begins or goes on: is its folder this run's, what is there, is it the same run, is there room?
+"""Before a run begins or goes on: is the folder its own, what is there, is it the same run, is there room?
 
     checkpoint = open_run("out/run", resume=True, rank=rank)     # (path, manifest), or None: begin
     check_same_run(checkpoint, settings, identity, ...)          # its flags, and by content what they name
-    check_room(folder, weights, saves, keep, exported)           # of the checkpoints that are to come
-
-All are collectives where that is said, and then end alike on all ranks.
+    check_room(folder, weights, saves, keep, exported)           # for the checkpoints to come
 
 To copy: this file with all of support/.
 """
@@ -18,11 +16,11 @@ from support.runlog import read_rows
 
 
 def open_run(run, resume, rank, log=print):
-    """Take a run's folder for this run alone -> its newest whole checkpoint, (path, manifest), or None: the
-    run begins. A collective.
+    """Take a run's folder for this run alone -> its newest whole checkpoint, (path, manifest); None: the run
+    begins. A collective.
 
-    Raises ValueError where another run writes there, where one is there that is not to be resumed, and where
-    there are records of one that has lost its checkpoints: to begin anew would delete them.
+    Raises ValueError where another process writes there, where a run is there and `resume` is not asked for,
+    and where there are records of a run that has lost its checkpoints: to begin anew would delete them.
     """
     run = Path(run)
     records, checkpoints, rows = run / "metrics.jsonl", run / "checkpoints", []

@@ -107,8 +107,8 @@ def stored_tensors(folder):
 
 
 class WeightsReader(dcp.HuggingFaceStorageReader):
-    """torch's reader, which by itself takes every *.safetensors in the folder: of two that hold a tensor of
-    one name, the one that the file system lists last."""
+    """torch's reader, on the files of weight_map alone. By itself it takes every *.safetensors in the folder;
+    of two that hold a tensor of one name, the one that the file system lists last."""
 
     def __init__(self, folder):
         super().__init__(str(folder))
@@ -130,7 +130,7 @@ def fingerprints(folder):
 
 
 def fingerprint(file):
-    """Of a file: its size and a hash of its first and last megabyte. Training changes every weight."""
+    """A file's size and a hash of its first and last megabyte. (Training changes every weight.)"""
     size, ends = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as content:
         ends.update(content.read(1 << 20))
