@@ -264,7 +264,7 @@ def known_results(path, tasks):
     Raises ValueError if a row belongs to another problem than the task of that name.
     """
     known = {}
-    if dist.get_rank() == 0:                          # one reader, before anyone writes
+    if dist.get_rank() == 0:                          # one reader
         wanted = {task.key for task in tasks}
         for row in read_results(path):
             key = (row["benchmark"], row["id"], row["sample"])

@@ -48,7 +48,9 @@ def claim(folder):
         _warn_once(folder, error, f" The last to write there was {_who(holder)}." if holder else "")
     _claimed[str(folder)] = descriptor
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_me(), indent=2).encode(), 0)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid()),
+          "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    os.pwrite(descriptor, json.dumps(me, indent=2).encode(), 0)
 
 
 def is_claimed(folder):
@@ -69,14 +71,9 @@ def lock(file):
         _warn_once(Path(file.name).parent, error)
 
 
-def _me():
-    """Its start, in ticks since boot, tells a process from a later one that has got the same number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid()),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-
-
 def _start_time(pid):
-    """Ticks from boot to the start of a process of this machine; None if there is none, or it has ended."""
+    """Ticks from boot to the start of a process of this machine, which tell it from a later one that has got
+    the same number. None if there is none, or it has ended."""
     try:
         # "pid (name) state ..." where the name may hold blanks and brackets; state is field 3, start is 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

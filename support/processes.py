@@ -152,9 +152,7 @@ def mistakes_in_one_line(program):
     try:
         yield
     except (ValueError, OSError) as error:
-        frames = list(traceback.walk_tb(error.__traceback__))
-        innermost, _ = frames[-1]                                        # (frame, line): where it was raised
-        raised = Path(innermost.f_code.co_filename).resolve()
+        raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         root = Path(__file__).resolve().parents[1]
         ours = root in (raised.parent, raised.parent.parent)             # at the root or in one of its rooms
         if isinstance(error, OSError) or ours:

@@ -23,7 +23,10 @@ def data_files(path, suffixes=(".parquet", ".jsonl")):
         raise ValueError(f"{path}: expected {', '.join(suffixes)} or a folder of such files, "
                          f"found {path.suffix or 'none inside'}")
     for file in files:
-        refuse_pointer(file)
+        with file.open("rb") as content:
+            if content.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{file}: a Git-LFS pointer, not the data itself; `git lfs pull` fetches "
+                                 "that")
     return files
 
 
@@ -32,13 +35,6 @@ def _is_data(file, folder, suffixes):
     programs leave such things, as ._mine.jsonl (macOS), .ipynb_checkpoints/, .cache/ (downloads)."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.suffix in suffixes and not hidden and not file.is_dir()
-
-
-def refuse_pointer(file):
-    """Raise ValueError if the file is what git-lfs leaves in the place of one that it has not fetched."""
-    with file.open("rb") as content:
-        if content.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file}: a Git-LFS pointer, not the data itself; `git lfs pull` fetches that")
 
 
 def read_parquet(file):

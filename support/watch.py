@@ -6,15 +6,11 @@
         set_timeouts(mesh, minutes=30)              # short, once the first step is done
 
 A collective that times out on rank 2 because rank 5 is stuck says nothing about rank 5. So each rank notes
-its phase in the group's TCPStore, and the first to stay in one for too long makes all of them dump their
-Python stacks, say who is behind, and exit: torchrun tears the job down, a scheduler may start it again. All
-end, too, when one has given no sign of life for minutes, because it was stopped or its node is lost. The same
-phases are the named ranges of a profile (support/profiler.py).
-
-Every rank has a watch, a thread that looks every 5 s whether its rank is in one phase for too long, whether
-any rank has written "stop" into the store, and whether all others have written a new sign of life. The first
-to find its rank too long, or another silent, writes "stop"; so does a rank that fails. Whoever finds it says
-where it is and where all others are, and exits.
+its phase in the group's TCPStore, and has a watch: a thread that looks every 5 s whether this rank is in one
+phase for too long, whether all others have written a new sign of life, and whether any rank has written
+"stop". The first to find its rank stuck, or another one silent, writes "stop"; so does a rank that fails.
+Whoever finds it says where it is and where all others are, and exits: torchrun tears the job down, a
+scheduler may start it again. The same phases are the named ranges of a profile (support/profiler.py).
 
 To copy: this file. It needs torch alone.
 """
@@ -176,7 +172,7 @@ def hang_watch():
 
     Each writes one message to stderr, after a hang its stacks too, and exits with 1 within half a minute:
     also those that wait in an nccl collective, where neither the end of another rank nor SIGTERM reaches
-    them. A rank that tells nobody, since it was killed or stopped or its node is lost, is missed after
+    them. A rank that was killed or stopped, or whose node is lost, tells nobody: it is missed after
     SILENT_MINUTES. What is raised inside is raised again with a note: "srft.py (rank 2): phase 'train' of
     step 12 for 0:00:03 ...".
     """

@@ -122,21 +122,20 @@ class _TheseFiles(FileSystem):
 
 
 def fingerprints(folder):
-    """Name -> size and hash of config.json and of each file of weights: equal for the same model anywhere."""
+    """Name -> size, and hash of the first and last megabyte, of config.json and of each file of weights: the
+    same for a model anywhere, and another after training, which changes every weight."""
     files = weight_files(folder)
     if (Path(folder) / "config.json").exists():
         files.append(Path(folder) / "config.json")
-    return {file.name: fingerprint(file) for file in files}
-
-
-def fingerprint(file):
-    """A file's size and a hash of its first and last megabyte. (Training changes every weight.)"""
-    size, ends = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as content:
-        ends.update(content.read(1 << 20))
-        content.seek(max(0, size - (1 << 20)))
-        ends.update(content.read())
-    return f"{size} {ends.hexdigest()[:16]}"
+    found = {}
+    for file in files:
+        size, ends = file.stat().st_size, hashlib.sha256()
+        with file.open("rb") as content:
+            ends.update(content.read(1 << 20))
+            content.seek(max(0, size - (1 << 20)))
+            ends.update(content.read())
+        found[file.name] = f"{size} {ends.hexdigest()[:16]}"
+    return found
 
 
 def snapshot(name, local_files_only=False):
