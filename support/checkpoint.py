@@ -18,7 +18,6 @@ and numpy alone.
 """
 import hashlib
 import json
-import os
 import random
 import re
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from support.collectives import all_or_none, of_all_ranks
-from support.disk import amount, discard, discard_leftovers, free_bytes
+from support.disk import amount, discard, discard_leftovers, free_bytes, write_whole
 
 BYTES_A_WEIGHT = 12      # fp32: the weight and AdamW's two moments; 91 GB at 7.6 B
 NONE_YET = ".none-yet"   # in a run's folder of checkpoints until the first is there
@@ -94,10 +93,7 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
         if rank == 0:
             manifest = {"state": state, "world": dist.get_world_size(), "shapes": _shapes(policy),
                         "files": files}
-            with (partial / "manifest.json").open("w") as f:
-                json.dump({**manifest, "sha256": _digest_of(manifest)}, f)
-                f.flush()
-                os.fsync(f.fileno())
+            write_whole(partial / "manifest.json", json.dumps({**manifest, "sha256": _digest_of(manifest)}))
             discard(final)
             # A rename is one step of the file system: under the final name there is never half a checkpoint.
             partial.rename(final)
@@ -162,7 +158,7 @@ def checkpoints_in(folder):
 
 
 def _digest_of(content):
-    """SHA-256 of what json.dump writes."""
+    """SHA-256 of what json.dumps gives."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: the group that they form, what each of them is, what they download.
+"""The processes of a run: the group that they form, and what they download.
 
     rank, world, device, mesh = init_distributed()               # under torchrun, or alone
     folder = fetch("Qwen/Qwen2.5-Math-7B", "model", "--model")   # one download a node

@@ -1,4 +1,4 @@
-"""Before a run begins or goes on: is the folder its own, what is there, is it the same run, is there room?
+"""Before a run begins or goes on: is the folder free, what is in it, is it the same run, is there room?
 
     checkpoint = open_run("out/run", resume=True, rank=rank)     # (path, manifest), or None: begin
     check_same_run(checkpoint, settings, identity, ...)          # its flags, and by content what they name
