@@ -300,9 +300,10 @@ def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
     submitted = []             # what each verdict will be of: the grader answers in the order of submission
     for place in places:
         example = prompts[place].example
-        has_demo = n_demos > 0 and prompts[place].demo is not None
-        key = demo_key(example) if has_demo else None
-        if has_demo and key not in demo_rewards and key not in submitted:
+        if not n_demos or not prompts[place].demo:
+            continue
+        key = demo_key(example)
+        if key not in demo_rewards and key not in submitted:
             grader.submit([example.demo], [example.answer])
             submitted.append(key)
 
