@@ -42,15 +42,15 @@ def all_or_none():
         yield
     except (OSError, ValueError) as found:
         error = found
-    first = next(filter(None, of_all_ranks(error and str(error))), None)
+    said = error and (str(error) or repr(error))          # an error without words is one, too
+    first = next(filter(None, of_all_ranks(said)), None)
     if first:
         raise ValueError(first) from error
 
 
 def agreed(what, value):
-    """`value`, which must be the same on every rank: ValueError if it is not."""
+    """Raise ValueError, on all ranks, unless `value` is the same on every rank. what: what to call it."""
     everyone = of_all_ranks(value)
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if others:
         raise ValueError(f"{what}: ranks {others} read another one than rank 0; put the same on every node")
-    return value
