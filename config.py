@@ -58,6 +58,13 @@ METHODS = {
 FLAGS_OF_METHODS = set().union(*(method.heeds for method in METHODS.values()))
 
 
+# What a resumed run must not change: these flags, and the content of what these name. --model may change,
+# since the checkpoint has the weights, unless a KL is taken to it.
+SAME_FLAGS = ("method", "template", "seed")
+SAME_CONTENT = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
+GRADING = ("grade_text", "strict_box", "strict_answer", "score_unfinished")    # what a reward depends on
+
+
 @dataclass
 class Config:
     """One run. `G`, `H`, `A`, `w_SFT`, `w_RL` are the paper's symbols."""
@@ -270,6 +277,11 @@ def parse_args(argv=None, description=__doc__):
     preset = PRESETS[given.pop("preset")]
     method = METHODS[given.get("method", "srft")]
     return Config(**{**method.flags, **preset, **given})
+
+
+def settings(cfg):
+    """All flags but --resume, as a dictionary: what config.json and every checkpoint hold."""
+    return dataclasses.asdict(dataclasses.replace(cfg, resume=False))
 
 
 def sequences_per_prompt(cfg):

@@ -151,8 +151,8 @@ def _message(row, column, role=None):
 
 
 def check_characters(text, column):
-    """The text itself. ValueError: it holds half a character, a lone surrogate, which JSON can spell and no
-    tokenizer reads."""
+    """The text itself. Raises ValueError if it holds half a character (a lone surrogate), which JSON can
+    spell and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -259,7 +259,7 @@ def _prompt_ids(example, text, tokenizer, template, reserved):
     """The tokens of a prompt's text, from BOS (where the tokenizer has one) to where the response begins."""
     if template not in ("tokenizer", "qwen-math"):
         ids = encode_text(text, tokenizer, reserved, add_special_tokens=True)
-    # These two templates spell their special tokens out, BOS, too; the problem's text must not become any.
+    # These two templates spell out their special tokens, BOS too; the problem's text must not become any.
     elif any(token in example.problem for token in reserved.values()):
         ids = _prompt_ids_in_parts(example, text, tokenizer, template, reserved)
     else:
@@ -271,7 +271,7 @@ def _prompt_ids(example, text, tokenizer, template, reserved):
 
 
 def _prompt_ids_in_parts(example, text, tokenizer, template, reserved):
-    """The tokens of a prompt of which the template's special tokens are special, and the problem's text."""
+    """The tokens of a prompt in which the template's special tokens are special, and the problem is text."""
     place = "\ue000"                               # stands for the problem; a character that no text has
     before, _, after = render(template, place, tokenizer).partition(place)
     if not (text.startswith(before) and text.endswith(after)):
@@ -297,7 +297,7 @@ def _demo_ids(response, prompt_text, tokenizer, reserved):
 
 
 def check_vocabulary(prompts, tokenizer, rows):
-    """Raise ValueError if a token that they use has no row in the model's embedding, which has `rows`."""
+    """Raise ValueError if a token of the prompts has no row in the model's embedding, which has `rows`."""
     if max(tokenizer.get_vocab().values()) < rows:         # Qwen's embeddings have hundreds to spare
         return
     for prompt in prompts:
@@ -338,8 +338,8 @@ class Order:
 # Which data these are.
 
 def digest(prompts):
-    """SHA-256 of what a run uses of its data, as hexadecimal text: problems, answers and demonstrations, as
-    text and as tokens, in their order. Ids are left out: they may hold a file's name, and files move."""
+    """SHA-256 of what a run uses of its data: problems, answers and demonstrations, as text and as tokens, in
+    their order. Ids are left out: they may hold a file's name, and files move."""
     content = hashlib.sha256()
     for prompt in prompts:
         example = prompt.example
@@ -350,6 +350,6 @@ def digest(prompts):
 
 
 def demo_key(example):
-    """What the reward of a demonstration is remembered by: its text and the answer, so that a mended one is
+    """By what the reward of a demonstration is remembered: its text and the answer. A mended one is then
     graded anew."""
     return hashlib.sha256(json.dumps([example.demo, example.answer]).encode()).hexdigest()[:16]

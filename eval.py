@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -35,21 +34,13 @@ from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
 from support.claim import claim, lock
+from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval, positive
-from support.processes import (
-    alive,
-    all_or_none,
-    fetch,
-    hang_watch,
-    init_distributed,
-    mistakes_in_one_line,
-    phase,
-    set_timeouts,
-    wait_for_all,
-)
+from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import json_line
 from support.versions import check_versions, environment, versions
+from support.watch import alive, hang_watch, phase, set_timeouts, wait_for_all
 from support.weights import fingerprints, stored_tensors
 
 # Nothing of paper/ here: srft.py loads this file for `evaluate`, and trains without that room. The functions
@@ -163,8 +154,8 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns "accuracy", the
     mean over problems of the share of their n responses that are correct; "tokens", the responses' mean
     length; "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose
-    expectation is that distribution's entropy. Or None, where on any rank `stopping` (a list that a signal
-    fills) was not empty in time. The same on every rank. A collective.
+    expectation is that distribution's entropy. None if a signal came meanwhile: on some rank, the list
+    `stopping` is no longer empty. The same on every rank. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tasks = [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
@@ -175,8 +166,7 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
         found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
     except Stopped:
         found = None
-    everyone = [None] * world
-    dist.all_gather_object(everyone, found)           # three numbers a response, not its text
+    everyone = of_all_ranks(found)                    # three numbers a response, not its text
     if None in everyone:
         return None
     dealt = [None] * len(tasks)
@@ -190,7 +180,7 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
 
 def unmatchable(grader, name, prompts, say, kind="math-verify"):
     """Name the prompts whose reference answer cannot be matched even by itself: every response to them earns
-    0. -> dict index in `prompts` -> reason, the same on every rank. A collective."""
+    0. Returns index in `prompts` -> reason, the same on every rank. A collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     places = {}                                       # each answer once -> indices of its prompts
     for i, prompt in enumerate(prompts):
@@ -205,9 +195,8 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
             reasons[part[place]] = reason
         bar.update(len(part))
     bar.close()
-    everyone, bad = [None] * world, {}
-    dist.all_gather_object(everyone, reasons)
-    for part in everyone:
+    bad = {}
+    for part in of_all_ranks(reasons):
         for answer, reason in part.items():
             bad.update(dict.fromkeys(places[answer], reason))
     if kind == "math-verify":
@@ -275,7 +264,7 @@ def known_results(path, tasks):
     Raises ValueError if a row belongs to another problem than the task of that name.
     """
     known = {}
-    if dist.get_rank() == 0:                          # one reader, before anyone writes
+    if dist.get_rank() == 0:                          # one reader
         wanted = {task.key for task in tasks}
         for row in read_results(path):
             key = (row["benchmark"], row["id"], row["sample"])
@@ -517,10 +506,9 @@ def name_unmatchable(grader, tasks, kinds, say):
 
 def start_engine(args, config, tokenizer, device, tasks):
     """vLLM with room for the longest prompt and its response, without weights yet."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     longest = max(len(task.prompt.ids) for task in tasks)
-    return RolloutEngine(config, tokenizer, dtype, longest + args.max_tokens, args.engine_sequences,
-                         args.engine_memory, seed=args.seed)
+    return RolloutEngine(config, tokenizer, M.compute_dtype(device), longest + args.max_tokens,
+                         args.engine_sequences, args.engine_memory, seed=args.seed)
 
 
 def write_summary(args, tasks, known, kinds):

@@ -21,7 +21,6 @@ size.
 import gc
 import inspect
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from support.device import to_device
 from support.disk import discard
+from support.health import check_alive
 from support.logprobs import token_kl, token_logprobs
 from support.packing import pack  # noqa: F401  (so that callers find pack beside collate)
 from support.weights import WeightsReader
@@ -353,15 +353,15 @@ def load_config(path, rope_theta=0.0, window=0):
 
 def load_tokenizer(path):
     """The tokenizer of a model's folder. Raises ValueError if there is none, or none that can be read."""
-    # Looked for here: of a folder without one, transformers makes an empty tokenizer for some types of model,
-    # and for others asks to install sentencepiece.
+    # Looked for here, since transformers does not say that it is missing: for some types of model it makes an
+    # empty tokenizer, for others it asks to install sentencepiece.
     kinds = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json")
     if not any(list(Path(path).glob(kind)) for kind in kinds):
         raise ValueError(f"{path}: no tokenizer here; copy tokenizer.json and tokenizer_config.json from the "
                          "model that it was made of")
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:                         # of several libraries, which share no class of errors
+    except Exception as error:                         # several libraries raise, each its own errors
         raise ValueError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: "
                          f"{str(error).strip()[:150]}); copy tokenizer.json and tokenizer_config.json anew "
                          "from the model that it was made of") from error
@@ -460,7 +460,7 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a policy hands out: its weights, its agreement with transformers, its cost, its export.
+# What a policy hands out: its weights, two checks of them, its cost, its export.
 
 def full_parameters(policy, dtype):
     """Stream (Hugging Face name, full tensor in `dtype`), one parameter at a time; a tied tensor comes once.
@@ -525,6 +525,18 @@ def check_packing(policy, device, vocab_size):
     policy.reshard()
 
 
+@torch.no_grad()
+def look_for_life(policy, device):
+    """Before weights are saved or exported: raise RuntimeError if they are not finite, or give no finite
+    log-probs, or none that differ. A collective."""
+    vocabulary = policy.lm.config.vocab_size
+    tokens = [place % vocabulary for place in range(16)]                     # the same on every rank
+    logp, *_ = policy(collate([Sequence(tokens[:8], tokens[8:])], device))                      # (1, 8)
+    policy.reshard()                   # a forward without backward leaves the root gathered
+    shards = [(name.removeprefix("lm."), p.to_local()) for name, p in policy.named_parameters()]
+    check_alive(shards, logp, vocabulary)
+
+
 def head_width(config):
     """Numbers of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -583,7 +595,7 @@ def export_hf(folder, policy, tokenizer, dtype):
     if rank0:
         # Into a folder of another name, renamed when it is whole: a kill leaves the export before it.
         partial = folder.with_name(f".partial-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
         partial.mkdir(parents=True)
         # Not by the model's own save_pretrained: it needs a second instance, which the engine may prevent
         # (Policy.forward), and refuses generation defaults that from_pretrained reads gladly.

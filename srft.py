@@ -36,12 +36,16 @@ from tqdm import tqdm
 
 import model as M
 from config import (
+    GRADING,
     METHODS,
+    SAME_CONTENT,
+    SAME_FLAGS,
     asks_for_the_papers_loss,
     check_config,
     check_flags,
     parse_args,
     sequences_per_prompt,
+    settings,
 )
 from data import Order, check_vocabulary, demo_key, digest, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
@@ -49,29 +53,17 @@ from grading.answers import FAILED
 from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.device import memory_gb, name_the_card, peak_flops, read_once
+from support.collectives import agreed, all_or_none, anyone, of_all_ranks
+from support.device import memory_gb, name_the_card, read_once, utilization
 from support.disk import words_if_full
-from support.health import Health, check_alive, check_engine
-from support.metrics import Tally, shown_on_the_bar, summarize
-from support.processes import (
-    Ranks,
-    agreed,
-    all_or_none,
-    anyone,
-    fetch,
-    finish_step_on_signals,
-    hang_watch,
-    init_distributed,
-    mistakes_in_one_line,
-    phase,
-    seed_everything,
-    set_timeouts,
-    start_profiler,
-    write_profile,
-)
-from support.resume import check_identity, check_room, check_settings, open_run
+from support.health import Health, check_engine
+from support.metrics import Tally, shown_on_the_bar, summarize, tally_of
+from support.processes import Ranks, fetch, init_distributed, mistakes_in_one_line, seed_everything
+from support.profiler import start_profiler, write_profile
+from support.resume import check_room, check_same_run, open_run
 from support.runlog import RunLog, print_accuracy
 from support.versions import check_versions, environment, versions
+from support.watch import finish_step_on_signals, hang_watch, phase, set_timeouts
 from support.weights import fingerprints
 
 # ----------------------------------------------------------------------------------------------------------
@@ -232,29 +224,6 @@ def backward_micro_batch(objective, policy, sequences, extra, n_demo, n_rollout,
     return tally_of(sequences, losses, sums, worst, distances)
 
 
-def tally_of(sequences, losses, sums, worst, distances):
-    """The Tally of a micro-batch: what the device measured, and how many sequences or tokens it was of.
-
-    losses, sums: name -> float. worst: the largest |log pi - log pi_engine|. distances: its sum, for each
-    sequence.
-    """
-    tally = Tally(losses=Counter(losses), sums=Counter(sums), worst=worst)
-    demos = rollouts = correct = 0
-    for s, distance in zip(sequences, distances):
-        if s.is_demo:
-            demos += 1
-            continue
-        rollouts += 1
-        correct += s.reward > 0
-        tally.drift[s.engine] += distance
-        tally.tokens[s.engine] += len(s.response)
-    counts = {"w_sft": demos, "w_rl": correct, "entropy/demo": demos, "entropy/rollout": rollouts,
-              "tis/capped": tally.tokens.total()}
-    for name in sums:                        # what was measured: baselines have no weights
-        tally.counts[name] = counts[name]
-    return tally
-
-
 def backward(objective, policy, micro_batches, extras, n_demo, n_rollout, reference, cfg, device):
     """Forward, loss and backward of an update's micro-batches on this rank -> their Tally.
 
@@ -331,9 +300,10 @@ def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
     submitted = []             # what each verdict will be of: the grader answers in the order of submission
     for place in places:
         example = prompts[place].example
-        has_demo = n_demos > 0 and prompts[place].demo is not None
-        key = demo_key(example) if has_demo else None
-        if has_demo and key not in demo_rewards and key not in submitted:
+        if not n_demos or not prompts[place].demo:
+            continue
+        key = demo_key(example)
+        if key not in demo_rewards and key not in submitted:
             grader.submit([example.demo], [example.answer])
             submitted.append(key)
 
@@ -399,10 +369,8 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
     phase("exchange", step)
     # Any rank may train on any sequence (deal), and packing needs all lengths. Arrays of tokens and of the
     # engine's log-probs: 20 MB a step, over all ranks.
-    everyone = [None] * ranks.world
-    dist.all_gather_object(everyone, Answered(sequences, samples, grading, known))
     total = Answered([], [], Counter(), {})
-    for part in everyone:
+    for part in of_all_ranks(Answered(sequences, samples, grading, known)):
         total.sequences.extend(part.sequences)
         total.samples.extend(part.samples)
         total.grading.update(part.grading)
@@ -456,7 +424,7 @@ class Progress:
     position: int = 0                                     # examples that data.Order has handed out
     failed: list = field(default_factory=list)            # ReLIFT: prompts that wait for their demonstration
     demo_rewards: dict = field(default_factory=dict)      # data.demo_key -> reward, of those graded so far
-    unevaluated: bool = False                             # a signal came before its evaluation was done
+    unevaluated: bool = False                             # a signal came before the step was evaluated
 
 
 @dataclass(kw_only=True)
@@ -478,14 +446,13 @@ class Run:
 
 
 def train(cfg, run):
-    """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that cfg.method names.
-    Returns the last step's metrics."""
-    rank, _, device, mesh = run.ranks
+    """The training loop, one step from top to bottom: SRFT (Sec. 4.3), or the method that --method names."""
+    rank, world, device, mesh = run.ranks
     objective, progress = run.objective, run.progress
     health = Health(run.policy.lm.config.vocab_size, cfg.prompts_per_step * sequences_per_prompt(cfg)[0])
     order = Order(len(run.prompts), cfg.seed, progress.position)
     stopping = finish_step_on_signals()
-    metrics, first = {}, progress.step + 1
+    first = progress.step + 1
     bar = tqdm(total=cfg.steps, initial=progress.step, desc=cfg.method, disable=rank != 0, dynamic_ncols=True)
     stop = not evaluate_before_the_first_step(cfg, run, stopping)
     for step in range(first, cfg.steps + 1):
@@ -532,8 +499,8 @@ def train(cfg, run):
         # 6. Send the new weights to the engine, under the version that the next step will ask for.
         phase("sync", step)
         stop = anyone(bool(stopping))                     # ranks may get the signal in different steps
-        # A job that is told to stop has minutes left, and the checkpoint needs them: there is no evaluation,
-        # or no more of it, until the run is resumed.
+        # A job that is told to stop has minutes left, and the checkpoint needs them: the evaluation waits for
+        # --resume, also one that has begun.
         due = step == cfg.steps or step % cfg.eval_every == 0
         evaluate_now = due and not stop
         if METHODS[cfg.method].rollouts or evaluate_now:
@@ -549,8 +516,9 @@ def train(cfg, run):
         skipped = progress.skipped + sum(not math.isfinite(norm) for norm in grad_norms)
         progress = Progress(step, skipped, order.position, failed, demo_rewards, unevaluated=due)
         metrics = {"step": step, **summarize(sequences, len(prompts), answered.grading, updates, clock)}
+        flops = run.policy.flops(sequences)
         metrics |= {"steps_skipped": skipped, "lr": learning_rate(cfg, step),
-                    "perf/mfu": utilization(run, sequences, seconds=metrics["time/train"]),
+                    "perf/mfu": utilization(flops / metrics["time/train"], world, device),
                     "perf/peak_memory_gb": max(memory)}
         trouble = health.look(metrics, grad_norms, answered.grading, [p.example.id for p in prompts])
         if evaluate_now and not trouble:
@@ -565,19 +533,18 @@ def train(cfg, run):
         phase("checkpoint", step)
         stop = anyone(bool(stopping))                     # the signal may have come since
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
-            look_for_life(run)
+            M.look_for_life(run.policy, device)
             state = {**asdict(progress), "settings": settings(cfg), "identity": run.identity}
             save_checkpoint(Path(cfg.out) / "checkpoints", run.policy, run.optimizer, state, cfg.keep)
         if step == first:
             set_timeouts(mesh, cfg.hang_minutes)          # all is compiled: from now on no phase takes hours
     bar.close()
     finish(cfg, run, stopped=stop)
-    return metrics
 
 
 def evaluate_before_the_first_step(cfg, run, stopping):
-    """The evaluation of the base model; after a resume, that of the last step, if it is still due. False if a
-    signal cut it short. A collective."""
+    """Evaluate the base model; after a resume, the last step, if a signal has kept it from that. False if a
+    signal cuts this one short, too. A collective."""
     step = run.progress.step
     if step > 0 and not run.progress.unevaluated:
         return True
@@ -633,18 +600,9 @@ def deal(cfg, run, objective, shares):
     return micro_batches, extras
 
 
-def utilization(run, sequences, seconds):
-    """perf/mfu: the model FLOPs of training on them over what the cards could do in that time; None on a CPU,
-    and on a card that is not listed."""
-    if run.ranks.device.type != "cuda":
-        return None
-    _, peak = peak_flops(torch.cuda.get_device_name(run.ranks.device))
-    return run.policy.flops(sequences) / (seconds * run.ranks.world * peak) if peak else None
-
-
-def evaluation(cfg, run, step, stopping=()):
-    """Accuracy, length and entropy on each held-out set, as metrics; None if it was abandoned, because
-    `stopping`, of any rank, is no longer empty. A collective."""
+def evaluation(cfg, run, step, stopping):
+    """Accuracy, length and entropy on each held-out set, as metrics. None if a signal came meanwhile: on some
+    rank, the list `stopping` is no longer empty. A collective."""
     if not run.heldout:
         return {}
     compare_engine(cfg, run, step)
@@ -666,8 +624,8 @@ def compare_engine(cfg, run, version):
     """Before an evaluation: raise RuntimeError unless each rank's engine, which has just got the weights of
     `version`, gives the trainer's log-probs to 8 rollouts of its own. A collective.
 
-    A step's rollouts check the transfer of weights before them only, and SFT has no rollouts. The prompts are
-    random tokens: those of the data would leave their keys and values in the engine's prefix cache, and the
+    A step's rollouts check only the transfer of weights before them, and SFT has none. The prompts are random
+    tokens: prompts of the data would leave their keys and values in the engine's prefix cache, and the
     evaluation would begin from these instead of computing its own.
     """
     vocabulary, length = run.policy.lm.config.vocab_size, min(16, cfg.max_prompt_tokens)
@@ -682,18 +640,6 @@ def compare_engine(cfg, run, version):
     check_engine(ours, theirs, f"before the evaluation of step {version}")
 
 
-@torch.no_grad()
-def look_for_life(run):
-    """Before weights are saved or exported: raise RuntimeError if they are not finite, or give no finite
-    log-probs, or none that differ. A collective."""
-    policy, vocabulary = run.policy, run.policy.lm.config.vocab_size
-    tokens = [place % vocabulary for place in range(16)]                     # the same on every rank
-    logp, *_ = policy(M.collate([M.Sequence(tokens[:8], tokens[8:])], run.ranks.device))        # (1, 8)
-    policy.reshard()                   # a forward without backward leaves the root gathered
-    shards = [(name.removeprefix("lm."), p.to_local()) for name, p in policy.named_parameters()]
-    check_alive(shards, logp, vocabulary)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Start and end.
 
@@ -701,7 +647,7 @@ def setup(cfg):
     """Everything before the first step -> Run: processes, data, sharded policy, engine, grader; with
     --resume, the state of the newest whole checkpoint. A collective."""
     ranks = init_distributed(cfg.device)
-    device, out = ranks.device, Path(cfg.out)
+    device = ranks.device
     say = print if ranks.rank == 0 else lambda *_: None
     # What can fail fast comes first: loading 7B takes minutes.
     check_flags(cfg)
@@ -714,6 +660,7 @@ def setup(cfg):
     say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
         f"{config.max_position_embeddings:,} tokens")
     name_the_card(device, say)
+    base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
     tokenizer = M.load_tokenizer(folder)
     # The grader before the model: its processes start while that is loaded.
     grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
@@ -721,15 +668,16 @@ def setup(cfg):
                     score_unfinished=cfg.score_unfinished)
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
-    identity = identify(cfg, folder, prompts, heldout)
-    checkpoint = open_run(out, cfg.resume, ranks.rank, say)
-    check_resume(cfg, checkpoint, identity, say)
+    identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout)
+    checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
+    if checkpoint:
+        check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
     phase("load model")
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    reference = load_reference(cfg, folder, config, ranks) if cfg.kl_coef else None
+    reference = load_reference(cfg, base, config, ranks) if cfg.kl_coef else None
     # --engine_memory is a share of the whole card, and vLLM refuses to start if less than that is free: what
     # the policy has taken by now must leave it room.
     phase("start engine")
@@ -741,11 +689,9 @@ def setup(cfg):
     seed_everything(cfg.seed + ranks.rank)
     phase("load checkpoint")
     progress = restore(cfg, checkpoint, policy, optimizer, say) if checkpoint else Progress()
-    if 0 < cfg.profile <= progress.step:
-        say(f"--profile {cfg.profile}: that step is done, so there will be no trace")
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
-    log = RunLog(out, ranks.rank == 0, progress.step if checkpoint else -1)
+    log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1)
     log.write_settings({**settings(cfg), "ranks": ranks.world, **environment(device)})
     return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
                policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
@@ -760,13 +706,14 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
     Raises ValueError where no answer can be matched, or the method has nothing to imitate.
     """
     phase("load data")
-    prompts, heldout = load_prompts(cfg.data, "--data", tokenizer, vocab_size, cfg, say), {}
+    prompts = load_prompts(cfg.data, "--data", tokenizer, vocab_size, cfg, say)
+    heldout = {}
     for source in filter(None, cfg.eval_data.split(",")):
         name = Path(source).stem.removeprefix("tiny:")
         if name in heldout:
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
         heldout[name] = load_prompts(source, "--eval_data", tokenizer, vocab_size, cfg, say)
-    check_demonstrations(cfg, prompts)                # now: the next lines may take minutes
+    check_demonstrations(cfg, prompts)                # already here: the next lines may take minutes
     for name, asked in heldout.items():
         matchable(grader, f"--eval_data {name}", asked, say)
     prompts = matchable(grader, "--data", prompts, say)
@@ -781,7 +728,7 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
 
 
 def matchable(grader, name, prompts, say):
-    """The prompts whose reference answer can be matched. ValueError: there is none. A collective."""
+    """The prompts whose reference answer can be matched. Raises ValueError if there is none. A collective."""
     reasons = unmatchable(grader, name, prompts, say)
     # A check that ran out of time proves nothing, and would differ after a resume: its prompt stays.
     found = [prompt for i, prompt in enumerate(prompts) if reasons.get(i) in (None, *FAILED)]
@@ -791,7 +738,8 @@ def matchable(grader, name, prompts, say):
 
 
 def check_demonstrations(cfg, prompts):
-    """Raise ValueError if the method imitates demonstrations, and there is none: it would be another one."""
+    """Raise ValueError if the method imitates demonstrations and there is none: it would quietly be another
+    method."""
     if METHODS[cfg.method].demos != "none" and not any(prompt.demo for prompt in prompts):
         raise ValueError(f"--method {cfg.method} learns from demonstrations, and no example of --data "
                          f"{cfg.data} has one (column `solution` or `target`); add them, or pass --method "
@@ -799,8 +747,8 @@ def check_demonstrations(cfg, prompts):
 
 
 def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
-    """A file, folder, hub name or tiny:NAME -> list of Prompt. flag: "--data" or "--eval_data", whose value
-    it is. cfg: config.Config. A collective: of each node one rank downloads."""
+    """A file, folder, hub name or tiny:NAME, the value of `flag` (--data or --eval_data) -> list of Prompt. A
+    collective: one rank of each node downloads."""
     path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
     examples = load_examples(path, cfg.skip_bad_rows, say)
     if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
@@ -812,8 +760,6 @@ def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
 
 def load_reference(cfg, folder, config, ranks):
     """The frozen base model of A1's KL: --reference, or --model as it was before training. A collective."""
-    if cfg.reference:
-        folder = fetch(cfg.reference, "model", "--reference")
     of_base = M.load_config(folder, cfg.rope_theta, cfg.window)
     if of_base.vocab_size != config.vocab_size:
         raise ValueError(f"--reference {cfg.reference}: has {of_base.vocab_size} tokens, the model has "
@@ -824,35 +770,16 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def settings(cfg):
-    """All flags but --resume, as a dictionary: what config.json and every checkpoint hold."""
-    return asdict(replace(cfg, resume=False))
-
-
-def identify(cfg, folder, prompts, heldout):
-    """What this run is about, by content, since a name may stand for something else when it is resumed: name
-    of a flag -> digests. A collective. ValueError if ranks (of several nodes) have read different things."""
-    reference = None
-    if cfg.kl_coef:
-        reference = fingerprints(fetch(cfg.reference or folder, "model", "--reference"))
-    identity = {"data": digest(prompts), "model": fingerprints(folder), "reference": reference,
+def identify(model, base, prompts, heldout):
+    """What this run is about: flag -> digests of what it names. By content, since another file may have that
+    name when the run is resumed. model, base: folders, base None where no KL is taken to it. A collective.
+    Raises ValueError if ranks (of several nodes) have read different things."""
+    identity = {"data": digest(prompts), "model": fingerprints(model),
+                "reference": fingerprints(base) if base else None,
                 "eval_data": {name: digest(held) for name, held in heldout.items()}}
     for name, value in identity.items():
         agreed(f"--{name}", value)
     return identity
-
-
-def check_resume(cfg, checkpoint, identity, say):
-    """Raise ValueError where this run cannot go on from `checkpoint`, (path, manifest) or None; say what else
-    its flags change."""
-    if checkpoint is None:
-        return
-    path, manifest = checkpoint
-    then = manifest["state"]
-    check_settings(path, then["settings"], settings(cfg), must=("method", "template", "seed"), log=say)
-    # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
-    must = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
-    check_identity(path, then["identity"], identity, must, say)
 
 
 def ask_for_room(cfg, checkpoint, config, ranks, say):
@@ -861,13 +788,8 @@ def ask_for_room(cfg, checkpoint, config, ranks, say):
     saves = len({*range(cfg.save_every, cfg.steps, cfg.save_every), cfg.steps} - {*range(done + 1)})
     weights = sum(p.numel() for p in M.empty_model(config).parameters())
     with all_or_none():
-        if ranks.rank == 0:
-            check_room(Path(cfg.out) / "checkpoints", weights, saves, cfg.keep,
-                       exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
-
-
-# What a demonstration's reward hangs on.
-GRADING = ("grade_text", "strict_box", "strict_answer", "score_unfinished")
+        check_room(Path(cfg.out) / "checkpoints", weights, saves, cfg.keep,
+                   exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
 
 
 def restore(cfg, checkpoint, policy, optimizer, say):
@@ -879,9 +801,11 @@ def restore(cfg, checkpoint, policy, optimizer, say):
     del state["identity"]
     for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
         group["weight_decay"] = cfg.weight_decay
-    if any(then[name] != getattr(cfg, name) for name in GRADING):
+    if any(then.get(name) != getattr(cfg, name) for name in GRADING):
         state["demo_rewards"] = {}                            # they were graded by other rules
     say(f"resumed {path}")
+    if 0 < cfg.profile <= state["step"]:
+        say(f"--profile {cfg.profile}: that step is done, so there will be no trace")
     return Progress(**state)
 
 
@@ -890,9 +814,10 @@ def finish(cfg, run, stopped):
     far held-out accuracy has come. A collective."""
     if not stopped:
         phase("export", cfg.steps)
-        look_for_life(run)
-        with words_if_full(Path(cfg.out) / "hf"):
-            M.export_hf(Path(cfg.out) / "hf", run.policy, run.tokenizer, M.compute_dtype(run.ranks.device))
+        device, folder = run.ranks.device, Path(cfg.out) / "hf"
+        M.look_for_life(run.policy, device)
+        with words_if_full(folder):
+            M.export_hf(folder, run.policy, run.tokenizer, M.compute_dtype(device))
     run.grader.close()
     dist.barrier()                                    # no rank leaves while another still talks to it
     run.engine.close()                                # before the process group: it owns parts of it

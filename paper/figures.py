@@ -38,6 +38,7 @@ import model as M
 from data import TEMPLATES, check_vocabulary, load_examples, tokenize
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import verify_checkpoint
+from support.collectives import of_all_ranks
 from support.intervals import number_in, positive
 from support.processes import fetch, init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
@@ -90,9 +91,8 @@ class Scorer:
             for sequence, row in zip(batch, logp):
                 mine[place[id(sequence)]] = row[:len(sequence.response)]
         self.policy.reshard()          # a forward without backward leaves FSDP2's root gathered
-        everyone, found = [None] * world, {}
-        dist.all_gather_object(everyone, mine)
-        for part in everyone:
+        found = {}
+        for part in of_all_ranks(mine):
             found.update(part)
         return [found[i] for i in range(len(sequences))]
 
@@ -111,15 +111,14 @@ def respond(args, mesh, device):
     tokenizer = M.load_tokenizer(folder)
     prompts = read_prompts(args, tokenizer)
     check_vocabulary(prompts, tokenizer, config.vocab_size)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    engine = RolloutEngine(config, tokenizer, dtype, longest, 128, gpu_memory_utilization=0.9)
+    engine = RolloutEngine(
+        config, tokenizer, M.compute_dtype(device), longest, 128, gpu_memory_utilization=0.9)
     engine.sync_weights(stored_tensors(folder), 0)         # the engine reads no folder itself
     # Seeds of all prompts, before they are dealt: what is sampled does not depend on the number of ranks.
     seeds = np.random.SeedSequence(args.seed).generate_state(len(prompts), np.uint64).tolist()
     mine = [prompt.ids for prompt in prompts[rank::world]]
     groups = engine.generate(mine, 1, 1.0, args.max_response_tokens, seeds[rank::world], progress=rank == 0)
-    everyone = [None] * world
-    dist.all_gather_object(everyone, [group[0] for group in groups])
+    everyone = of_all_ranks([group[0] for group in groups])
     dist.barrier()                     # no rank closes its connections while another still talks to it
     engine.close()                                                      # takes the process group with it
     if rank != 0:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import model as M
+from support.collectives import of_all_ranks
 from support.device import to_device
 
 
@@ -209,9 +210,7 @@ def entropy_quantile(micro_batches, entropies, quantile):
         for s, h in zip(batch, entropy):
             if not s.is_demo:
                 mine.append(h[:len(s.response)].numpy())
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, np.concatenate(mine))
-    tokens = np.concatenate(everyone)
+    tokens = np.concatenate(of_all_ranks(np.concatenate(mine)))
     return float(np.quantile(tokens, quantile)) if len(tokens) else 0.0
 
 

@@ -6,18 +6,18 @@
 
 A checkpoint holds the fp32 weights and AdamW's moments, each rank's shards written by that rank
 (torch.distributed.checkpoint, "dcp"), each rank's random generators, and, written last, manifest.json: the
-state, the weights' shapes, size and SHA-256 of every other file, and its own. It is complete if, and only if,
-all of them are there as the manifest has them.
+state, the shapes of the weights, size and SHA-256 of every other file, and a SHA-256 of all this. It is
+complete if, and only if, every file is there as the manifest has it.
 
-dcp's own list of tensors, .metadata, is a pickle: to read it is to run what its author wrote. So nothing of a
-folder is read before its digests are right, which keeps out what is damaged or another program's. It does not
-keep out a forger, who can write digests, too: resume from folders of people that you trust.
+dcp's own list of tensors, .metadata, is a pickle: whoever reads it runs what its author wrote. So no file is
+read before all digests are right. That keeps out what is damaged, or of another program. It does not keep out
+a forger, who can write digests, too: resume only from folders of people that you trust.
 
-To copy: this file with support/disk.py, for any model of FSDP2. They need torch and numpy alone.
+To copy: this file with support/disk.py and support/collectives.py, for any model of FSDP2. They need torch
+and numpy alone.
 """
 import hashlib
 import json
-import os
 import random
 import re
 from contextlib import contextmanager
@@ -29,7 +29,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from support.disk import amount, discard, discard_leftovers, free_bytes
+from support.collectives import all_or_none, of_all_ranks
+from support.disk import amount, discard, discard_leftovers, free_bytes, write_whole
 
 BYTES_A_WEIGHT = 12      # fp32: the weight and AdamW's two moments; 91 GB at 7.6 B
 NONE_YET = ".none-yet"   # in a run's folder of checkpoints until the first is there
@@ -57,15 +58,6 @@ def _shapes(policy):
     return {name: list(p.shape) for name, p in policy.named_parameters()}
 
 
-def _of_all_ranks(value):
-    """The `value` of each rank. A collective, where there is a group."""
-    everyone = [value]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, value)
-    return everyone
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Writing.
 
@@ -85,8 +77,7 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
         discard_leftovers(folder)
     with _all_or_nothing(partial, needed):
         if rank == 0:
-            free = free_bytes(folder)
-            if free is not None and free < needed:        # all ranks would write for minutes, in vain
+            if free_bytes(folder) < needed:               # all ranks would write for minutes, in vain
                 raise OSError("the disk has no room for it")
             partial.mkdir(parents=True)
     with _all_or_nothing(partial, needed):
@@ -96,16 +87,13 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
     with _all_or_nothing(partial, needed):                # all files are written before any rank lists them
         mine = _digests_by(rank, partial)
     files = {}
-    for part in _of_all_ranks(mine):
+    for part in of_all_ranks(mine):
         files.update(part)
     with _all_or_nothing(partial, needed):
         if rank == 0:
             manifest = {"state": state, "world": dist.get_world_size(), "shapes": _shapes(policy),
                         "files": files}
-            with (partial / "manifest.json").open("w") as f:
-                json.dump({**manifest, "sha256": _digest_of(manifest)}, f)
-                f.flush()
-                os.fsync(f.fileno())
+            write_whole(partial / "manifest.json", json.dumps({**manifest, "sha256": _digest_of(manifest)}))
             discard(final)
             # A rename is one step of the file system: under the final name there is never half a checkpoint.
             partial.rename(final)
@@ -128,7 +116,7 @@ def _all_or_nothing(partial, needed):
     except (Exception, dcp.api.CheckpointException) as e:        # the latter derives from BaseException
         error = e
     # The last line alone: dcp puts a traceback of every rank into its message.
-    reasons = _of_all_ranks(error and f"{type(error).__name__}: {error}".strip().splitlines()[-1])
+    reasons = of_all_ranks(error and f"{type(error).__name__}: {error}".strip().splitlines()[-1])
     reason = next(filter(None, reasons), None)
     if reason is None:
         return
@@ -137,7 +125,7 @@ def _all_or_nothing(partial, needed):
     dist.barrier()
     free = free_bytes(partial)
     # torch hides a full disk behind "unexpected pos 704 vs 598", so what is said first is what is free.
-    what = "the disk is full" if free is not None and free < needed else "could not be written"
+    what = "the disk is full" if free < needed else "could not be written"
     raise OSError(f"{partial.parent / partial.name.removeprefix('.partial-')}: {what}. A checkpoint takes "
                   f"{amount(needed)}, {amount(free)} are free now that what was written of it is removed "
                   f"(a quota may be lower). Older checkpoints are untouched: make room, then --resume. "
@@ -145,8 +133,8 @@ def _all_or_nothing(partial, needed):
 
 
 def begin_run(folder):
-    """Note that a run begins which has no checkpoint yet. Where the note is missing and there is none, they
-    were lost."""
+    """Note that a run begins, and has no checkpoint yet. Where neither this note nor a checkpoint is, the
+    checkpoints were lost."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NONE_YET).touch()
 
@@ -170,13 +158,13 @@ def checkpoints_in(folder):
 
 
 def _digest_of(content):
-    """SHA-256 of what json.dump writes."""
+    """SHA-256 of what json.dumps gives."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _digests_by(rank, folder):
-    """Name -> [bytes, SHA-256] of the files in `folder` that are this rank's to read: those that it wrote,
-    which are still in its machine's memory."""
+    """Name -> [bytes, SHA-256] of the files in `folder` that this rank reads: those that it wrote, since they
+    are still in its machine's memory."""
     found = {}
     for file in sorted(folder.iterdir()):
         if _reader_of(file.name) == rank:
@@ -223,19 +211,13 @@ def verify_checkpoint(path):
     core that has instructions for it, 8 s once the disk has delivered them.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    manifest = error = None
-    try:
+    with all_or_none():
         manifest = inspect_checkpoint(path)
         found = _digests_by(rank, Path(path))
         for name, written in manifest["files"].items():
             if _reader_of(name) == rank and found[name] != written:
                 raise ValueError(f"{Path(path) / name}: damaged checkpoint: the file has the size that was "
                                  "written, and another content (SHA-256)")
-    except (OSError, ValueError) as e:
-        error = str(e)
-    error = next(filter(None, _of_all_ranks(error)), None)
-    if error:
-        raise ValueError(error)
     return manifest
 
 
@@ -246,7 +228,7 @@ def newest_checkpoint(folder, log=print):
     in silence would throw a run away. ValueError too if ranks see different ones.
     """
     paths = checkpoints_in(Path(folder))
-    everyone = _of_all_ranks([path.name for path in paths])
+    everyone = of_all_ranks([path.name for path in paths])
     if any(names != everyone[0] for names in everyone):
         raise ValueError(f"{folder}: ranks see different checkpoints ({everyone}): --out must lie on a "
                          "shared file system")

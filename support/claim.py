@@ -4,10 +4,10 @@
     is_claimed("out/run")         # no longer, once the folder was renamed or removed
     lock(file)                    # wait until no other rank writes
 
-The lock is flock's, on the file .lock in the folder: the kernel lets go of it when the process ends, over NFS
-the server does, so that what a killed run leaves blocks nobody. In the file stands who holds it. Where a file
-system has no locks, that note is all there is: a process of this machine that still runs is refused, of
-another machine's one nothing can be known, and a warning names it.
+The lock is flock's, on the file .lock in the folder: the kernel lets go of it when the process ends (over NFS
+the server does), so what a killed run leaves blocks nobody. The file says who holds it. Where a file system
+has no locks, that note is all there is: if it names a process of this machine that still runs, the claim is
+refused; if it names one of another machine, of which nothing can be known, a warning says so.
 
 To copy: this file. It needs nothing but Python, on Linux.
 """
@@ -48,11 +48,13 @@ def claim(folder):
         _warn_once(folder, error, f" The last to write there was {_who(holder)}." if holder else "")
     _claimed[str(folder)] = descriptor
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(_me(), indent=2).encode(), 0)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid()),
+          "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    os.pwrite(descriptor, json.dumps(me, indent=2).encode(), 0)
 
 
 def is_claimed(folder):
-    """Is this still the folder that this process has claimed? By the lock's file itself, not by its name."""
+    """Is this still the folder that this process has claimed, and no other of its name?"""
     try:
         return os.path.samestat(os.fstat(_claimed[str(folder)]), os.stat(Path(folder) / ".lock"))
     except (KeyError, OSError):
@@ -69,14 +71,9 @@ def lock(file):
         _warn_once(Path(file.name).parent, error)
 
 
-def _me():
-    """A number of a process is given again when it has ended: its start, in ticks since boot, tells both."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid()),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-
-
 def _start_time(pid):
-    """Ticks from boot to the start of a process of this machine; None if there is none, or it has ended."""
+    """Ticks from boot to the start of a process of this machine, which tell it from a later one that has got
+    the same number. None if there is none, or it has ended."""
     try:
         # "pid (name) state ..." where the name may hold blanks and brackets; state is field 3, start is 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -2,8 +2,7 @@
 
     device = choose_device("auto", local_rank)        # refuses to train on a CPU where a GPU was meant
     ids = to_device(list_of_ints, device)             # without waiting for the device
-    card, peak = peak_flops(torch.cuda.get_device_name(device))
-    mfu = flops_of_a_step / seconds / ranks / peak    # model FLOPs utilization: the share of the peak
+    mfu = utilization(flops_of_a_step / seconds, ranks, device)
 
 To copy: this file, or any one of its functions (choose_device with _why_no_card). It needs torch alone.
 """
@@ -120,6 +119,15 @@ def peak_flops(name):
         if words.issuperset(card.split()):
             return card, flops
     return None, None
+
+
+def utilization(flops, cards, device):
+    """Model FLOPs utilization: `flops` a second of all cards, over what they could do at most. None on a CPU,
+    and on a card that is not listed."""
+    if device.type != "cuda":
+        return None
+    _, peak = peak_flops(torch.cuda.get_device_name(device))
+    return flops / (cards * peak) if peak else None
 
 
 def name_the_card(device, log=print):

@@ -9,6 +9,7 @@ To copy: this file. It needs nothing but Python.
 """
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -19,27 +20,27 @@ from pathlib import Path
 
 
 def free_bytes(path):
-    """Bytes that this user may still write where `path` lies, or its nearest folder that exists; None where
+    """Bytes that this user may still write where `path` lies, or its nearest folder that exists. inf where
     the file system does not say. A quota of the user is not in it."""
     path = Path(path).absolute()
     while not path.exists():
         path = path.parent
     disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize if disk.f_blocks else None
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else math.inf
 
 
 def amount(size):
     """
-    >>> amount(91_440_000_000), amount(1_900_000), amount(None)
+    >>> amount(91_440_000_000), amount(1_900_000), amount(math.inf)
     ('91.4 GB', '1.9 MB', 'an unknown amount')
     """
-    if size is None:
+    if size == math.inf:
         return "an unknown amount"
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def is_full(error):
-    """Is this error, or one that it came of, for want of room (a full disk, a quota)?"""
+    """Is this error, or one that caused it, for want of room (a full disk, a quota)?"""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -73,7 +74,7 @@ def append_whole(file, text):
                 left = left[file.write(left):]        # a disk that fills up takes a part first
             os.fsync(file.fileno())                   # some file systems find out only now
         except OSError:
-            file.truncate(end)                        # half a line would be one with the next that is written
+            file.truncate(end)                        # the next line would be glued to half a line
             raise
 
 
@@ -94,7 +95,7 @@ def write_whole(path, text):
 
 
 def read_json(path):
-    """Its content. Raises ValueError, naming it, where that is empty, cut short or otherwise no JSON."""
+    """A JSON file's content. Raises ValueError, naming the file, if it is empty, cut short or no JSON."""
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
@@ -104,7 +105,7 @@ def read_json(path):
 def discard(path):
     """Remove a folder, if it is there. Where that fails (files open over NFS, or not ours), warn and go on.
 
-    It gets a hidden name first: half removed under its own, it would still look like what it was.
+    It gets a hidden name first: half removed under its own name, it would still look like what it was.
     """
     hidden = path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Is a run still worth its machine? Five faults that others have trained on for days.
+"""Is a run still worth its machine? Five faults with which others have trained on for days.
 
     health = Health(vocabulary=151_936, rollouts=1024)
     trouble = health.look(metrics, grad_norms, grading, ids)    # each step: warns, or says what to stop for
@@ -95,7 +95,7 @@ class Health:
             self.warn_once(trouble, f"for {LASTING} steps {text}")
 
     def warn_once(self, trouble, text):
-        """Once a run."""
+        """Warn, once a run."""
         if trouble not in self.warned_of:
             warn(text)
         self.warned_of.add(trouble)
@@ -110,8 +110,8 @@ def mismatch(difference, where):
 
 
 def check_engine(ours, theirs, where):
-    """Raise RuntimeError unless the two agree on every rank. ours, theirs: log-probs of the same tokens by
-    trainer and engine, two lists of arrays, in nats. A collective."""
+    """Raise RuntimeError, on all ranks, unless trainer and engine agree on every rank. ours, theirs: their
+    log-probs of the same tokens, two lists of arrays, in nats. A collective."""
     difference = np.abs(np.concatenate(ours) - np.concatenate(theirs)).mean()
     worst = torch.tensor(float(difference)).nan_to_num(nan=math.inf)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -153,12 +153,12 @@ def check_alive(parameters, logp, vocabulary):
 
 
 def gradings(grading):
-    """How many: the Counter's counts, without its milliseconds."""
+    """How many gradings: the Counter's counts, without its milliseconds."""
     return grading.total() - grading["ms"]
 
 
 def warn_of_grader(metrics, total):
-    """Of a step whose rewards are all 0 while more than 0.5 % of its `total` gradings were given up."""
+    """Warn of a step whose rewards are all 0 while more than 0.5 % of its `total` gradings were given up."""
     failed = metrics["grader/timeouts"]
     if metrics["reward/mean"] != 0 or failed <= 0.005 * total:
         return

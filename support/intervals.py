@@ -4,7 +4,7 @@
     check_interval("--lr", float("nan"), "(0, inf)")  # ValueError: --lr nan: must lie in (0, inf)
     parser.add_argument("--seed", type=number_in(int, "[0, 4294967295]"))         # the same, said by argparse
 
-nan lies in none, and inf only where the interval ends in "inf]".
+nan lies in no interval, and inf only in one that ends in "inf]".
 
 To copy: this file. It needs nothing.
 """

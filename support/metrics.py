@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch.distributed as dist
 
 from grading.answers import FAILED
 from grading.statement import FAULTS
+from support.collectives import of_all_ranks
 from support.health import MISMATCH_WARNS, gradings
 
 
@@ -38,10 +38,8 @@ class Tally:
 
     def of_all_ranks(self):
         """The sum over all ranks. A collective."""
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self)
         total = Tally()
-        for tally in everyone:
+        for tally in of_all_ranks(self):
             total = total.plus(tally)
         return total
 
@@ -57,6 +55,29 @@ class Tally:
             found["engine/logp_diff_rank"] = float(np.max(of_engines))         # not max(): it may miss a nan
             found["engine/logp_diff_max"] = self.worst
         return found
+
+
+def tally_of(sequences, losses, sums, worst, distances):
+    """The Tally of a micro-batch: what the device measured, and how many sequences or tokens it was of.
+
+    sequences: like model.Sequence. losses, sums: name -> float. worst: the largest |log pi - log pi_engine|.
+    distances: its sum over tokens, for each sequence.
+    """
+    tally = Tally(losses=Counter(losses), sums=Counter(sums), worst=worst)
+    demos = rollouts = correct = 0
+    for s, distance in zip(sequences, distances):
+        if s.is_demo:
+            demos += 1
+            continue
+        rollouts += 1
+        correct += s.reward > 0
+        tally.drift[s.engine] += distance
+        tally.tokens[s.engine] += len(s.response)
+    counts = {"w_sft": demos, "w_rl": correct, "entropy/demo": demos, "entropy/rollout": rollouts,
+              "tis/capped": tally.tokens.total()}
+    for name in sums:                        # what was measured: baselines have no weights
+        tally.counts[name] = counts[name]
+    return tally
 
 
 def mean_of(values):

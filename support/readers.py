@@ -1,5 +1,5 @@
-"""Files of data: a reader gives (row number counted from 1, row, or the ValueError that reading this row
-raised), and every other mistake is a ValueError that names the file.
+"""Files of data. A reader yields pairs: the row's number, counted from 1, and the row, or the ValueError that
+reading this row raised. Every other mistake is a ValueError that names the file.
 
     for file in data_files(Path("data/")):             # of a folder all, sorted; of a file itself
         for number, row in READERS[file.suffix](file):
@@ -11,7 +11,7 @@ import json
 
 
 def data_files(path, suffixes=(".parquet", ".jsonl")):
-    """The files that `path` is or holds. FileNotFoundError, ValueError: there is none to read."""
+    """The files that `path` is or holds. Raises FileNotFoundError or ValueError if there is none to read."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; --data takes a parquet or JSONL file, "
                                 "or a folder")
@@ -23,22 +23,18 @@ def data_files(path, suffixes=(".parquet", ".jsonl")):
         raise ValueError(f"{path}: expected {', '.join(suffixes)} or a folder of such files, "
                          f"found {path.suffix or 'none inside'}")
     for file in files:
-        refuse_pointer(file)
+        with file.open("rb") as content:
+            if content.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{file}: a Git-LFS pointer, not the data itself; `git lfs pull` fetches "
+                                 "that")
     return files
 
 
 def _is_data(file, folder, suffixes):
-    """Of what a folder holds: no folders, and nothing hidden, nor in a hidden folder, which other programs
-    leave: ._mine.jsonl (macOS), .ipynb_checkpoints/, .cache/ (downloads)."""
+    """Is this one of the folder's files of data? Nothing hidden is, nor what lies in a hidden folder: other
+    programs leave such things, as ._mine.jsonl (macOS), .ipynb_checkpoints/, .cache/ (downloads)."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.suffix in suffixes and not hidden and not file.is_dir()
-
-
-def refuse_pointer(file):
-    """ValueError if the file is what git-lfs leaves in the place of one that it has not fetched."""
-    with file.open("rb") as content:
-        if content.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file}: a Git-LFS pointer, not the data itself; `git lfs pull` fetches that")
 
 
 def read_parquet(file):
@@ -58,10 +54,10 @@ def read_parquet(file):
 
 
 def _rows_of_batch(batch):
-    """The rows of a batch of parquet; in the place of one whose text is none, the ValueError."""
+    """The rows of a batch of parquet; a ValueError in the place of each whose text is not UTF-8."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:                        # of some row: then one at a time
+    except UnicodeDecodeError:                        # in some row: then one at a time
         rows = []
     for place in range(len(batch)):
         try:

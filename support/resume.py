@@ -1,10 +1,8 @@
-"""Before a run begins or goes on: is its folder this run's, what is there, is it the same run, is there room?
+"""Before a run begins or goes on: is the folder free, what is in it, is it the same run, is there room?
 
     checkpoint = open_run("out/run", resume=True, rank=rank)     # (path, manifest), or None: begin
-    check_identity(path, then, now, must={"data": "--data"})     # of what was trained on, by content
-    check_room(folder, weights, saves, keep, exported)           # of the checkpoints that are to come
-
-All are collectives where that is said, and then end alike on all ranks.
+    check_same_run(checkpoint, settings, identity, ...)          # its flags, and by content what they name
+    check_room(folder, weights, saves, keep, exported)           # for the checkpoints to come
 
 To copy: this file with all of support/.
 """
@@ -12,67 +10,68 @@ from pathlib import Path
 
 from support.checkpoint import BYTES_A_WEIGHT, begin_run, checkpoints_in, has_none_yet, newest_checkpoint
 from support.claim import claim
+from support.collectives import all_or_none
 from support.disk import amount, discard_leftovers, free_bytes
-from support.processes import all_or_none
 from support.runlog import read_rows
 
 
 def open_run(run, resume, rank, log=print):
-    """Take a run's folder for this run alone -> its newest whole checkpoint, (path, manifest), or None: the
-    run begins. A collective.
+    """Take a run's folder for this run alone -> its newest whole checkpoint, (path, manifest); None: the run
+    begins. A collective.
 
-    Raises ValueError where another run writes there, where one is there that is not to be resumed, and where
-    there are records of one that has lost its checkpoints: to begin anew would delete them.
+    Raises ValueError where another process writes there, where a run is there and `resume` is not asked for,
+    and where there are records of a run that has lost its checkpoints: to begin anew would delete them.
     """
-    run, checkpoint = Path(run), None
+    run = Path(run)
+    records, checkpoints, rows = run / "metrics.jsonl", run / "checkpoints", []
     with all_or_none():
         if rank == 0:
-            claim(run)                   # before anything is read that another run may be writing
-            discard_leftovers(run)       # of a kill, before anyone asks what room there is
-            discard_leftovers(run / "checkpoints")
-    with all_or_none():
-        if not resume and ((run / "metrics.jsonl").exists() or checkpoints_in(run / "checkpoints")):
-            raise ValueError(f"{run} already holds a run: pass --resume to continue it, or another --out")
-        rows = read_rows(run / "metrics.jsonl")
+            claim(run)                       # before anything is read that another run may be writing
+            discard_leftovers(run)           # of a kill, before anyone asks what room there is
+            discard_leftovers(checkpoints)
+            if not resume and (records.exists() or checkpoints_in(checkpoints)):
+                raise ValueError(f"{run} already holds a run: pass --resume to continue it, or another --out")
+            rows = read_rows(records)
     if resume:
-        checkpoint = newest_checkpoint(run / "checkpoints", log)
-    if checkpoint is not None:
-        return checkpoint
+        found = newest_checkpoint(checkpoints, log)
+        if found is not None:
+            return found
     with all_or_none():
-        steps = max((row["step"] for row in rows), default=0)
-        if (run / "hf").exists() or (steps > 0 and not has_none_yet(run / "checkpoints")):
-            raise ValueError(f"{run}: holds the records of a run of {steps} steps and none of its "
-                             "checkpoints, so there is nothing to resume, and to begin anew would delete the "
-                             "records. Put checkpoints/ back, or take another --out")
         if rank == 0:
-            begin_run(run / "checkpoints")
+            steps = max((row["step"] for row in rows), default=0)
+            if (run / "hf").exists() or (steps > 0 and not has_none_yet(checkpoints)):
+                raise ValueError(f"{run}: holds the records of a run of {steps} steps and none of its "
+                                 "checkpoints, so there is nothing to resume, and to begin anew would delete "
+                                 "the records. Put checkpoints/ back, or take another --out")
+            begin_run(checkpoints)
     return None
 
 
-def check_settings(path, then, now, must, log=print):
-    """Compare flags; both: name -> value. Raises ValueError if one that `must` be the same is not what the
-    checkpoint `path` was trained with; the others are said. A flag that is new since then has not changed."""
-    for name, value in now.items():
-        until_now = then.get(name, value)
-        if value == until_now:
-            continue
-        if name in must:
-            raise ValueError(f"{path}: was trained with --{name} {until_now}; resume with the run's own "
-                             "flags, or start another run from a model of its own, --model DIR")
-        log(f"  with --{name} {value}, until now {until_now}")
+def check_same_run(checkpoint, settings, identity, same_flags, same_content, log=print):
+    """Is this the run that wrote `checkpoint`, (path, manifest)?
 
-
-def check_identity(path, then, now, must, log=print):
-    """Compare what the checkpoint `path` was trained with to what the flags name now; both: name of a flag ->
-    digests of its content, None where it has none. Raises ValueError if one that must be the same (`must`:
-    its name -> what to call it) is not; the others are said."""
-    for name, found in now.items():
-        if found is None or then[name] is None or found == then[name]:
+    settings: flag -> value. identity: flag -> digests of what it names, None where it names nothing. Raises
+    ValueError if one of `same_flags` has another value, or one of `same_content` (flag -> what to call it)
+    names something else; says what else has changed.
+    """
+    path, manifest = checkpoint
+    state = manifest["state"]
+    for name, now in settings.items():
+        then = state["settings"].get(name, now)           # a flag that is new since then has not changed
+        if then == now:
             continue
-        if name in must:
-            raise ValueError(f"{path}: {must[name]} is not what this run was trained on until now (compared "
-                             "by content: a file may move). Resume with the run's own, or start another run "
-                             "from a model of its own, --model DIR")
+        if name in same_flags:
+            raise ValueError(f"{path}: was trained with --{name} {then}; resume with the run's own flags, or "
+                             "start another run from a model of its own, --model DIR")
+        log(f"  with --{name} {now}, until now {then}")
+    for name, now in identity.items():
+        then = state["identity"][name]
+        if then == now or then is None or now is None:
+            continue
+        if name in same_content:
+            raise ValueError(f"{path}: {same_content[name]} is not what this run was trained on until now "
+                             "(compared by content: a file may move). Resume with the run's own, or start "
+                             "another run from a model of its own, --model DIR")
         log(f"--{name} holds something else than until now; the run goes on from {path}")
 
 
@@ -89,7 +88,7 @@ def check_room(folder, weights, saves, keep, exported, log=print):
     most = max(there + (saves > 0), min(keep + 1, there + saves))
     last = min(keep, there + saves) if saves else there
     needed = max((most - there) * size, (last - there) * size + exported)
-    if free is None or free >= needed:
+    if free >= needed:
         return
     text = (f"{folder}: the disk has {amount(free)} free, and this run needs {amount(needed)}: checkpoints "
             f"of {amount(size)}, {most} at a time (--keep {keep} and the one that is being written; {there} "

@@ -31,8 +31,8 @@ PARTIAL_CURVES = ".curves.partial.png"
 
 
 def read_rows(file):
-    """The rows of a .jsonl file, none if there is no file; a last line that a kill
-    cut short is left out. Raises ValueError for any other that is not JSON."""
+    """The rows of a .jsonl file, [] if there is none. A last line that a kill cut short is left out. Raises
+    ValueError if any other line is not JSON."""
     if not Path(file).exists():
         return []
     rows, lines = [], Path(file).read_text().splitlines()
@@ -46,7 +46,7 @@ def read_rows(file):
 
 
 def json_line(row):
-    """A row as one line of strict JSON, which has no word for nan and infinity: null."""
+    """A row as one line of strict JSON. null stands for nan and infinity, which JSON does not have."""
     row = dict(row)
     for name, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -112,7 +112,7 @@ class RunLog:
             pass
 
     def write_settings(self, settings):
-        """config.json: `settings`. What held until now, if a resume has changed any, becomes
+        """Write `settings` to config.json. If a resume has changed any, the file of before becomes
         config-until-STEP.json. An infinity, such as --grad_clip inf, becomes the text "inf"."""
         if not self.active:
             return
@@ -157,7 +157,7 @@ class RunLog:
 
     def _start_over(self, step):
         """The folder was renamed or removed: say so, and go on in a new one of its name, where the next
-        checkpoint will be. ValueError if another run has taken that."""
+        checkpoint will be. Raises ValueError if another run has taken that name."""
         warnings.warn(f"{self.run}: was moved or removed while its run goes on, which writes it anew, from "
                       f"step {step} on. What was written until now is where it was moved to")
         claim(self.run)

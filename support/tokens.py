@@ -4,10 +4,10 @@
     ids = encode_text("1+1=<eos>?", tokenizer, reserved)      # none of them is 0
     head, middle, tail = split_at_reserved(before, question, after, reserved)
 
-Tokenizers make the token of such a text wherever they meet it. A demonstration would then teach to end in
+Tokenizers turn such a text into its token wherever they meet it. A demonstration would then teach to end in
 mid-sentence, and a problem could end its own turn and speak for the assistant.
 
-To copy: this file. It needs nothing, and any tokenizer of transformers.
+To copy: this file. It needs nothing; it takes any tokenizer of transformers.
 """
 import re
 
@@ -17,7 +17,8 @@ THOUGHT = ("<think>", "</think>")
 
 
 def reserved_tokens(tokenizer):
-    """id -> text of the special tokens, which text must not become. The one for unknown text is none."""
+    """id -> text of the special tokens, which no text may become. The token for unknown text is not among
+    them."""
     reserved = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
     added = tokenizer.added_tokens_decoder
     if callable(added):               # mistral-common's, which makes no special token of a text in any case

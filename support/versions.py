@@ -19,8 +19,7 @@ TESTED = {"torch": ("2.11.0", "2.13.0"), "transformers": ("5.17.0", "5.19.0"), "
 
 
 def check_versions(found, say):
-    """Refuse what is older than TESTED (ValueError); name by `say` what is newer. found: package ->
-    version."""
+    """Raise ValueError for what is older than TESTED; say what is newer. found: package -> version."""
     for name, (oldest, newest) in TESTED.items():
         if name in found:
             release = Version(found[name]).release                     # "2.11.0a0+cu130": (2, 11, 0)

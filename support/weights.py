@@ -25,14 +25,14 @@ BESIDES = ["*.json", "*.jinja", "*.txt", "*.model"]            # config, tokeniz
 
 
 def named_files(folder):
-    """Names of the files that hold the weights, whether they are there or not; and tensor -> its file, None
-    where no index says it. Raises ValueError for an index that cannot be read."""
+    """Names of the files that hold the weights, whether they are there or not; and tensor -> its file, {}
+    without an index. Raises ValueError for an index that cannot be read."""
     index = Path(folder) / INDEX
     if not index.exists():
-        return [ALONE], None
+        return [ALONE], {}
     try:
-        weight_map = json.loads(index.read_text(), object_pairs_hook=_each_name_once)["weight_map"]
-        return sorted(set(weight_map.values())), weight_map
+        named = json.loads(index.read_text(), object_pairs_hook=_each_name_once)["weight_map"]
+        return sorted(set(named.values())), named
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of weights ({error!r}); fetch the model again") from None
 
@@ -70,7 +70,7 @@ def weight_map(folder):
                 raise ValueError(f"{folder}: the weight {name} stands in {found[name].name} and in "
                                  f"{file.name}: which one counts? Fetch the model again")
             found[name] = file
-    for name, file in (named or {}).items():
+    for name, file in named.items():
         if name not in found or found[name].name != Path(file).name:
             raise ValueError(f"{folder}: {INDEX} says that {name} is in {file}, and it is not; fetch the "
                              "model again")
@@ -107,8 +107,8 @@ def stored_tensors(folder):
 
 
 class WeightsReader(dcp.HuggingFaceStorageReader):
-    """torch's reader, which by itself takes every *.safetensors in the folder: of two that hold a tensor of
-    one name, the one that the file system lists last."""
+    """torch's reader, on the files of weight_map alone. By itself it takes every *.safetensors in the folder;
+    of two that hold a tensor of one name, the one that the file system lists last."""
 
     def __init__(self, folder):
         super().__init__(str(folder))
@@ -122,21 +122,20 @@ class _TheseFiles(FileSystem):
 
 
 def fingerprints(folder):
-    """Name -> size and hash of config.json and of each file of weights: equal for the same model anywhere."""
+    """Name -> size, and hash of the first and last megabyte, of config.json and of each file of weights: the
+    same for a model anywhere, and another after training, which changes every weight."""
     files = weight_files(folder)
     if (Path(folder) / "config.json").exists():
         files.append(Path(folder) / "config.json")
-    return {file.name: fingerprint(file) for file in files}
-
-
-def fingerprint(file):
-    """Of a file: its size and a hash of its first and last megabyte. Training changes every weight."""
-    size, ends = file.stat().st_size, hashlib.sha256()
-    with file.open("rb") as content:
-        ends.update(content.read(1 << 20))
-        content.seek(max(0, size - (1 << 20)))
-        ends.update(content.read())
-    return f"{size} {ends.hexdigest()[:16]}"
+    found = {}
+    for file in files:
+        size, ends = file.stat().st_size, hashlib.sha256()
+        with file.open("rb") as content:
+            ends.update(content.read(1 << 20))
+            content.seek(max(0, size - (1 << 20)))
+            ends.update(content.read())
+        found[file.name] = f"{size} {ends.hexdigest()[:16]}"
+    return found
 
 
 def snapshot(name, local_files_only=False):

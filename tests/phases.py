@@ -9,15 +9,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from support import processes
-from support.processes import (
-    fetch,
-    finish_step_on_signals,
-    hang_watch,
-    init_distributed,
-    phase,
-    set_timeouts,
-)
+from support import watch
+from support.processes import fetch, init_distributed
+from support.watch import finish_step_on_signals, hang_watch, phase, set_timeouts
 
 
 def timeouts(mesh):
@@ -64,9 +58,9 @@ def steps(task, minutes):
 if __name__ == "__main__":
     task, minutes = sys.argv[1], float(sys.argv[2])
     if task == "forever":
-        processes.SILENT_MINUTES, minutes = minutes, 30.0
+        watch.SILENT_MINUTES, minutes = minutes, 30.0
     if task == "absent":
-        processes.JOIN_MINUTES = processes.SILENT_MINUTES = minutes
+        watch.JOIN_MINUTES = watch.SILENT_MINUTES = minutes
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
     with hang_watch():

@@ -22,7 +22,7 @@ import srft
 from config import TINY, parse_args
 from data import load_examples, tokenize
 from reward import Grader, Verdict
-from support import processes
+from support import watch
 from support.processes import init_distributed
 from tiny.task import make_tokenizer
 from updates import whole_update
@@ -313,7 +313,7 @@ def unwell(how, *flags):
                 time.sleep(600)
             return super().generate(*args, **kwargs)
 
-    processes.SILENT_MINUTES = 0.2
+    watch.SILENT_MINUTES = 0.2
     eval.RolloutEngine = Unwell
     eval.main(list(flags))
 

@@ -5,6 +5,7 @@
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -159,7 +160,7 @@ def test_on_a_real_disk_a_checkpoint_that_does_not_fit_leaves_the_one_before_and
     ballast = folder / "ballast"
     ballast.write_bytes(bytes(disk.free_bytes(folder) - 200_000))
     free = disk.free_bytes(folder)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: None)               # so that it is tried
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: math.inf)           # so that it is tried
     with pytest.raises(OSError, match="c/step-4: could not be written. A checkpoint takes 0.* MB"):
         save_checkpoint(folder, policy, optimizer, {"step": 4}, keep=2)
     assert disk.free_bytes(folder) == free and newest_checkpoint(folder)[0] == folder / "step-2"

@@ -35,6 +35,7 @@ from paper import tables as scores
 from paper.benchmarks import BENCHMARKS, Problem
 from reward import Grader, Verdict
 from rollout import Rollout
+from support import collectives
 from test_resume import hold
 
 PAPER = ROOT.parent / "shared" / "paper" / "srft-paper.md"
@@ -343,6 +344,9 @@ class Ranks:
         self.world, self.found = world, [None] * world
         self.here, self.barrier = threading.local(), threading.Barrier(world)
 
+    def is_initialized(self):
+        return True
+
     def get_rank(self):
         return self.here.rank
 
@@ -372,6 +376,7 @@ class Ranks:
 def test_evaluation_in_training_gives_every_rank_the_estimate_of_all_responses(world, monkeypatch):
     ranks = Ranks(world)
     monkeypatch.setattr(E, "dist", ranks)
+    monkeypatch.setattr(collectives, "dist", ranks)
     prompts = [Prompt(Example(f"{i}", "?", f"{i % 3}"), [i], None) for i in range(5)]
     sampling = E.Sampling(0.6, 1.0, 50, 8)
 
@@ -387,6 +392,7 @@ def test_evaluation_in_training_gives_every_rank_the_estimate_of_all_responses(w
 @pytest.mark.parametrize("problems, n", [(1, 1), (200, 2), (997, 3), (30, 32), (12_032, 1)])
 def test_the_accuracy_in_training_is_bit_for_bit_that_of_the_tables(problems, n, monkeypatch):
     monkeypatch.setattr(E, "dist", ranks := Ranks(1))
+    monkeypatch.setattr(collectives, "dist", ranks)
     ranks.here.rank = 0
     right = np.random.default_rng(n).random((problems, n)) < 0.4
     rows = [{"verdicts": {"math-verify": {"reward": float(reward)}}, "tokens": 1, "nll": 0.0}

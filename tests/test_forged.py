@@ -299,7 +299,6 @@ def test_both_are_counted_at_the_start(grader, monkeypatch):
     from data import Example, Prompt
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(0, mine))
     answers = ["proof", "5 (mod 7)", "3 000", "$7$", "see solution"]
     prompts = [Prompt(Example(str(i), "?", answer), [1], None) for i, answer in enumerate(answers)]
     said = []

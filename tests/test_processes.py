@@ -1,5 +1,5 @@
-"""support/processes.py: a run that hangs ends by itself and names the rank that is behind; errors name rank
-and phase; profiles. support/device.py: which device a run takes, and what the card could do.
+"""support/watch.py: a run that hangs ends by itself and names the rank that is behind; errors name rank and
+phase. support/processes.py, support/device.py: the group, and which device a run takes. support/profiler.py.
 
     pytest tests/test_processes.py
 """
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from huggingface_hub import errors
 
 from conftest import ENV, ROOT, SMALL, free_port, start
-from support import device, processes
+from support import device, processes, watch
 
 MINUTES = 0.04                    # 2.4 s in one phase
 
@@ -41,21 +41,21 @@ def finish(args, ranks=2, per_node=None, limit_s=240):
 def test_where_all_ranks_are_is_one_line_that_names_those_behind(monkeypatch):
     now, store = time.time(), dist.HashStore()
     for rank in range(8):
-        place = processes.Place(59, "exchange", 12, now - 1800 - rank)
+        place = watch.Place(59, "exchange", 12, now - 1800 - rank)
         if rank == 3:
-            place = processes.Place(57, "rollout", 12, now - 1860)
+            place = watch.Place(57, "rollout", 12, now - 1860)
         store.set(str(rank), json.dumps(place))
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr(processes._here, "store", store)
-    monkeypatch.setattr(processes._here, "place", processes.Place(59, "exchange", 12, now - 1800))
-    assert processes.whereabouts() == (
+    monkeypatch.setattr(watch._here, "store", store)
+    monkeypatch.setattr(watch._here, "place", watch.Place(59, "exchange", 12, now - 1800))
+    assert watch.whereabouts() == (
         "phase 'exchange' of step 12 for 0:30:00. Behind the others: rank 3 in phase 'rollout' of step 12 "
         "for 0:31:00; then ranks 0-2, 4-7 in phase 'exchange' of step 12 for 0:30:07")
     store.set("3", json.dumps((59, "exchange", 12, now)))
-    assert processes.whereabouts().startswith("phase 'exchange' of step 12 for 0:30:00, like all ranks")
-    monkeypatch.setattr(processes._here, "store", None)                   # alone, or rank 0 is gone
+    assert watch.whereabouts().startswith("phase 'exchange' of step 12 for 0:30:00, like all ranks")
+    monkeypatch.setattr(watch._here, "store", None)                   # alone, or rank 0 is gone
     monkeypatch.delenv("WORLD_SIZE")                                      # an error before there is a group
-    assert processes.whereabouts() == "phase 'exchange' of step 12 for 0:30:00"
+    assert watch.whereabouts() == "phase 'exchange' of step 12 for 0:30:00"
 
 
 def test_a_mistake_is_one_line_and_a_library_keeps_its_traceback(monkeypatch, tmp_path):
@@ -299,7 +299,8 @@ def test_a_signal_after_the_group_is_gone_ends_nothing(capfd):
     code = """
 import os, signal
 import torch.distributed as dist
-from support.processes import finish_step_on_signals, init_distributed
+from support.processes import init_distributed
+from support.watch import finish_step_on_signals
 init_distributed("cpu")
 received = finish_step_on_signals()
 dist.destroy_process_group()
@@ -315,14 +316,39 @@ def test_a_run_that_outlasts_the_time_of_silence_is_not_lost_to_itself(ranks):
     """Alone there is no store to hear from, ever; with others there are signs of life."""
     code = """
 import time
-from support import processes
-processes.SILENT_MINUTES = 0.02
-with processes.hang_watch():
+from support import processes, watch
+watch.SILENT_MINUTES = 0.02
+with watch.hang_watch():
     processes.init_distributed("cpu")
     time.sleep(4)
-    processes.wait_for_all()
+    watch.wait_for_all()
 print("DONE")
 """
     for process in start(["-c", code], ranks):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "DONE" in output, output
+
+
+def test_what_differs_between_ranks_or_fails_on_one_is_an_error_on_all():
+    code = """
+from support.collectives import agreed, all_or_none, anyone, of_all_ranks
+from support.processes import init_distributed
+rank, world, *_ = init_distributed("cpu")
+agreed("--seed", 3)
+print("ALL", of_all_ranks(rank), anyone(rank == 1), anyone(False))
+try:
+    agreed("--data", rank)
+except ValueError as error:
+    print("SAID", error)
+try:
+    with all_or_none():
+        if rank == 1:
+            raise OSError
+except ValueError as error:
+    print("SAID", error)
+"""
+    for process in start(["-c", code], ranks=2):
+        output, _ = process.communicate(timeout=60)
+        assert "ALL [0, 1] True False" in output, output
+        assert "SAID --data: ranks [1] read another one than rank 0; put the same on every node" in output
+        assert "SAID OSError()" in output

@@ -5,6 +5,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import pytest
 
 import eval as E
 import srft
-from config import TINY, parse_args
+from config import SAME_CONTENT, SAME_FLAGS, TINY, parse_args, settings
 from conftest import ENV, ROOT, SMALL, metrics, run, start
 from data import Example, Prompt, demo_key, digest
 from support import checkpoint, claim, resume
@@ -269,7 +270,12 @@ def manifest(flags=(), **identity):
     cfg = parse_args(["--preset", "tiny", *flags])
     known = {"data": "d", "model": {"config.json": "c"}, "reference": None, "eval_data": {"held": "h"}}
     return cfg, ("out/checkpoints/step-2", {"state": {
-        "step": 2, "settings": srft.settings(cfg), "identity": known | identity}}), known | identity
+        "step": 2, "settings": settings(cfg), "identity": known | identity}}), known | identity
+
+
+def check_same_run(cfg, checkpoint, identity, log):
+    """As srft.setup asks."""
+    resume.check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, log)
 
 
 @pytest.mark.parametrize("now, refused", [
@@ -280,9 +286,9 @@ def test_other_data_are_refused_another_model_or_held_out_set_under_the_same_nam
     said = []
     if refused:
         with pytest.raises(ValueError, match=refused):
-            srft.check_resume(cfg, found, identity | now, said.append)
+            check_same_run(cfg, found, identity | now, said.append)
         return
-    srft.check_resume(cfg, found, identity | now, said.append)
+    check_same_run(cfg, found, identity | now, said.append)
     (name,) = now
     assert said == [f"--{name} holds something else than until now; the run goes on from {found[0]}"]
 
@@ -290,26 +296,25 @@ def test_other_data_are_refused_another_model_or_held_out_set_under_the_same_nam
 def test_another_base_model_is_refused_where_a_kl_is_taken_to_it_and_a_new_kl_is_not():
     cfg, found, identity = manifest(reference={"model.safetensors": "1 a"})
     with pytest.raises(ValueError, match=r"\(--reference, else --model\) is not what"):
-        srft.check_resume(cfg, found, identity | {"reference": {"model.safetensors": "1 b"}}, print)
-    srft.check_resume(cfg, found, identity | {"reference": None}, print)
+        check_same_run(cfg, found, identity | {"reference": {"model.safetensors": "1 b"}}, print)
+    check_same_run(cfg, found, identity | {"reference": None}, print)
 
 
 @pytest.mark.parametrize("flag, value", [("method", "grpo"), ("template", "paper"), ("seed", 1)])
 def test_flags_that_make_another_run_are_refused_by_name(flag, value):
     cfg, found, identity = manifest()
     with pytest.raises(ValueError, match=f"was trained with --{flag} .*; resume with the run's own flags"):
-        srft.check_resume(replace(cfg, **{flag: value}), found, identity, print)
+        check_same_run(replace(cfg, **{flag: value}), found, identity, print)
 
 
 def test_a_reference_is_identified_as_what_is_loaded_for_the_kl(mesh, tmp_path):
     shutil.copytree(TINY, tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text() + " ")
-    cfg = parse_args(["--preset", "tiny"])
-    assert srft.identify(cfg, TINY, [PROMPT], {})["reference"] is None
-    own = srft.identify(replace(cfg, kl_coef=0.1), TINY, [PROMPT], {})
+    assert srft.identify(TINY, None, [PROMPT], {})["reference"] is None
+    own = srft.identify(TINY, TINY, [PROMPT], {})
     assert own["reference"] == own["model"]
-    other = srft.identify(replace(cfg, kl_coef=0.1, reference=str(tmp_path / "base")), TINY, [PROMPT], {})
+    other = srft.identify(TINY, str(tmp_path / "base"), [PROMPT], {})
     assert other["model"] == own["model"] != other["reference"]
 
 
@@ -353,14 +358,13 @@ def test_rewards_of_demonstrations_are_graded_anew_when_a_resume_grades_by_other
     (1, 10, 2, 1.0, False, True),
     (5, 10, 2, 1.0, False, False), (5, 10, 2, 0.9, True, False),       # with a larger --keep until now
     (2, 0, 2, 0.1, False, True), (2, 0, 2, 0.2, False, False),         # done, but for the export
-    (0, 10, 2, None, False, False)])
+    (0, 10, 2, math.inf, False, False)])
 def test_a_disk_without_room_for_the_next_checkpoint_is_refused_at_the_start_and_for_later_ones_a_warning(
         tmp_path, monkeypatch, there, saves, keep, free_of_them, refused, said):
     for step in range(1, there + 1):
         (tmp_path / f"step-{step}").mkdir()
     size = 12_000_000                                              # a million weights
-    free = None if free_of_them is None else int(free_of_them * size)
-    monkeypatch.setattr(resume, "free_bytes", lambda folder: free)
+    monkeypatch.setattr(resume, "free_bytes", lambda folder: free_of_them * size)
     told = []
     if refused:
         with pytest.raises(OSError, match=r"the disk has .* MB free, and this run needs .* checkpoints of "

@@ -16,7 +16,7 @@ from config import Config
 from data import Example, Prompt, demo_key
 from reward import Verdict
 from rollout import Rollout
-from support.metrics import Tally
+from support.metrics import Tally, tally_of
 from support.processes import Ranks
 
 
@@ -72,9 +72,8 @@ def key(i):
 
 
 @pytest.fixture
-def alone(monkeypatch):
+def alone():
     """A process group of one, without a process group."""
-    monkeypatch.setattr(srft.dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(0, mine))
     return Ranks(0, 1, torch.device("cpu"), None)
 
 
@@ -157,14 +156,14 @@ def test_a_tally_is_the_same_however_it_is_added_up_and_says_nothing_of_what_is_
     sequences = made_up([[1.0, 0.0, 1.0]], [1.0])
     sequences[2].engine = 1
     sums = {"w_sft": 0.25, "w_rl": 0.5, "entropy/demo": 1.0, "entropy/rollout": 3.0, "tis/capped": 1.0}
-    one = srft.tally_of(sequences, {"sft": 2.0}, sums, 0.7, [0.3, 0.1, 0.7, 0.0])
-    two = srft.tally_of(sequences[:1], {"sft": 1.0, "rl": -1.0}, {"entropy/rollout": 5.0}, 0.2, [0.2])
+    one = tally_of(sequences, {"sft": 2.0}, sums, 0.7, [0.3, 0.1, 0.7, 0.0])
+    two = tally_of(sequences[:1], {"sft": 1.0, "rl": -1.0}, {"entropy/rollout": 5.0}, 0.2, [0.2])
     found = Tally().plus(two).plus(one).metrics()
     assert found == one.plus(two).metrics() == {
         "loss/sft": 3.0, "loss/rl": -1.0, "w_sft": 0.25, "w_rl": 0.25, "entropy/demo": 1.0,
         "entropy/rollout": 2.0, "tis/capped": pytest.approx(1 / 3), "engine/logp_diff_max": 0.7,
         "engine/logp_diff_mean": pytest.approx(1.3 / 4), "engine/logp_diff_rank": pytest.approx(0.7)}
-    of_demos = srft.tally_of(sequences[3:], {"sft": 1.0}, {"w_rl": 0.0}, 0.0, [0.0]).metrics()
+    of_demos = tally_of(sequences[3:], {"sft": 1.0}, {"w_rl": 0.0}, 0.0, [0.0]).metrics()
     assert of_demos["w_rl"] is None and of_demos["engine/logp_diff_mean"] is None
     assert math.isnan(one.plus(Tally(worst=math.nan)).metrics()["engine/logp_diff_max"])
 

@@ -38,8 +38,6 @@ class Bigram(torch.nn.Module):
 def one_update(monkeypatch, sequences, split=1, policy=None, **switches):
     """What update_policy reports of one step on these sequences, by one process without a group."""
     monkeypatch.setattr(srft.dist, "all_reduce", lambda *_: None)
-    monkeypatch.setattr(srft.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(srft.dist, "all_gather_object", lambda everyone, mine: everyone.__setitem__(0, mine))
     # Here nothing is sharded.
     monkeypatch.setattr(torch.Tensor, "full_tensor", lambda self: self, raising=False)
     cfg, policy = Config(tis_cap=0.0, grad_clip=1e9, **switches), policy or Bigram()
