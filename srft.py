@@ -791,8 +791,8 @@ def ask_for_room(cfg, checkpoint, config, ranks, say):
 
 
 def restore(cfg, checkpoint, policy, optimizer, say):
-    """Put weights and optimizer back to where `checkpoint` (path, manifest) was written -> its Progress. None:
-    a new run. A collective."""
+    """Put weights and optimizer back to where `checkpoint`, (path, manifest), was written -> its Progress.
+    None: a new run's. A collective."""
     if checkpoint is None:
         return Progress()
     phase("load checkpoint")
