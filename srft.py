@@ -670,8 +670,7 @@ def setup(cfg):
     phase("open run")
     identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout)
     checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
-    if checkpoint:
-        check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
+    check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
     phase("load model")
     policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
@@ -687,8 +686,7 @@ def setup(cfg):
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
     # After the engine, whose start draws from the same generators, and before a checkpoint restores them.
     seed_everything(cfg.seed + ranks.rank)
-    phase("load checkpoint")
-    progress = restore(cfg, checkpoint, policy, optimizer, say) if checkpoint else Progress()
+    progress = restore(cfg, checkpoint, policy, optimizer, say)
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
     log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1)
@@ -793,8 +791,11 @@ def ask_for_room(cfg, checkpoint, config, ranks, say):
 
 
 def restore(cfg, checkpoint, policy, optimizer, say):
-    """Put weights and optimizer back to where `checkpoint` (path, manifest) was written -> its Progress. A
-    collective."""
+    """Put weights and optimizer back to where `checkpoint`, (path, manifest), was written -> its Progress.
+    None: a new run's. A collective."""
+    if checkpoint is None:
+        return Progress()
+    phase("load checkpoint")
     path, manifest = checkpoint
     state = load_checkpoint(path, manifest, policy, optimizer)
     then = state.pop("settings")

@@ -48,12 +48,14 @@ def open_run(run, resume, rank, log=print):
 
 
 def check_same_run(checkpoint, settings, identity, same_flags, same_content, log=print):
-    """Is this the run that wrote `checkpoint`, (path, manifest)?
+    """Is this the run that wrote `checkpoint`, (path, manifest)? (None: a new run, and no question.)
 
     settings: flag -> value. identity: flag -> digests of what it names, None where it names nothing. Raises
     ValueError if one of `same_flags` has another value, or one of `same_content` (flag -> what to call it)
     names something else; says what else has changed.
     """
+    if checkpoint is None:
+        return
     path, manifest = checkpoint
     state = manifest["state"]
     for name, now in settings.items():
