@@ -50,7 +50,7 @@ def keep_standard_streams():
     for name, number in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)                               # None, where it was closed
         if old is not getattr(sys, f"__{name}__"):
-            continue                                           # pytest and notebooks have streams of their own
+            continue                                           # pytest and notebooks have their own
         raw = io.BufferedWriter(Output(number, "wb", closefd=False))
         # backslashreplace: a file's name may be no text, and a terminal may lack a letter.
         new = io.TextIOWrapper(raw, getattr(old, "encoding", "utf-8"), "backslashreplace",

@@ -85,8 +85,8 @@ def test_a_terminal_that_is_closed_asks_for_a_checkpoint_unless_nohup_says_other
 def test_what_is_printed_gets_into_no_file_where_the_standard_streams_are_closed(tmp_path):
     """The next file that is opened would get the number of one of them."""
     code = (f"import os, sys\nfile = open({str(tmp_path / 'file')!r}, 'w')\nfile.write('kept')\n"
-            "file.flush()\nfor number in (1, 2):\n    os.write(number, b'noise')\nprint('noise', flush=True)\n"
-            "print('noise', file=sys.stderr)")
+            "file.flush()\nfor number in (1, 2):\n    os.write(number, b'noise')\n"
+            "print('noise', flush=True)\nprint('noise', file=sys.stderr)")
     assert python(code, closed(0, 1, 2)).returncode == 0
     assert (tmp_path / "file").read_text() == "kept"
 
