@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+PLAIN = ("F64", "F32", "F16", "BF16")      # safetensors' names of the numbers that are what they say
 ALONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BESIDES = ["*.json", "*.jinja", "*.txt", "*.model"]            # config, tokenizer, chat template, index
@@ -32,6 +33,9 @@ def named_files(folder):
         return [ALONE], None
     try:
         weight_map = json.loads(index.read_text(), object_pairs_hook=_each_name_once)["weight_map"]
+        for name in weight_map.values():
+            if Path(name).name != name:                # "../other/model.safetensors": another folder's
+                raise ValueError(f"names {name!r}, which is no file of this folder")
         return sorted(set(weight_map.values())), weight_map
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of weights ({error!r}); fetch the model again") from None
@@ -80,10 +84,21 @@ def weight_map(folder):
 def _names_in(file):
     try:
         with safe_open(file, framework="pt") as content:
-            return list(content.keys())
+            names = list(content.keys())
+            for name in names:
+                kind = content.get_slice(name).get_dtype()
+                if kind not in PLAIN:
+                    raise ValueError(f"{file}: {name} is stored as {kind}, so it is quantized, and means "
+                                     "other numbers; take the same model in bf16, fp16 or fp32")
+            return names
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error}); a file of {file.stat().st_size:,} "
                          "bytes. Fetch it again (a git clone without LFS leaves pointers)") from None
+
+
+def is_computed(name):
+    """Is this no weight, but what the config makes anyway? Old files hold RoPE's frequencies."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def stored_tensors(folder):
@@ -93,7 +108,7 @@ def stored_tensors(folder):
     """
     files = {}                                         # path -> names in it: each file is opened once
     for name, file in weight_map(folder).items():
-        if not name.endswith("rotary_emb.inv_freq"):   # in old files; computed from the config
+        if not is_computed(name):
             files.setdefault(file, []).append(name)
 
     # A function in the function: what stands above runs now, what a generator does only when it is read.
@@ -113,7 +128,9 @@ class WeightsReader(dcp.HuggingFaceStorageReader):
     def __init__(self, folder):
         super().__init__(str(folder))
         self.fs = _TheseFiles()
-        self.fs.paths = [str(path) for path in sorted(set(weight_map(folder).values()))]
+        found = weight_map(folder)
+        self.fs.paths = [str(path) for path in sorted(set(found.values()))]
+        self.names = {name for name in found if not is_computed(name)}
 
 
 class _TheseFiles(FileSystem):

@@ -450,14 +450,13 @@ def test_sliding_window_attention_is_refused(tmp_path, kind, overrides, refused)
 
 @pytest.mark.parametrize("change", [
     dict(vocab_size=VOCAB + 3), dict(vocab_size=VOCAB - 3), dict(intermediate_size=64),
-    dict(num_hidden_layers=3), dict(tie_word_embeddings=False)], ids=str)
+    dict(num_hidden_layers=3), dict(num_hidden_layers=1), dict(attention_bias=False),
+    dict(tie_word_embeddings=False)], ids=str)
 def test_weights_that_do_not_fit_the_config_are_refused_by_folder(tmp_path, mesh, change):
-    save_model(tmp_path, tie_word_embeddings=True)
+    save_model(tmp_path, "Llama", tie_word_embeddings=True, attention_bias=True)
     config = M.load_config(tmp_path)
     for name, value in change.items():
         setattr(config, name, value)
-    if "num_hidden_layers" in change:
-        config.layer_types = ["full_attention"] * 3
     with pytest.raises(ValueError, match=f"{tmp_path}: the weights do not fit"):
         M.load_policy(tmp_path, config, mesh, CPU)
 

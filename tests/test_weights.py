@@ -73,6 +73,9 @@ def test_tensors_are_those_of_the_files_that_the_index_names(tmp_path):
     ([("x", "a"), ("y", "pointer")], "pointer.safetensors: not a whole safetensors file"),
     ("{", "not an index of weights"), ("[]", "not an index of weights"), ("{}", "not an index of weights"),
     ('{"weight_map": ["a.safetensors"]}', "not an index of weights"),
+    ('{"weight_map": {"x": 5}}', "not an index of weights"),
+    ('{"weight_map": {"x": null}}', "not an index of weights"),
+    ([("x", "../elsewhere/a")], "not an index of weights"), ([("x", "/a")], "not an index of weights"),
     (None, "lacks model.safetensors"),
 ], ids=str)
 def test_an_index_that_does_not_fit_its_files_is_refused_before_a_model_is_built(
@@ -88,6 +91,19 @@ def test_an_index_that_does_not_fit_its_files_is_refused_before_a_model_is_built
         with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
             read(tmp_path)
         assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.int32])
+def test_quantized_weights_are_refused_as_numbers_that_mean_others(tmp_path, dtype):
+    save_file({"x": torch.ones(2), "y": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors: y is stored as .*quantized"):
+        weights.stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_every_plain_kind_are_read(tmp_path, dtype):
+    save_file({"x": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    assert dict(weights.stored_tensors(tmp_path))["x"].dtype == dtype
 
 
 @pytest.mark.parametrize("sharded", [False, True])
