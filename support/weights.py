@@ -23,6 +23,9 @@ PLAIN = ("F64", "F32", "F16", "BF16")      # safetensors' names of the numbers t
 ALONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BESIDES = ["*.json", "*.jinja", "*.txt", "*.model"]            # config, tokenizer, chat template, index
+# Beside the weights, what a response depends on.
+DECIDES = ["config.json", "generation_config.json", "*token*.json", "chat_template.*", "vocab.*", "merges.txt",
+           "tekken.json", "*.model"]
 
 
 def named_files(folder):
@@ -139,21 +142,22 @@ class _TheseFiles(FileSystem):
 
 
 def fingerprints(folder):
-    """Name -> size and hash of config.json and of each file of weights: equal for the same model anywhere."""
+    """Name -> size and hash of each file that a response depends on: weights, config, tokenizer. Equal for
+    the same model anywhere.
+
+    Every byte is hashed: a fine-tuning may leave weights frozen that stand at both ends of a file. 15 GB at
+    7.6 B take 11 s at 1.4 GB/s, and are in memory then for loading them.
+    """
     files = weight_files(folder)
-    if (Path(folder) / "config.json").exists():
-        files.append(Path(folder) / "config.json")
-    return {file.name: fingerprint(file) for file in files}
+    for pattern in DECIDES:
+        files += Path(folder).glob(pattern)
+    return {file.name: fingerprint(file) for file in sorted(files)}
 
 
 def fingerprint(file):
-    """Of a file: its size and a hash of its first and last megabyte. Training changes every weight."""
-    size, ends = file.stat().st_size, hashlib.sha256()
     with file.open("rb") as content:
-        ends.update(content.read(1 << 20))
-        content.seek(max(0, size - (1 << 20)))
-        ends.update(content.read())
-    return f"{size} {ends.hexdigest()[:16]}"
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return f"{file.stat().st_size} {digest[:16]}"
 
 
 def snapshot(name, local_files_only=False):

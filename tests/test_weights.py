@@ -136,17 +136,35 @@ def test_from_the_hub_come_the_files_that_the_index_names_and_no_more(tmp_path, 
     assert revisions == [None, "0123abc"]               # both turns from one commit
 
 
-def test_a_fingerprint_tells_other_weights_and_another_config_but_not_another_place(tmp_path):
+def test_a_fingerprint_tells_another_byte_anywhere_but_not_another_place(tmp_path):
+    """Weights that a fine-tuning has left frozen may stand at both ends of a file."""
     shutil.copytree(TINY, tmp_path / "a", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     before = weights.fingerprints(tmp_path / "a")
     assert weights.fingerprints(tmp_path / "b") == before
-    assert set(before) == {"model.safetensors", "config.json"}
+    assert set(before) == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
     for name in before:
         content = (tmp_path / "b" / name).read_bytes()
-        (tmp_path / "b" / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-        assert weights.fingerprints(tmp_path / "b") != before
+        big = content * (1 + (3 << 20) // len(content))                   # of several megabytes
+        for place in (0, len(big) // 2, len(big) - 1):
+            prints = []
+            for bit in (0, 1):
+                (tmp_path / "b" / name).write_bytes(
+                    big[:place] + bytes([big[place] ^ bit]) + big[place + 1:])
+                prints.append(weights.fingerprints(tmp_path / "b"))
+            assert prints[0] != prints[1]
         (tmp_path / "b" / name).write_bytes(content)
+    assert weights.fingerprints(tmp_path / "b") == before
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "tokenizer.model"])
+def test_what_else_decides_about_a_response_is_in_the_fingerprint_and_a_page_about_it_is_not(tmp_path, name):
+    shutil.copytree(TINY, tmp_path / "a", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    before = weights.fingerprints(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("x")
+    assert weights.fingerprints(tmp_path / "a") == before
+    (tmp_path / "a" / name).write_text("{}")
+    assert weights.fingerprints(tmp_path / "a").keys() == {*before, name}
 
 
 def test_the_tiny_model_has_one_file_and_its_map_names_every_tensor_of_it():
