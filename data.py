@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.readers import READERS, data_files
+from support.readers import READERS, data_files, read_and_left
 from support.tokens import encode_text, reserved_tokens, split_at_reserved
 
 # ----------------------------------------------------------------------------------------------------------
@@ -130,7 +130,8 @@ def _text(row, *names, required=True):
             return check_characters(value, column)
         # To Python, True is an int; and nan, which is no answer, a float.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return repr(value)
+            # 1e-07 would have an e in it, which a grader may read as Euler's number.
+            return np.format_float_positional(value, trim="0") if isinstance(value, float) else repr(value)
     if not required and all(value == "" for value in found.values()):
         return None
     columns = " or ".join(map(repr, names))
@@ -175,7 +176,10 @@ def load_examples(path, skip_bad_rows=False, log=print):
     path = Path(path)
     examples, ids, bad = [], set(), []
     seen = set()
-    for file in data_files(path):
+    files = data_files(path)
+    if path.is_dir():
+        log(f"{path}: {read_and_left(path, files)}")
+    for file in files:
         name = file.relative_to(path) if path.is_dir() else file.name
         for number, row in READERS[file.suffix](file):
             try:
@@ -189,6 +193,8 @@ def load_examples(path, skip_bad_rows=False, log=print):
             # every row.
             if not example.id or example.id in ids:
                 example.id = f"{name}/{number}"
+            while example.id in ids:               # another row spells it out
+                example.id += "+"
             ids.add(example.id)
             examples.append(example)
             seen.add(hash((example.problem, example.answer, example.demo)))

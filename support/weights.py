@@ -9,7 +9,7 @@ A folder often holds more *.safetensors than its model: the same weights once mo
 consolidated.safetensors, a shard that an earlier save has left. model.safetensors.index.json says which file
 holds which tensor; without it there is one file, model.safetensors. Nothing else is read.
 
-To copy: this file. It needs torch, safetensors and huggingface_hub.
+To copy: this file with support/readers.py. They need torch, safetensors and huggingface_hub.
 """
 import hashlib
 import json
@@ -19,13 +19,15 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from support.readers import each_name_once
+
 PLAIN = ("F64", "F32", "F16", "BF16")      # safetensors' names of the numbers that are what they say
 ALONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BESIDES = ["*.json", "*.jinja", "*.txt", "*.model"]            # config, tokenizer, chat template, index
 # Beside the weights, what a response depends on.
-DECIDES = ["config.json", "generation_config.json", "*token*.json", "chat_template.*", "vocab.*", "merges.txt",
-           "tekken.json", "*.model"]
+DECIDES = ["config.json", "generation_config.json", "*token*.json", "chat_template.*", "vocab.*",
+           "merges.txt", "tekken.json", "*.model"]
 
 
 def named_files(folder):
@@ -35,21 +37,13 @@ def named_files(folder):
     if not index.exists():
         return [ALONE], None
     try:
-        weight_map = json.loads(index.read_text(), object_pairs_hook=_each_name_once)["weight_map"]
+        weight_map = json.loads(index.read_text(), object_pairs_hook=each_name_once)["weight_map"]
         for name in weight_map.values():
             if Path(name).name != name:                # "../other/model.safetensors": another folder's
                 raise ValueError(f"names {name!r}, which is no file of this folder")
         return sorted(set(weight_map.values())), weight_map
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of weights ({error!r}); fetch the model again") from None
-
-
-def _each_name_once(pairs):
-    found = dict(pairs)                                # json.loads would keep the last of two in silence
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"names {next(name for name in names if names.count(name) > 1)} twice")
-    return found
 
 
 def weight_files(folder):
