@@ -102,17 +102,20 @@ def read_json(path):
 
 
 def discard(path):
-    """Remove a folder, if it is there. Where that fails (files open over NFS, or not ours), warn and go on.
+    """Remove a folder, file or link, if it is there (of a link not what it leads to). Where that fails (files
+    open over NFS, or not ours), warn and go on.
 
     It gets a hidden name first: half removed under its own, it would still look like what it was.
     """
     hidden = path = Path(path)
     try:
-        if path.exists() and not path.name.startswith(".removing-"):
+        if os.path.lexists(path) and not path.name.startswith(".removing-"):
             hidden = path.with_name(f".removing-{path.name.lstrip('.')}-{time.time_ns()}")
             path.rename(hidden)
-        if hidden.exists():
+        if hidden.is_dir() and not hidden.is_symlink():
             shutil.rmtree(hidden)
+        else:
+            hidden.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"{path}: cannot be removed, and takes room on the disk: {error}")
 
