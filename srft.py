@@ -587,7 +587,7 @@ def evaluate_before_the_first_step(cfg, run, stopping):
     if step == 0:
         run.log.write({"step": 0} | measured)
     else:
-        run.log.amend(measured)
+        run.log.amend(step, measured)
     run.progress.unevaluated = False
     return True
 
