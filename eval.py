@@ -17,6 +17,7 @@ import support.startup  # noqa: F401  (before torch)
 
 import argparse
 import json
+import math
 import os
 import sys
 import zlib
@@ -237,8 +238,12 @@ def read_results(path):
     with path.open("rb") as lines:                    # bytes: what was cut may be half a character
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
                 torn += 1
     if torn:
         print(f"{path}: skipped {torn} torn lines")
@@ -278,7 +283,7 @@ def known_results(path, tasks):
     if dist.get_rank() == 0:                          # one reader, before anyone writes
         wanted = {task.key for task in tasks}
         for row in read_results(path):
-            key = (row["benchmark"], row["id"], row["sample"])
+            key = (row.get("benchmark"), row.get("id"), row.get("sample"))
             if key in wanted:
                 row["response"] = None                # the longest part of it, and no rank needs it
                 known[key] = row
@@ -307,6 +312,7 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
         new = []
         if left:
             new = answer(engine, grader, left, sampling, kinds, progress=rank == 0)
+            check_finite(new)
             append_results(path, new)
         for row in new + old:
             seen[row["benchmark"]] += 1
@@ -315,6 +321,15 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
         bar.set_postfix({name: f"{100 * right[name] / seen[name]:.1f}" for name in seen})
     bar.close()
     wait_for_all()                                    # all is written, before rank 0 reads
+
+
+def check_finite(rows):
+    """Raise ValueError for a response to which the model itself gives no probability: a broken model would
+    look like one that knows nothing."""
+    for row in rows:
+        if not math.isfinite(row["nll"]):
+            raise ValueError(f"--model: of a response to {row['benchmark']} {row['id']}, its log-probs are "
+                             "nan or inf: its weights are broken, or too large for what it computes in")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -589,7 +589,7 @@ def start_profiler():
 
 def write_profile(profiler, folder):
     """Stop it; write folder/trace-rankN.json.gz and, on rank 0, folder/operators-rank0.txt: the operators
-    that took most time themselves. Where that fails (a full disk), a warning: a run is worth more than that."""
+    that took most time themselves. Where that fails (a full disk), a warning: a run is worth more than it."""
     profiler.stop()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -427,6 +428,32 @@ def test_evaluation_in_training_needs_nothing_of_paper():
 
 def without_ms(rows):
     return [row | {"verdicts": rewards(row)} for row in rows]
+
+
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+def test_a_model_whose_log_probs_are_not_finite_is_no_model_of_0_percent(tmp_path, grader, one_rank, number):
+    engine, path = Scripted(lambda ids, seed: ("x", True)), tmp_path / "results.jsonl"
+    draw = engine.generate
+
+    def generate(*args, on_step, **how):
+        def dead(ended):
+            on_step([(i, k, replace(rollout, logprobs=[-0.5, number])) for i, k, rollout in ended])
+        return draw(*args, on_step=dead, **how)
+
+    engine.generate = generate
+    with pytest.raises(ValueError, match="math500 p/1, its log-probs are nan or inf"):
+        E.run(engine, grader, [task()], {}, E.Sampling(), ["oat"], path, chunk_size=4)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", "null", '"x"', "{}", '{"benchmark": "math500"}'])
+def test_lines_that_are_no_results_cost_nothing(tmp_path, one_rank, line):
+    path = tmp_path / "results.jsonl"
+    row = {"benchmark": "math500", "id": "p/1", "sample": 0, "prompt": "1+1", "answer": "2"}
+    E.append_results(path, [row])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    assert len(E.known_results(path, [task()])) == 1
 
 
 def test_a_resume_draws_only_what_lacks_in_the_same_chunks(tmp_path, grader, one_rank):
