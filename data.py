@@ -15,6 +15,7 @@ import math
 import re
 from array import array
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +357,16 @@ def digest(prompts):
 
 
 def demo_key(example):
-    """What the reward of a demonstration is remembered by: its text and the answer, so that a mended one is
-    graded anew."""
-    return hashlib.sha256(json.dumps([example.demo, example.answer]).encode()).hexdigest()[:16]
+    """What the reward of a demonstration is remembered by: its text, the answer and the code that graded it,
+    so that a mended one is graded anew."""
+    texts = [example.demo, example.answer, grader_digest()]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+@cache
+def grader_digest():
+    """SHA-256 of the code whose verdicts rewards are, as hexadecimal text."""
+    content, here = hashlib.sha256(), Path(__file__).parent
+    for file in [here / "reward.py", *sorted((here / "grading").glob("*.py"))]:
+        content.update(file.read_bytes())
+    return content.hexdigest()

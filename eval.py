@@ -31,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as M
-from data import TEMPLATES, Prompt, check_vocabulary, tokenize
+from data import TEMPLATES, Prompt, check_vocabulary, grader_digest, tokenize
 from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
@@ -498,14 +498,15 @@ def prepare(args, tokenizer, window, say):
 
 # What results of one folder must have in common. Benchmarks, samples and limit may grow; the rest is of the
 # machine.
-SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
-            "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
+SETTINGS = ("weights", "versions", "grading", "template", "grader", "temperature", "top_p", "max_tokens",
+            "seed", "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
 
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = {**vars(args), **environment(device), "weights": fingerprints(folder)}
+    settings = {**vars(args), **environment(device), "weights": fingerprints(folder),
+                "grading": grader_digest()}
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():

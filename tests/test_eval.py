@@ -716,6 +716,13 @@ def test_other_weights_are_refused_even_under_the_same_name_and_of_the_same_size
         E.settle(args, folder, torch.device("cpu"))
 
 
+def test_verdicts_of_other_code_are_not_put_beside_them(settled, monkeypatch):
+    args, folder = settled
+    monkeypatch.setattr(E, "grader_digest", lambda: "another")
+    with pytest.raises(ValueError, match="grading was .*, is another"):
+        E.settle(args, folder, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("text", ["", '{"temp'])
 def test_settings_that_are_not_whole_are_named_and_the_results_not_mixed_with_others(settled, text):
     args, folder = settled

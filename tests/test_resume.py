@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import eval as E
 import srft
 from config import TINY, parse_args
@@ -263,6 +264,25 @@ def test_the_reward_of_a_demonstration_is_remembered_by_its_text_and_its_answer(
     assert demo_key(example) == demo_key(replace(example, id="b", problem="2=?"))
     keys = {demo_key(example), demo_key(replace(example, answer="3")), demo_key(replace(example, demo="4"))}
     assert len(keys) == 3
+
+
+def test_it_is_not_remembered_where_the_code_that_grades_is_another(monkeypatch):
+    before = demo_key(PROMPT.example)
+    monkeypatch.setattr(data, "grader_digest", lambda: "another")
+    assert demo_key(PROMPT.example) != before
+
+
+def test_the_digest_of_the_grader_is_of_all_its_code(monkeypatch, tmp_path):
+    digests = set()
+    for room in ("a", "b", "c"):
+        (tmp_path / room / "grading").mkdir(parents=True)
+        (tmp_path / room / "reward.py").write_text("1" if room == "a" else "2")
+        (tmp_path / room / "grading" / "oat.py").write_text("3" if room == "c" else "4")
+        monkeypatch.setattr(data, "__file__", str(tmp_path / room / "data.py"))
+        data.grader_digest.cache_clear()
+        digests.add(data.grader_digest())
+    data.grader_digest.cache_clear()
+    assert len(digests) == 3
 
 
 def manifest(flags=(), **identity):
