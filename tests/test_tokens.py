@@ -18,7 +18,7 @@ CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def byte_level():
+def byte_level(eos="<|im_end|>", **how):
     """As Qwen's: special tokens with and without a name, and added tokens that are not special."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -27,8 +27,8 @@ def byte_level():
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved_7|>"]))
     for text, special in (("<tool_call>", False), ("<think>", True), ("</think>", True)):
         core.add_tokens([AddedToken(text, normalized=False, special=special)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token="<|endoftext|>",
+                                   chat_template=CHAT, **how)
 
 
 def sentencepiece(model, trainer, **how):
@@ -54,6 +54,7 @@ def closing():
 
 TOKENIZERS = {
     "tiny": make_tokenizer(), "closing": closing(), "byte level": byte_level(),
+    "one token for all": byte_level("<|endoftext|>", unk_token="<|endoftext|>"),     # GPT-2's, SmolLM2's
     "in Python": ByT5Tokenizer(extra_ids=0),
     "unigram": sentencepiece(models.Unigram(), trainers.UnigramTrainer, unk_token="<unk>"),
     "bpe": sentencepiece(models.BPE(unk_token="<unk>"), trainers.BpeTrainer)}
@@ -74,7 +75,8 @@ def of_template(tokenizer, template, *problems):
     found = []
     for problem in problems:
         ids = tokens_of(problem, None, tokenizer, template).ids
-        found.append([id for id in ids if id in tokenizer.all_special_ids and id != tokenizer.unk_token_id])
+        none = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+        found.append([id for id in ids if id in tokenizer.all_special_ids and id not in none])
     return found
 
 
