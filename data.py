@@ -61,7 +61,15 @@ def render(template, question, tokenizer=None):
                              "use --template paper")
         turn = [{"role": "user", "content": question}]
         # add_generation_prompt: the text ends where the assistant's turn begins, so the model answers.
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:                     # of jinja, or whatever the template raises
+            raise ValueError(f"--template tokenizer: this chat template fails ({type(error).__name__}: "
+                             f"{error}); use another --template") from error
+        if question.strip() not in text:
+            raise ValueError("--template tokenizer: this chat template's prompt does not hold the problem as "
+                             "it stands; use another --template")
+        return text
     # Not str.format: a LaTeX problem is full of braces, and SYSTEM itself has some.
     return TEMPLATES[template].replace("{question}", question)
 
@@ -235,7 +243,7 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     What is over a limit is dropped and counted (public code cuts it, and the EOS with it, in silence).
     Raises ValueError if the tokenizer has no EOS, or no example is left.
     """
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or not tokenizer.eos_token:
         raise ValueError("this tokenizer has no eos_token, so a response could never end; "
                          "set one in its config")
     prompts, long_prompt, long_demo = [], 0, 0
@@ -248,17 +256,22 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
             demo = _demo_ids(example.demo, text, tokenizer, reserved)
         if not 0 < len(ids) <= max_prompt_tokens:
             long_prompt += 1
-        elif demo and len(demo) > max_response_tokens:
+        elif demo and not 1 < len(demo) <= max_response_tokens:        # 1: EOS alone
             long_demo += 1
         else:
             prompts.append(Prompt(example, ids, demo))
     if long_prompt or long_demo:
         log(f"dropped {long_prompt} examples with a prompt over {max_prompt_tokens} tokens (or empty) and "
-            f"{long_demo} with a demonstration over {max_response_tokens}; {len(prompts)} remain")
+            f"{long_demo} with a demonstration over {max_response_tokens} (or empty); {len(prompts)} remain")
     if not prompts:
         raise ValueError(f"no example fits --max_prompt_tokens {max_prompt_tokens} and "
                          f"--max_response_tokens {max_response_tokens}; "
                          "raise them, or use a shorter --template")
+    if tokenizer.unk_token_id not in (None, *reserved):
+        unknown = sum(tokenizer.unk_token_id in prompt.ids + (prompt.demo or []) for prompt in prompts)
+        if unknown:
+            log(f"{unknown} of {len(prompts)} examples hold text that this tokenizer does not know, and "
+                f"reads as {tokenizer.unk_token}")
     return prompts
 
 

@@ -107,6 +107,43 @@ def test_no_special_token_comes_of_what_a_problem_or_a_demonstration_spells(name
         assert [id for id in demo if id in reserved] == [demo[-1]] == [tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("chat_template, says", [
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{% for %}", "fails"),
+    ("Answer this!", "does not hold the problem as it stands"),
+    ("{{ messages[0].content | upper }}", "does not hold the problem as it stands")])
+def test_a_chat_template_that_fails_or_leaves_the_problem_out_is_named(chat_template, says):
+    tokenizer = byte_level()
+    tokenizer.chat_template = chat_template
+    with pytest.raises(ValueError, match=f"--template tokenizer: .*{says}"):
+        tokens_of("what is 2+2?\n", None, tokenizer, "tokenizer")
+
+
+@pytest.mark.parametrize("eos", ["", None])
+def test_a_tokenizer_without_the_text_of_an_eos_is_refused(eos):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = eos
+    with pytest.raises(ValueError, match="no eos_token"):
+        tokens_of("2+2", "4", tokenizer, "none")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_examples_with_text_that_a_tokenizer_does_not_know_are_counted(name):
+    said, tokenizer = [], TOKENIZERS[name]
+    known, strange = Example("a", "2+2", "4", "2"), Example("b", "2+2", "4", "2\u4e8c")
+    prompts = tokenize([known, strange, strange], tokenizer, "none", 100, 100, log=said.append)
+    has_unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id
+    has_unknown = has_unknown and name != "in Python"                                 # ByT5 reads bytes
+    assert len(prompts) == 3 and len(said) == has_unknown
+    assert not said or said[0].startswith("2 of 3 examples hold text that this tokenizer does not know")
+
+
+@pytest.mark.parametrize("demo", ["<eos>", "<eos>\n<eos>"])
+def test_a_demonstration_of_nothing_but_its_end_is_dropped_and_counted(demo):
+    said, rows = [], [Example("a", "1+1=?", "2", demo), Example("b", "1+1=?", "2", "2")]
+    [prompt] = tokenize(rows, make_tokenizer(), "none", 100, 100, log=said.append)
+    assert prompt.example.id == "b" and "1 with a demonstration over 100 (or empty)" in said[0]
+
+
 @pytest.mark.parametrize("template", data.TEMPLATES)
 def test_a_problem_that_ends_its_own_turn_reads_as_it_stands_and_the_templates_tokens_are_special(template):
     tokenizer = TOKENIZERS["byte level"]
