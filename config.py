@@ -307,6 +307,8 @@ def check_flags(cfg):
             check_interval(f"--{f.name}", getattr(cfg, f.name), f.metadata["within"])
     if not cfg.out.strip():
         raise ValueError("--out is empty: name the run's own folder")
+    if not cfg.out.isprintable():             # a byte that is no UTF-8: the export, at the end, would fail
+        raise ValueError(f"--out {cfg.out!r}: has characters that are no text; use another name")
 
 
 def check_lengths(cfg, window):

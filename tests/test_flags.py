@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_every_number_of_a_run_has_its_values_and_absurd_ones_are_refused(field)
 
 
 @pytest.mark.parametrize("flags", [
-    ["--lr", "nan"], ["--engine_memory", "1.1"], ["--seed", str(2**32)], ["--out", ""]])
+    ["--lr", "nan"], ["--engine_memory", "1.1"], ["--seed", str(2**32)], ["--out", ""],
+    ["--out", os.fsdecode(b"out/\xff")], ["--out", "out/a\nb"]])
 def test_a_run_refuses_them_before_it_loads_anything(flags, monkeypatch):
     monkeypatch.setattr(srft, "init_distributed", lambda device: srft.Ranks(0, 1, None, None))
     monkeypatch.setattr(srft, "check_environment", lambda device: None)
