@@ -849,7 +849,8 @@ def check_resume(cfg, checkpoint, identity, say):
         return
     path, manifest = checkpoint
     then = manifest["state"]
-    check_settings(path, then["settings"], settings(cfg), must=("method", "template", "seed"), log=say)
+    check_settings(path, then["settings"], settings(cfg), must=("method", "template", "seed", "rope_theta"),
+                   log=say)
     # The checkpoint has the model's weights: --model need not be what it was, unless a KL is taken to it.
     must = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
     check_identity(path, then["identity"], identity, must, say)

@@ -38,13 +38,18 @@ def amount(size):
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
+# A disk or a quota is full; a file may not get larger (ulimit -f, some file systems).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_full(error):
-    """Is this error, or one that it came of, for want of room (a full disk, a quota)?"""
+    """Is this error, or one that it came of, for want of room (NO_ROOM)?"""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in NO_ROOM:
             return True
         # safetensors is written in Rust, whose errors carry the number in their text alone.
-        if re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
+        number = re.search(r"os error (\d+)\b", str(error))
+        if number and int(number[1]) in NO_ROOM:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -60,8 +65,9 @@ def words_if_full(path):
         if not is_full(error):
             raise
         discard(Path(path).with_name(f".partial-{Path(path).name}"))
-        raise OSError(f"{path}: no room on the disk (or in a quota), {amount(free_bytes(path))} free; make "
-                      "room, then start the same command again (srft.py with --resume)") from error
+        raise OSError(f"{path}: no room on the disk (or in a quota, or for a file of that size), "
+                      f"{amount(free_bytes(path))} free; make room, then start the same command again "
+                      "(srft.py with --resume)") from error
 
 
 def append_whole(file, text):

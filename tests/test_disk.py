@@ -28,7 +28,7 @@ from tiny.task import make_tokenizer
 
 # ruff: noqa: F811        (the fixture `mesh` is imported, and named as an argument)
 
-FULL = [errno.ENOSPC, errno.EDQUOT]
+FULL = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG]
 
 
 def full(number=errno.ENOSPC):
@@ -177,7 +177,8 @@ def test_an_export_to_a_full_disk_is_said_and_leaves_no_part_of_it(small_disk, t
 
 
 @pytest.mark.parametrize("error, says", [
-    (full(), True), (full(errno.EDQUOT), True), (RuntimeError("I/O error (os error 28)"), True),
+    (full(), True), (full(errno.EDQUOT), True), (RuntimeError("I/O error (os error 27)"), True),
+    (RuntimeError("I/O error (os error 28)"), True),
     (RuntimeError("I/O error (os error 2)"), False), (OSError(errno.EIO, "I/O error"), False)], ids=repr)
 def test_an_error_that_comes_of_a_full_disk_is_said_to_and_takes_the_partial_folder_along_no_other_does(
         tmp_path, error, says):

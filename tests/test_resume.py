@@ -314,7 +314,8 @@ def test_another_base_model_is_refused_where_a_kl_is_taken_to_it_and_a_new_kl_is
     srft.check_resume(cfg, found, identity | {"reference": None}, print)
 
 
-@pytest.mark.parametrize("flag, value", [("method", "grpo"), ("template", "paper"), ("seed", 1)])
+@pytest.mark.parametrize("flag, value", [("method", "grpo"), ("template", "paper"), ("seed", 1),
+                                         ("rope_theta", 40_000.0)])
 def test_flags_that_make_another_run_are_refused_by_name(flag, value):
     cfg, found, identity = manifest()
     with pytest.raises(ValueError, match=f"was trained with --{flag} .*; resume with the run's own flags"):
