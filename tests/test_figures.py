@@ -281,3 +281,15 @@ def test_rows_that_a_hand_or_a_power_cut_has_spoilt_are_read_or_named(tmp_path, 
         return
     with pytest.raises(ValueError, match=f"{file}: line . of . is no row of a run .*mend or remove it"):
         read_rows(file)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    def curves(*_):
+        """Not to be called."""
+        pytest.fail("drawn")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(A, "curves", curves)
+    monkeypatch.setitem(A.FIGURES, "fig6", A.curves)
+    with pytest.raises(SystemExit, match="paper/figures.py: .*file"):
+        A.main(["fig6", f"--out={tmp_path / 'file' / 'deep' / 'x'}", "A=run"])
