@@ -89,7 +89,7 @@ class Config:
     hang_minutes: float = opt(30.0, "run",
         "a rank that spends more than this in one phase (rollout, train, checkpoint, ...) or waits "
         "that long for another ends the run, and the rank behind is named; until the first step is "
-        "done, 120", within="(0, inf)")
+        "done, 120", within="(0, 525600]")
     profile: int = opt(0, "run",
         "write a torch profiler trace of this step to profile/ in --out, with every token's decoding: "
         "open it in Perfetto or chrome://tracing; 0: none", within="[0, inf)")
@@ -205,7 +205,7 @@ class Config:
         "no CUDA graphs in the engine (on CPU always so)")
     grader_workers: int = opt(0, "engine",
         "grading processes a rank; 0: the cores divided by the node's ranks, less one for the engine",
-        within="[0, inf)")
+        within="[0, 4096]")
     grade_text: str = opt("after_think", "engine",
         "what is graded: the text after the last </think>, all of it, or nothing without a </think> "
         "(LUFFY)",
@@ -219,7 +219,7 @@ class Config:
     score_unfinished: bool = opt(False, "engine",
         "a response cut at its limit is graded like any other; off: it earns 0")
     grader_deadline: float = opt(10.0, "engine",
-        "seconds until a grading process is killed, and its reward is 0", within="(0, inf)")
+        "seconds until a grading process is killed, and its reward is 0", within="(0, 86400]")
 
     # Held-out accuracy on the way (App. B: temperature 0.6).
     eval_data: str = opt("", "evaluation",

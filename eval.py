@@ -397,11 +397,11 @@ def add_flags(parser):
     flag("engine_memory", 0.9, "share of each GPU for vLLM", within="(0, 1]")
     flag("engine_sequences", 256, "responses a rank decodes at once", within="[1, inf)")
     flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
-         "one for the engine", within="[0, inf)")
+         "one for the engine", within="[0, 4096]")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0",
-         within="(0, inf)")
+         within="(0, 86400]")
     flag("hang_minutes", 30.0, "stop, and name the rank that is behind, if one gets nothing done for longer",
-         within="(0, inf)")
+         within="(0, 525600]")
     return intervals
 
 

@@ -393,7 +393,8 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_refused_at_the_start_and
 
 
 @pytest.mark.parametrize("steps, save_every, done, saves", [
-    (6, 2, 0, 3), (7, 2, 0, 4), (6, 100, 0, 1), (6, 2, 4, 1), (6, 2, 3, 2), (6, 2, 6, 0)])
+    (6, 2, 0, 3), (7, 2, 0, 4), (6, 100, 0, 1), (6, 2, 4, 1), (6, 2, 3, 2), (6, 2, 6, 0),
+    (6, 2, 7, 0), (6, 4, 5, 1), (10**18, 1, 1, 10**18 - 1)])                # as whoever means "for ever" says
 def test_the_checkpoints_to_come_are_those_of_every_so_many_steps_and_of_the_last(
         mesh, monkeypatch, steps, save_every, done, saves):
     asked = []
