@@ -37,6 +37,11 @@ def open_run(run, resume, rank, log=print):
     if resume:
         checkpoint = newest_checkpoint(run / "checkpoints", log)
     if checkpoint is not None:
+        done = checkpoint[1]["state"]["step"]
+        lost = sorted(set(range(1, done + 1)) - {row["step"] for row in rows})
+        if lost:
+            log(f"{run / 'metrics.jsonl'}: has no row of {len(lost)} of the {done} steps done, such as step "
+                f"{lost[0]}: was it changed, or moved?")
         return checkpoint
     with all_or_none():
         steps = max((row["step"] for row in rows), default=0)

@@ -196,6 +196,21 @@ def test_a_run_begins_only_where_that_deletes_no_records(tmp_path, mesh, files, 
         assert (tmp_path / name).read_text() == text
 
 
+@pytest.mark.parametrize("steps, says", [
+    ([0, 1, 2, 3], None), ([0, 1, 2, 3, 4], None),
+    ([2, 3], "has no row of 1 of the 3 steps done, such as step 1"),
+    ([0, 1, 2], "of 1 of the 3 steps done, such as step 3"),
+    ([], "of 3 of the 3 steps done, such as step 1")])
+def test_a_resume_says_which_steps_done_have_lost_their_rows(tmp_path, mesh, monkeypatch, steps, says):
+    (tmp_path / "metrics.jsonl").write_text(rows(*steps))
+    found = ("step-3", {"state": {"step": 3}})
+    monkeypatch.setattr(resume, "newest_checkpoint", lambda *_: found)
+    said = []
+    assert resume.open_run(tmp_path, True, 0, said.append) == found
+    assert len(said) == (says is not None)
+    assert not said or f"{tmp_path}/metrics.jsonl: " in said[0] and says in said[0]
+
+
 def test_what_a_kill_has_left_half_written_is_removed_before_the_room_is_asked_for(tmp_path, mesh):
     left = [".partial-hf", "checkpoints/.partial-step-2", "checkpoints/.removing-step-1-17"]
     for folder in left:
