@@ -209,13 +209,13 @@ def inspect_checkpoint(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: not a complete checkpoint of this program "
                          f"(manifest.json: {e})") from None
-    step = manifest["state"]["step"]
-    if step_of(path) not in (-1, step):       # what is saved from there on would have a lower number than it
-        raise ValueError(f"{path}: holds step {step}; give it back its name, step-{step}")
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).exists() else "no such file"
         if found != size:
             raise ValueError(f"{path / name}: truncated checkpoint, expected {size} bytes, found {found}")
+    step = manifest["state"]["step"]
+    if step_of(path) not in (-1, step):       # what is saved from there on would have a lower number than it
+        raise ValueError(f"{path}: holds step {step}; give it back its name, step-{step}")
     return manifest
 
 
