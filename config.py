@@ -305,8 +305,9 @@ def check_flags(cfg):
     for f in dataclasses.fields(cfg):
         if f.metadata["within"]:
             check_interval(f"--{f.name}", getattr(cfg, f.name), f.metadata["within"])
-    if not cfg.out.strip():
-        raise ValueError("--out is empty: name the run's own folder")
+    for name in ("model", "data", "out"):
+        if not getattr(cfg, name).strip():        # to Python, the folder that the program is started in
+            raise ValueError(f"--{name} is empty: give it a name (was a variable of the shell not set?)")
     if not cfg.out.isprintable():             # a byte that is no UTF-8: the export, at the end, would fail
         raise ValueError(f"--out {cfg.out!r}: has characters that are no text; use another name")
 

@@ -58,7 +58,8 @@ def test_what_a_clock_or_a_machine_cannot_hold_is_refused_too(flag, capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--lr", "nan"], ["--engine_memory", "1.1"], ["--seed", str(2**32)], ["--out", ""],
-    ["--out", os.fsdecode(b"out/\xff")], ["--out", "out/a\nb"]])
+    ["--out", os.fsdecode(b"out/\xff")], ["--out", "out/a\nb"],
+    ["--data", ""], ["--model", " "]])
 def test_a_run_refuses_them_before_it_loads_anything(flags, monkeypatch):
     monkeypatch.setattr(srft, "init_distributed", lambda device: srft.Ranks(0, 1, None, None))
     monkeypatch.setattr(srft, "check_environment", lambda device: None)
