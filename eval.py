@@ -20,6 +20,7 @@ import json
 import math
 import os
 import sys
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from data import TEMPLATES, Prompt, check_vocabulary, grader_digest, tokenize
 from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
+from support.checkpoint import checkpoints_in
 from support.claim import claim, lock
 from support.disk import append_whole, read_json, write_whole
 from support.intervals import check_interval, positive
@@ -460,6 +462,11 @@ def locate(args):
     if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():            # a run of srft.py
         if not (path / "hf").is_dir():
             raise ValueError(f"--model {path}: this run has no hf/ yet; it is written when training ends")
+        exported = (path / "hf").stat().st_mtime
+        for checkpoint in checkpoints_in(path / "checkpoints")[-1:]:
+            if checkpoint.stat().st_mtime > exported:
+                warnings.warn(f"{path / 'hf'}: is older than {checkpoint.name}: the run has trained on "
+                              "since, and exports its model anew when it ends")
         args.out = args.out or str(path / "eval")
         # The template that it was trained with: another would measure something else.
         args.template = args.template or read_json(path / "config.json")["template"]

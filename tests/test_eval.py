@@ -744,6 +744,18 @@ def test_a_runs_folder_gives_its_export_its_template_and_the_place_for_the_resul
     assert E.locate(args) == str(tmp_path / "hf") and (args.template, args.out) == ("none", "o")
 
 
+@pytest.mark.parametrize("later", [True, False])
+def test_a_run_that_has_trained_on_since_its_export_is_said_to(tmp_path, later):
+    for name in ("hf", "checkpoints/step-4"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"template": "none"}')
+    os.utime(tmp_path / "hf", (100, 100))
+    os.utime(tmp_path / "checkpoints" / "step-4", (100 + later, 100 + later))
+    with warnings.catch_warnings(record=True) as caught:
+        assert E.locate(arguments(model=str(tmp_path))) == str(tmp_path / "hf")
+    assert ["hf: is older than step-4" in str(warning.message) for warning in caught] == [True] * later
+
+
 def test_a_plain_folder_is_loaded_itself_with_the_papers_template(tmp_path):
     args = E.parse(["--model", str(tmp_path)])
     assert E.locate(args) == str(tmp_path)
