@@ -60,7 +60,7 @@ FLAGS_OF_METHODS = set().union(*(method.heeds for method in METHODS.values()))
 
 # What a resumed run must not change: these flags, and the content of what these name. --model may change,
 # since the checkpoint has the weights, unless a KL is taken to it.
-SAME_FLAGS = ("method", "template", "seed")
+SAME_FLAGS = ("method", "template", "seed", "rope_theta")
 SAME_CONTENT = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
 GRADING = ("grade_text", "strict_box", "strict_answer", "score_unfinished")    # what a reward depends on
 
@@ -96,7 +96,7 @@ class Config:
     hang_minutes: float = opt(30.0, "run",
         "a rank that spends more than this in one phase (rollout, train, checkpoint, ...) or waits "
         "that long for another ends the run, and the rank behind is named; until the first step is "
-        "done, 120", within="(0, inf)")
+        "done, 120", within="(0, 525600]")
     profile: int = opt(0, "run",
         "write a torch profiler trace of this step to profile/ in --out, with every token's decoding: "
         "open it in Perfetto or chrome://tracing; 0: none", within="[0, inf)")
@@ -212,7 +212,7 @@ class Config:
         "no CUDA graphs in the engine (on CPU always so)")
     grader_workers: int = opt(0, "engine",
         "grading processes a rank; 0: the cores divided by the node's ranks, less one for the engine",
-        within="[0, inf)")
+        within="[0, 4096]")
     grade_text: str = opt("after_think", "engine",
         "what is graded: the text after the last </think>, all of it, or nothing without a </think> "
         "(LUFFY)",
@@ -226,7 +226,7 @@ class Config:
     score_unfinished: bool = opt(False, "engine",
         "a response cut at its limit is graded like any other; off: it earns 0")
     grader_deadline: float = opt(10.0, "engine",
-        "seconds until a grading process is killed, and its reward is 0", within="(0, inf)")
+        "seconds until a grading process is killed, and its reward is 0", within="(0, 86400]")
 
     # Held-out accuracy on the way (App. B: temperature 0.6).
     eval_data: str = opt("", "evaluation",
@@ -317,8 +317,11 @@ def check_flags(cfg):
     for f in dataclasses.fields(cfg):
         if f.metadata["within"]:
             check_interval(f"--{f.name}", getattr(cfg, f.name), f.metadata["within"])
-    if not cfg.out.strip():
-        raise ValueError("--out is empty: name the run's own folder")
+    for name in ("model", "data", "out"):
+        if not getattr(cfg, name).strip():        # to Python, the folder that the program is started in
+            raise ValueError(f"--{name} is empty: give it a name (was a variable of the shell not set?)")
+    if not cfg.out.isprintable():             # a byte that is no UTF-8: the export, at the end, would fail
+        raise ValueError(f"--out {cfg.out!r}: has characters that are no text; use another name")
 
 
 def check_lengths(cfg, window):

@@ -15,11 +15,12 @@ import math
 import re
 from array import array
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from support.readers import READERS, data_files
+from support.readers import READERS, data_files, read_and_left
 from support.tokens import encode_text, reserved_tokens, split_at_reserved
 
 # ----------------------------------------------------------------------------------------------------------
@@ -60,7 +61,15 @@ def render(template, question, tokenizer=None):
                              "use --template paper")
         turn = [{"role": "user", "content": question}]
         # add_generation_prompt: the text ends where the assistant's turn begins, so the model answers.
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:                     # of jinja, or whatever the template raises
+            raise ValueError(f"--template tokenizer: this chat template fails ({type(error).__name__}: "
+                             f"{error}); use another --template") from error
+        if question.strip() not in text:
+            raise ValueError("--template tokenizer: this chat template's prompt does not hold the problem as "
+                             "it stands; use another --template")
+        return text
     # Not str.format: a LaTeX problem is full of braces, and SYSTEM itself has some.
     return TEMPLATES[template].replace("{question}", question)
 
@@ -130,7 +139,8 @@ def _text(row, *names, required=True):
             return check_characters(value, column)
         # To Python, True is an int; and nan, which is no answer, a float.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return repr(value)
+            # 1e-07 would have an e in it, which a grader may read as Euler's number.
+            return np.format_float_positional(value, trim="0") if isinstance(value, float) else repr(value)
     if not required and all(value == "" for value in found.values()):
         return None
     columns = " or ".join(map(repr, names))
@@ -175,7 +185,10 @@ def load_examples(path, skip_bad_rows=False, log=print):
     path = Path(path)
     examples, ids, bad = [], set(), []
     seen = set()
-    for file in data_files(path):
+    files = data_files(path)
+    if path.is_dir():
+        log(f"{path}: {read_and_left(path, files)}")
+    for file in files:
         name = file.relative_to(path) if path.is_dir() else file.name
         for number, row in READERS[file.suffix](file):
             try:
@@ -189,6 +202,8 @@ def load_examples(path, skip_bad_rows=False, log=print):
             # every row.
             if not example.id or example.id in ids:
                 example.id = f"{name}/{number}"
+            while example.id in ids:               # another row spells it out
+                example.id += "+"
             ids.add(example.id)
             examples.append(example)
             seen.add(hash((example.problem, example.answer, example.demo)))
@@ -228,7 +243,7 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     What is over a limit is dropped and counted (public code cuts it, and the EOS with it, in silence).
     Raises ValueError if the tokenizer has no EOS, or no example is left.
     """
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or not tokenizer.eos_token:
         raise ValueError("this tokenizer has no eos_token, so a response could never end; "
                          "set one in its config")
     prompts, long_prompt, long_demo = [], 0, 0
@@ -241,17 +256,22 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
             demo = _demo_ids(example.demo, text, tokenizer, reserved)
         if not 0 < len(ids) <= max_prompt_tokens:
             long_prompt += 1
-        elif demo and len(demo) > max_response_tokens:
+        elif demo and not 1 < len(demo) <= max_response_tokens:        # 1: EOS alone
             long_demo += 1
         else:
             prompts.append(Prompt(example, ids, demo))
     if long_prompt or long_demo:
         log(f"dropped {long_prompt} examples with a prompt over {max_prompt_tokens} tokens (or empty) and "
-            f"{long_demo} with a demonstration over {max_response_tokens}; {len(prompts)} remain")
+            f"{long_demo} with a demonstration over {max_response_tokens} (or empty); {len(prompts)} remain")
     if not prompts:
         raise ValueError(f"no example fits --max_prompt_tokens {max_prompt_tokens} and "
                          f"--max_response_tokens {max_response_tokens}; "
                          "raise them, or use a shorter --template")
+    if tokenizer.unk_token_id not in (None, *reserved):
+        unknown = sum(tokenizer.unk_token_id in prompt.ids + (prompt.demo or []) for prompt in prompts)
+        if unknown:
+            log(f"{unknown} of {len(prompts)} examples hold text that this tokenizer does not know, and "
+                f"reads as {tokenizer.unk_token}")
     return prompts
 
 
@@ -350,6 +370,16 @@ def digest(prompts):
 
 
 def demo_key(example):
-    """By what the reward of a demonstration is remembered: its text and the answer. A mended one is then
-    graded anew."""
-    return hashlib.sha256(json.dumps([example.demo, example.answer]).encode()).hexdigest()[:16]
+    """What the reward of a demonstration is remembered by: its text, the answer and the code that graded it,
+    so that a mended one is graded anew."""
+    texts = [example.demo, example.answer, grader_digest()]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+@cache
+def grader_digest():
+    """SHA-256 of the code whose verdicts rewards are, as hexadecimal text."""
+    content, here = hashlib.sha256(), Path(__file__).parent
+    for file in [here / "reward.py", *sorted((here / "grading").glob("*.py"))]:
+        content.update(file.read_bytes())
+    return content.hexdigest()

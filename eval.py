@@ -17,8 +17,10 @@ import support.startup  # noqa: F401  (before torch)
 
 import argparse
 import json
+import math
 import os
 import sys
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -29,10 +31,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as M
-from data import TEMPLATES, Prompt, check_vocabulary, tokenize
+from data import TEMPLATES, Prompt, check_vocabulary, grader_digest, tokenize
 from grading import notation
 from reward import TEXTS, Grader
 from rollout import RolloutEngine, check_environment
+from support.checkpoint import checkpoints_in
 from support.claim import claim, lock
 from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
@@ -226,8 +229,12 @@ def read_results(path):
     with path.open("rb") as lines:                    # bytes: what was cut may be half a character
         for line in lines:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
                 torn += 1
     if torn:
         print(f"{path}: skipped {torn} torn lines")
@@ -267,7 +274,7 @@ def known_results(path, tasks):
     if dist.get_rank() == 0:                          # one reader
         wanted = {task.key for task in tasks}
         for row in read_results(path):
-            key = (row["benchmark"], row["id"], row["sample"])
+            key = (row.get("benchmark"), row.get("id"), row.get("sample"))
             if key in wanted:
                 row["response"] = None                # the longest part of it, and no rank needs it
                 known[key] = row
@@ -296,6 +303,7 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
         new = []
         if left:
             new = answer(engine, grader, left, sampling, kinds, progress=rank == 0)
+            check_finite(new)
             append_results(path, new)
         for row in new + old:
             seen[row["benchmark"]] += 1
@@ -304,6 +312,15 @@ def run(engine, grader, tasks, known, sampling, kinds, path, chunk_size):
         bar.set_postfix({name: f"{100 * right[name] / seen[name]:.1f}" for name in seen})
     bar.close()
     wait_for_all()                                    # all is written, before rank 0 reads
+
+
+def check_finite(rows):
+    """Raise ValueError for a response to which the model itself gives no probability: a broken model would
+    look like one that knows nothing."""
+    for row in rows:
+        if not math.isfinite(row["nll"]):
+            raise ValueError(f"--model: of a response to {row['benchmark']} {row['id']}, its log-probs are "
+                             "nan or inf: its weights are broken, or too large for what it computes in")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -371,11 +388,11 @@ def add_flags(parser):
     flag("engine_memory", 0.9, "share of each GPU for vLLM", within="(0, 1]")
     flag("engine_sequences", 256, "responses a rank decodes at once", within="[1, inf)")
     flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
-         "one for the engine", within="[0, inf)")
+         "one for the engine", within="[0, 4096]")
     flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0",
-         within="(0, inf)")
+         within="(0, 86400]")
     flag("hang_minutes", 30.0, "stop, and name the rank that is behind, if one gets nothing done for longer",
-         within="(0, inf)")
+         within="(0, 525600]")
     return intervals
 
 
@@ -434,6 +451,11 @@ def locate(args):
     if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():            # a run of srft.py
         if not (path / "hf").is_dir():
             raise ValueError(f"--model {path}: this run has no hf/ yet; it is written when training ends")
+        exported = (path / "hf").stat().st_mtime
+        for checkpoint in checkpoints_in(path / "checkpoints")[-1:]:
+            if checkpoint.stat().st_mtime > exported:
+                warnings.warn(f"{path / 'hf'}: is older than {checkpoint.name}: the run has trained on "
+                              "since, and exports its model anew when it ends")
         args.out = args.out or str(path / "eval")
         # The template that it was trained with: another would measure something else.
         args.template = args.template or read_json(path / "config.json")["template"]
@@ -472,14 +494,15 @@ def prepare(args, tokenizer, window, say):
 
 # What results of one folder must have in common. Benchmarks, samples and limit may grow; the rest is of the
 # machine.
-SETTINGS = ("weights", "versions", "template", "grader", "temperature", "top_p", "max_tokens", "seed",
-            "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
+SETTINGS = ("weights", "versions", "grading", "template", "grader", "temperature", "top_p", "max_tokens",
+            "seed", "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
 
 
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
-    settings = {**vars(args), **environment(device), "weights": fingerprints(folder)}
+    settings = {**vars(args), **environment(device), "weights": fingerprints(folder),
+                "grading": grader_digest()}
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():

@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from support.device import to_device
-from support.disk import discard
+from support.disk import discard, read_json
 from support.health import check_alive
 from support.logprobs import token_kl, token_logprobs
 from support.packing import pack  # noqa: F401  (so that callers find pack beside collate)
@@ -295,6 +295,10 @@ def misread(config):
         if getattr(config, name, None) not in (None, 1):
             return (f"a scaled or capped head ({name} {getattr(config, name)}) is not supported: log-probs "
                     "here are those of the plain product of hidden states and head")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        return (f"a quantized model (quant_method {quantized.get('quant_method')}) is not supported: its "
+                "numbers stand for others")
     if getattr(config, "attn_logit_softcapping", None):
         return f"capped attention (attn_logit_softcapping {config.attn_logit_softcapping}) is not supported"
     for name in EXPERTS:
@@ -311,7 +315,10 @@ def misread(config):
 def stored_generation(path):
     """The fields of the folder's generation_config.json; {} if it has none."""
     file = Path(path) / "generation_config.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected an object, found {str(found)[:80]}")
+    return found
 
 
 def load_config(path, rope_theta=0.0, window=0):
@@ -323,9 +330,13 @@ def load_config(path, rope_theta=0.0, window=0):
     at 16,384. Raises ValueError where the override is not that and would quietly break the model, and for a
     model that would train on wrong numbers.
     """
+    eos = stored_generation(path).get("eos_token_id")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except ValueError as error:                        # of transformers: not a type of model that it knows
+        # trust_remote_code: by default it asks at the terminal whether to run code of the model's author.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if eos not in (None, []):                      # config.json often names one of several, or none
+            config.eos_token_id = eos
+    except Exception as error:                         # not a type of model that it knows, no whole file, ...
         raise ValueError(f"{path}: {error}") from error
     own = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     if own is None:
@@ -344,9 +355,6 @@ def load_config(path, rope_theta=0.0, window=0):
             raise ValueError(f"{path}: its RoPE theta is {own:,.0f}, and changing it to {rope_theta:,.0f} "
                              "would break it; pass --rope_theta 0 --window 0 to keep the model's own")
         config.rope_parameters["rope_theta"] = float(rope_theta)
-    eos = stored_generation(path).get("eos_token_id")
-    if eos is not None:                                # config.json often names one of several, or none
-        config.eos_token_id = eos
     config.use_cache = False                           # of keys and values, for generation: the engine's work
     return config
 
@@ -360,7 +368,7 @@ def load_tokenizer(path):
         raise ValueError(f"{path}: no tokenizer here; copy tokenizer.json and tokenizer_config.json from the "
                          "model that it was made of")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:                         # several libraries raise, each its own errors
         raise ValueError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: "
                          f"{str(error).strip()[:150]}); copy tokenizer.json and tokenizer_config.json anew "
@@ -448,6 +456,12 @@ def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
     config."""
     reader = WeightsReader(path)              # says now if files are missing, before anything is built
     policy = build_policy(config, mesh, device, checkpointing, offload=offload)
+    # A config of fewer layers, or without biases, would make another model of the same files.
+    own = {name for name, _ in policy.lm.named_parameters(remove_duplicate=False)}
+    others = sorted(reader.names - own)
+    if others:
+        raise ValueError(f"{path}: the weights do not fit this config, which has no place for {len(others)} "
+                         f"of them, such as {others[0]}")
     policy.generation = stored_generation(path)
     # dcp.load fills these DTensors in place, casting what is stored to fp32. A tied head appears once.
     state = {name.removeprefix("lm."): p.detach() for name, p in policy.named_parameters()}

@@ -554,7 +554,7 @@ def evaluate_before_the_first_step(cfg, run, stopping):
     if step == 0:
         run.log.write({"step": 0} | measured)
     else:
-        run.log.amend(measured)
+        run.log.amend(step, measured)
     run.progress.unevaluated = False
     return True
 
@@ -783,7 +783,9 @@ def identify(model, base, prompts, heldout):
 def ask_for_room(cfg, checkpoint, config, ranks, say):
     """Raise ValueError if the disk has no room for the checkpoints to come. A collective."""
     done = checkpoint[1]["state"]["step"] if checkpoint else 0
-    saves = len({*range(cfg.save_every, cfg.steps, cfg.save_every), cfg.steps} - {*range(done + 1)})
+    saves = 0
+    if done < cfg.steps:                                  # at multiples of --save_every, and at the last step
+        saves = (cfg.steps - 1) // cfg.save_every - done // cfg.save_every + 1
     weights = sum(p.numel() for p in M.empty_model(config).parameters())
     with all_or_none():
         check_room(Path(cfg.out) / "checkpoints", weights, saves, cfg.keep,

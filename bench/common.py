@@ -39,6 +39,10 @@ def parser(doc, name):
 
 def start(args):
     """Fix threads and seed; call it first. Returns the device of the bench."""
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)                    # now, not after what is to be measured
+    if out.is_dir():
+        sys.exit(f"--out {out}: expected a file, found a folder")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     return choose_device(args.device)

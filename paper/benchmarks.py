@@ -23,7 +23,7 @@ from pathlib import Path
 from data import Example, check_characters, load_examples, parse_row
 from grading.answers import last_box
 from grading.notation import repair_scientific
-from support.readers import READERS, data_files
+from support.readers import READERS, data_files, each_name_once
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -102,6 +102,8 @@ def load_benchmark(source, seed, limit=None, log=print):
         # Seeds and results go by ids, so they must differ.
         if not id or id in ids:
             id = fallback_id
+        while id in ids:                           # another row spells it out
+            id += "+"
         ids.add(id)
         # Public files have stray blanks; in one's own, a last newline may be part of the prompt.
         if expected:
@@ -174,7 +176,7 @@ def _read_path(path):
 def _read_json(file):
     """(number, row) of a file that is one JSON list."""
     try:
-        rows = json.loads(file.read_bytes())
+        rows = json.loads(file.read_bytes(), object_pairs_hook=each_name_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a JSON list of rows ({error}); "
                          "one object a line is .jsonl") from error
@@ -187,12 +189,14 @@ def _read_csv(file):
     """(number, row or a ValueError) of a CSV file with a header."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:      # drops a byte order mark
-            for number, row in enumerate(csv.DictReader(lines, strict=True), 1):
+            rows = csv.DictReader(lines, strict=True)
+            each_name_once([(name, None) for name in rows.fieldnames or ()])
+            for number, row in enumerate(rows, 1):
                 # DictReader's marks: under the key None what is too much, as the value None what lacks.
                 if None in row or None in row.values():
                     row = ValueError("expected as many fields as the header has")
                 yield number, row
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, ValueError) as error:
         raise ValueError(f"{file}: not a readable CSV file ({error}); download it again") from error
 
 

@@ -646,6 +646,7 @@ def main(argv=None):
     figure = FIGURES[args.figure]
     try:
         with mistakes_in_one_line("paper/figures.py"):
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)       # now, not after hours of responses
             if figure is not curves:                           # which reads no model
                 *_, device, mesh = init_distributed(args.device)
                 check_versions(versions(), print)

@@ -85,7 +85,8 @@ def save_checkpoint(folder, policy, optimizer, state, keep):
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(partial))
         torch.save(_rng_state(), partial / f"rng-{rank}.pt")
     with _all_or_nothing(partial, needed):                # all files are written before any rank lists them
-        mine = _digests_by(rank, partial)
+        written = sorted(file.name for file in partial.iterdir() if file.is_file())
+        mine = _digests_by(rank, partial, written)
     files = {}
     for part in of_all_ranks(mine):
         files.update(part)
@@ -149,7 +150,7 @@ def has_none_yet(folder):
 def step_of(path):
     """N of a folder step-N, -1 of any other: a copy that somebody named step-N-mine is theirs."""
     number = path.name.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
+    return int(number) if re.fullmatch("[0-9]+", number) else -1
 
 
 def checkpoints_in(folder):
@@ -162,15 +163,15 @@ def _digest_of(content):
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _digests_by(rank, folder):
-    """Name -> [bytes, SHA-256] of the files in `folder` that this rank reads: those that it wrote, since they
-    are still in its machine's memory."""
+def _digests_by(rank, folder, names):
+    """Name -> [bytes, SHA-256] of those files in `folder` that are this rank's to read: those that it wrote,
+    which are still in its machine's memory."""
     found = {}
-    for file in sorted(folder.iterdir()):
-        if _reader_of(file.name) == rank:
-            with file.open("rb") as content:
+    for name in names:
+        if _reader_of(name) == rank:
+            with (folder / name).open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
-            found[file.name] = [file.stat().st_size, digest]
+            found[name] = [(folder / name).stat().st_size, digest]
     return found
 
 
@@ -200,6 +201,9 @@ def inspect_checkpoint(path):
         found = (path / name).stat().st_size if (path / name).exists() else "no such file"
         if found != size:
             raise ValueError(f"{path / name}: truncated checkpoint, expected {size} bytes, found {found}")
+    step = manifest["state"]["step"]
+    if step_of(path) not in (-1, step):       # what is saved from there on would have a lower number than it
+        raise ValueError(f"{path}: holds step {step}; give it back its name, step-{step}")
     return manifest
 
 
@@ -213,7 +217,7 @@ def verify_checkpoint(path):
     rank = dist.get_rank() if dist.is_initialized() else 0
     with all_or_none():
         manifest = inspect_checkpoint(path)
-        found = _digests_by(rank, Path(path))
+        found = _digests_by(rank, Path(path), manifest["files"])        # others may have put theirs beside
         for name, written in manifest["files"].items():
             if _reader_of(name) == rank and found[name] != written:
                 raise ValueError(f"{Path(path) / name}: damaged checkpoint: the file has the size that was "

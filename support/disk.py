@@ -39,13 +39,18 @@ def amount(size):
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
+# A disk or a quota is full; a file may not get larger (ulimit -f, some file systems).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def is_full(error):
-    """Is this error, or one that caused it, for want of room (a full disk, a quota)?"""
+    """Is this error, or one that caused it, for want of room (NO_ROOM)?"""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in NO_ROOM:
             return True
         # safetensors is written in Rust, whose errors carry the number in their text alone.
-        if re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\b", str(error)):
+        number = re.search(r"os error (\d+)\b", str(error))
+        if number and int(number[1]) in NO_ROOM:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -61,8 +66,9 @@ def words_if_full(path):
         if not is_full(error):
             raise
         discard(Path(path).with_name(f".partial-{Path(path).name}"))
-        raise OSError(f"{path}: no room on the disk (or in a quota), {amount(free_bytes(path))} free; make "
-                      "room, then start the same command again (srft.py with --resume)") from error
+        raise OSError(f"{path}: no room on the disk (or in a quota, or for a file of that size), "
+                      f"{amount(free_bytes(path))} free; make room, then start the same command again "
+                      "(srft.py with --resume)") from error
 
 
 def append_whole(file, text):
@@ -103,17 +109,20 @@ def read_json(path):
 
 
 def discard(path):
-    """Remove a folder, if it is there. Where that fails (files open over NFS, or not ours), warn and go on.
+    """Remove a folder, file or link, if it is there (of a link not what it leads to). Where that fails (files
+    open over NFS, or not ours), warn and go on.
 
     It gets a hidden name first: half removed under its own name, it would still look like what it was.
     """
     hidden = path = Path(path)
     try:
-        if path.exists() and not path.name.startswith(".removing-"):
+        if os.path.lexists(path) and not path.name.startswith(".removing-"):
             hidden = path.with_name(f".removing-{path.name.lstrip('.')}-{time.time_ns()}")
             path.rename(hidden)
-        if hidden.exists():
+        if hidden.is_dir() and not hidden.is_symlink():
             shutil.rmtree(hidden)
+        else:
+            hidden.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"{path}: cannot be removed, and takes room on the disk: {error}")
 

@@ -35,6 +35,11 @@ def open_run(run, resume, rank, log=print):
     if resume:
         found = newest_checkpoint(checkpoints, log)
         if found is not None:
+            done = found[1]["state"]["step"]
+            lost = sorted(set(range(1, done + 1)) - {row["step"] for row in rows})
+            if lost:
+                log(f"{records}: has no row of {len(lost)} of the {done} steps done, such as step {lost[0]}: "
+                    "was it changed, or moved?")
             return found
     with all_or_none():
         if rank == 0:

@@ -12,6 +12,7 @@ tensorboard is used where it is installed.
 """
 import json
 import math
+import operator
 import time
 import warnings
 from pathlib import Path
@@ -31,17 +32,23 @@ PARTIAL_CURVES = ".curves.partial.png"
 
 
 def read_rows(file):
-    """The rows of a .jsonl file, [] if there is none. A last line that a kill cut short is left out. Raises
-    ValueError if any other line is not JSON."""
+    """The rows of a run's .jsonl file, [] if there is none. A last line that a kill cut short is left out.
+    Raises ValueError if any other line is no row, an object of JSON with a step."""
     if not Path(file).exists():
         return []
-    rows, lines = [], Path(file).read_text().splitlines()
+    # Bytes: half a character spoils its own line only.
+    rows, lines = [], Path(file).read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            operator.index(row["step"])
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise ValueError(f"{file}: line {number} of {len(lines)} is not JSON") from None
+                raise ValueError(f"{file}: line {number} of {len(lines)} is no row of a run (an object of "
+                                 "JSON with a step); mend or remove it") from None
     return rows
 
 
@@ -121,16 +128,19 @@ class RunLog:
                 settings = {**settings, name: "inf"}
         self.settings = json.dumps(settings, indent=2, allow_nan=False)
         file = self.run / "config.json"
-        if self.step >= 0 and file.exists() and file.read_text() != self.settings:
+        if self.step >= 0 and file.exists() and file.read_bytes() != self.settings.encode():
             file.replace(self.run / f"config-until-{self.step}.json")
         write_whole(file, self.settings)
 
-    def amend(self, metrics):
-        """Add to the last row what was not yet known when it was written."""
+    def amend(self, step, metrics):
+        """Add to the row of `step`, the last one, what was not yet known when it was written."""
+        if not self.active:
+            return
         rows = read_rows(self.run / "metrics.jsonl")
-        if self.active and rows:
-            rows[-1].update(metrics)
-            write_whole(self.run / "metrics.jsonl", "".join(map(json_line, rows)))
+        if not rows or rows[-1]["step"] != step:       # somebody has taken it out
+            rows.append({"step": step})
+        rows[-1].update(metrics)
+        write_whole(self.run / "metrics.jsonl", "".join(map(json_line, rows)))
 
     def write(self, metrics, samples=(), last=False):
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""

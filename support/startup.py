@@ -1,10 +1,11 @@
 """What a program needs before it imports torch, which takes seconds: so its first import is this.
 
-    import support.startup                 # Ctrl-C is one line from now on, and text is UTF-8
+    import support.startup      # Ctrl-C is one line from now on, text is UTF-8, and no print ends a run
 
-Importing it is all: it sets the excepthook of this process, and its encoding where the locale has another
-than UTF-8. It needs Python alone.
+Importing it is all: it sets the excepthook of this process, its standard streams, and its encoding where the
+locale has another than UTF-8. It needs Python alone.
 """
+import io
 import locale
 import os
 import sys
@@ -27,6 +28,38 @@ def end_in_one_line(kind, error, trace, hook=sys.excepthook):
     os._exit(130)                          # as shells have it; a usual end would wait for threads
 
 
+class Output(io.FileIO):
+    """Where words go. That nobody reads them any more (Ctrl-C in `srft.py | tee log` ends tee first, a
+    terminal is closed, a log's disk is full) is no reason to lose a run: then they are dropped."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def keep_standard_streams():
+    """From now on, printing raises nothing."""
+    # Were one closed, the next file that is opened would get its number, and all that libraries print.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                     # gets the lowest number that is free: this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)                               # None, where it was closed
+        if old is not getattr(sys, f"__{name}__"):
+            continue                                           # pytest and notebooks have their own
+        raw = io.BufferedWriter(Output(number, "wb", closefd=False))
+        # backslashreplace: a file's name may be no text, and a terminal may lack a letter.
+        new = io.TextIOWrapper(raw, getattr(old, "encoding", "utf-8"), "backslashreplace",
+                               line_buffering=getattr(old, "line_buffering", True),
+                               write_through=getattr(old, "write_through", False))
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+
+
 def read_text_as_utf8():
     """Under a locale of another encoding torch and vLLM die when they read sources of their own."""
     if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8"):
@@ -37,9 +70,8 @@ def read_text_as_utf8():
         sys.exit(f"{os.path.basename(sys.argv[0])}: the locale's encoding is "
                  f"{locale.getpreferredencoding(False)}; set PYTHONUTF8=1 and start again")
     os.environ["PYTHONUTF8"] = "1"                                       # of processes that this one starts
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")                    # the terminal's encoding stays
 
 
 sys.excepthook = end_in_one_line
+keep_standard_streams()
 read_text_as_utf8()

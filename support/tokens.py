@@ -26,7 +26,8 @@ def reserved_tokens(tokenizer):
     for id, token in added.items():
         if token.special:             # also those without a name, such as <|reserved_special_token_7|>
             reserved[id] = token.content
-    reserved.pop(tokenizer.unk_token_id, None)
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):     # GPT-2's is both
+        reserved.pop(tokenizer.unk_token_id, None)
     return {id: text for id, text in reserved.items() if text not in THOUGHT}
 
 

@@ -202,9 +202,9 @@ def hang_watch():
 
 
 def finish_step_on_signals():
-    """From now on SIGTERM and Ctrl-C only fill the list that this returns; the training loop looks at it once
-    a step. So does, inside hang_watch, a signal that another rank got: seconds later, at no certain point. A
-    third Ctrl-C interrupts at once."""
+    """From now on SIGTERM, Ctrl-C and the end of the terminal (SIGHUP, but for nohup) only fill the list that
+    this returns; the training loop looks at it once a step. So does, inside hang_watch, a signal that another
+    rank got: seconds later, at no certain point. A third Ctrl-C interrupts at once."""
     received = _here.signals = []
     first = dist.get_rank() == 0             # now: a signal may come after the group is gone
 
@@ -217,6 +217,8 @@ def finish_step_on_signals():
 
     signal.signal(signal.SIGTERM, stop_soon)
     signal.signal(signal.SIGINT, stop_soon)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:         # nohup has it ignored
+        signal.signal(signal.SIGHUP, stop_soon)
     return received
 
 

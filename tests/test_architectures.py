@@ -113,7 +113,9 @@ DYNAMIC_ROPE = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
     ("Qwen2Moe", {}, "mixture of experts .num_experts 60"),
     ("Mixtral", {}, "mixture of experts .num_experts 8"),
     ("DeepseekV3", {}, "mixture of experts .num_local_experts 256"),
-    ("Lfm2", dict(layer_types=["conv", "full_attention"] * 2), "layers of type conv")], ids=str)
+    ("Lfm2", dict(layer_types=["conv", "full_attention"] * 2), "layers of type conv"),
+    ("Llama", dict(quantization_config=dict(quant_method="fp8")), "quantized model .quant_method fp8")],
+    ids=str)
 def test_a_model_that_this_code_would_misread_is_refused_at_load_by_the_field_that_tells(
         tmp_path, kind, overrides, named):
     base = dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4,
@@ -226,7 +228,7 @@ def test_in_bf16_the_start_allows_for_rounding_and_still_stops_a_leak(monkeypatc
 
 @pytest.mark.parametrize("stored, expected", [
     (None, 0), ({"eos_token_id": [0, 6]}, [0, 6]), ({"eos_token_id": 6}, 6), ({"top_p": 0.9}, 0),
-    ({"eos_token_id": None}, 0)], ids=str)
+    ({"eos_token_id": None}, 0), ({"eos_token_id": []}, 0)], ids=str)
 def test_the_tokens_that_end_a_response_are_those_of_generation_config_where_it_names_any(
         tmp_path, stored, expected):
     save_model(tmp_path)
@@ -234,6 +236,20 @@ def test_the_tokens_that_end_a_response_are_those_of_generation_config_where_it_
     if stored is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(stored))
     assert M.load_config(tmp_path).eos_token_id == expected
+
+
+@pytest.mark.parametrize("name, text", [
+    ("generation_config.json", "{"), ("generation_config.json", "[]"), ("generation_config.json", ""),
+    ("generation_config.json", '{"eos_token_id": "0"}'), ("config.json", "{"), ("config.json", "[]"),
+    ("config.json", '{"model_type": "llama", "vocab_size": "21"}'),
+    ("config.json", '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}'),
+    ("config.json", '{"model_type": "llama", "max_position_embeddings": null}')])
+def test_a_folder_whose_config_is_damaged_is_named(tmp_path, name, text, capfd):
+    save_model(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}"):
+        M.load_config(tmp_path)
+    assert "[y/N]" not in capfd.readouterr().out            # whether to run its code: nobody may be there
 
 
 @pytest.mark.parametrize("stored", [

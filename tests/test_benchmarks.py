@@ -471,10 +471,12 @@ def test_a_bad_row_stops_the_evaluation_and_is_named_with_what_was_expected(tmp_
 
 
 @pytest.mark.parametrize("name, content, expected", [
-    ("d.jsonl", b"", "found none"), ("d.json", b"[]", "found none"),
+    ("d.jsonl", b"", "is empty"), ("d.json", b"[]", "found none"),
     ("d.csv", b"problem,answer\n", "found none"),
-    ("d.json", b"", "JSON list of rows"), ("d.json", b'{"a": 1}\n{"a": 2}\n', "is .jsonl"),
+    ("d.csv", b"problem,answer,answer\np,1,2\n", "answer twice"),
+    ("d.json", b"", "is empty"), ("d.json", b'{"a": 1}\n{"a": 2}\n', "is .jsonl"),
     ("d.json", b'{"rows": []}', "JSON list of rows, found"),
+    ("d.json", b'[{"problem": "p", "answer": 1, "answer": 2}]', "answer twice"),
     ("d.csv", b'problem,answer\n"p,1\n', "readable CSV"),
     ("d.csv", b"problem,answer\np\xff,1\n", "readable CSV"),
     ("d.csv", b"problem,answer\np,1\nq\n", "row 2: .*fields"),

@@ -64,7 +64,9 @@ def test_both_schemas_are_read_from_both_formats(tmp_path, write, name, row):
     assert (example.problem, example.answer, example.demo) == ("p", "7", "d")
 
 
-@pytest.mark.parametrize("value, text", [(7, "7"), (-0.5, "-0.5"), (10**30, "1" + "0" * 30)])
+@pytest.mark.parametrize("value, text", [
+    (7, "7"), (-0.5, "-0.5"), (4.0, "4.0"), (0.1, "0.1"), (10**30, "1" + "0" * 30),
+    (1e-7, "0.0000001"), (1e17, "1" + "0" * 17 + ".0")])               # to some graders, e is Euler's number
 def test_numbers_are_accepted_as_answers(tmp_path, value, text):
     assert load_examples(jsonl(tmp_path / "d.jsonl", {"problem": "p", "answer": value}))[0].answer == text
     assert load_examples(jsonl(tmp_path / "e.jsonl", openr1(answer=value)))[0].answer == text
@@ -85,7 +87,60 @@ def test_a_folder_is_read_file_by_file_in_sorted_order_and_other_files_are_left_
     for name in ("c.jsonl", "a.jsonl", "sub/b.jsonl"):
         jsonl(tmp_path / name, GOOD | {"problem": name})
     parquet(tmp_path / "b.parquet", GOOD | {"problem": "b.parquet"})
-    assert [e.problem for e in load_examples(tmp_path)] == ["a.jsonl", "b.parquet", "c.jsonl", "sub/b.jsonl"]
+    read, said = ["a.jsonl", "b.parquet", "c.jsonl", "sub/b.jsonl"], []
+    assert [e.problem for e in load_examples(tmp_path, log=said.append)] == read
+    assert said == [f"{tmp_path}: reads a.jsonl, b.parquet, c.jsonl, sub/b.jsonl; leaves README.md alone"]
+
+
+def test_of_a_folder_it_is_said_what_is_read_and_what_is_not(tmp_path):
+    for name in ("a.jsonl", *(f"b{i}.jsonl" for i in range(9))):
+        jsonl(tmp_path / name, GOOD | {"problem": name})
+    for name in ("C.JSONL", "d.jsonl.gz", "e.json", ".hidden"):
+        (tmp_path / name).write_text("x")
+    said = []
+    assert len(load_examples(tmp_path, log=said.append)) == 10
+    assert said == [f"{tmp_path}: reads a.jsonl, b0.jsonl, b1.jsonl, b2.jsonl, b3.jsonl and 5 more; "
+                    "leaves C.JSONL, d.jsonl.gz, e.json alone"]
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "folder", "."], ids=["", "loop", "itself"])
+def test_a_link_to_a_folder_is_refused_and_not_left_out(tmp_path, target):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", GOOD)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "link").symlink_to(tmp_path / target, target_is_directory=True)
+    with pytest.raises(ValueError, match="folder/link: a link to a folder, which is not followed"):
+        load_examples(folder)
+    (tmp_path / "other").symlink_to(folder / "a.jsonl")
+    (tmp_path / "to it").symlink_to(tmp_path / "elsewhere")                      # the name itself may be one
+    jsonl(tmp_path / "elsewhere" / "a.jsonl", GOOD)
+    assert len(load_examples(tmp_path / "to it", **quiet)) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_an_empty_file_beside_others_is_an_error_and_not_a_smaller_data_set(name, tmp_path):
+    jsonl(tmp_path / "b.jsonl", GOOD)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name}: is empty"):
+        load_examples(tmp_path, skip_bad_rows=True)
+
+
+def test_two_values_of_one_name_are_a_bad_row_or_a_bad_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "p", "answer": "1", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="a.jsonl, row 1: .*names answer twice"):
+        load_examples(tmp_path / "a.jsonl")
+    columns = [pyarrow.array([text]) for text in "p12"]
+    table = pyarrow.Table.from_arrays(columns, ["problem", "answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: .*two columns named answer"):
+        load_examples(tmp_path / "a.parquet", skip_bad_rows=True)
+
+
+def test_no_two_examples_have_one_id_even_where_one_spells_another_ones_place(tmp_path):
+    rows = [GOOD | {"id": "d.jsonl/2"}, GOOD, GOOD | {"id": "d.jsonl/2"}, GOOD | {"id": "d.jsonl/3"}]
+    ids = [e.id for e in load_examples(jsonl(tmp_path / "d.jsonl", *rows), **quiet)]
+    assert len(set(ids)) == 4 and ids[0] == "d.jsonl/2"
 
 
 @pytest.mark.parametrize("name", [
@@ -121,8 +176,8 @@ def test_rows_that_repeat_an_earlier_one_are_kept_and_counted(tmp_path):
     jsonl(tmp_path / "a.jsonl", *rows)
     jsonl(tmp_path / "b.jsonl", GOOD)
     assert len(load_examples(tmp_path, log=said.append)) == 5
-    assert said == [f"{tmp_path}: 3 of 5 rows repeat an earlier one, with the same problem, answer and "
-                    "demonstration; they are kept"]
+    assert said[1:] == [f"{tmp_path}: 3 of 5 rows repeat an earlier one, with the same problem, answer and "
+                        "demonstration; they are kept"]
 
 
 def test_a_parquet_row_whose_text_is_no_utf_8_is_a_bad_row_like_any_other(tmp_path):
@@ -334,7 +389,8 @@ def test_limits_include_eos_and_drop_and_count_what_is_over_them(tokenizer, max_
     assert len(said) == 1 - kept
     if not kept:
         assert f"dropped {int(max_prompt < 4)} examples with a prompt over {max_prompt}" in said[0]
-        assert f"{int(max_prompt == 4)} with a demonstration over {max_response}; 1 remain" in said[0]
+        long_demo = int(max_prompt == 4)
+        assert f"{long_demo} with a demonstration over {max_response} (or empty); 1 remain" in said[0]
         limits = f"--max_prompt_tokens {max_prompt} and --max_response_tokens {max_response}"
         with pytest.raises(ValueError, match=limits):
             tokenize([example], tokenizer, "none", max_prompt, max_response, **quiet)

@@ -29,7 +29,7 @@ from tiny.task import make_tokenizer
 
 # ruff: noqa: F811        (the fixture `mesh` is imported, and named as an argument)
 
-FULL = [errno.ENOSPC, errno.EDQUOT]
+FULL = [errno.ENOSPC, errno.EDQUOT, errno.EFBIG]
 
 
 def full(number=errno.ENOSPC):
@@ -178,7 +178,8 @@ def test_an_export_to_a_full_disk_is_said_and_leaves_no_part_of_it(small_disk, t
 
 
 @pytest.mark.parametrize("error, says", [
-    (full(), True), (full(errno.EDQUOT), True), (RuntimeError("I/O error (os error 28)"), True),
+    (full(), True), (full(errno.EDQUOT), True), (RuntimeError("I/O error (os error 27)"), True),
+    (RuntimeError("I/O error (os error 28)"), True),
     (RuntimeError("I/O error (os error 2)"), False), (OSError(errno.EIO, "I/O error"), False)], ids=repr)
 def test_an_error_that_comes_of_a_full_disk_is_said_to_and_takes_the_partial_folder_along_no_other_does(
         tmp_path, error, says):
@@ -280,12 +281,22 @@ def test_it_does_not_go_on_where_another_run_has_taken_its_place(tmp_path):
     assert not (folder / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("text", [None, "", "{"])
+@pytest.mark.parametrize("rows, expected", [
+    ([1, 2], {1: None, 2: 0.5}), ([1], {1: None, 2: 0.5}), ([], {2: 0.5}), ([1, 2, 3], {1: None, 2: 0.5})])
+def test_an_evaluation_that_is_made_after_a_resume_stands_in_the_row_of_its_step_alone(
+        tmp_path, rows, expected):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in rows))
+    RunLog(tmp_path, active=True, step=2).amend(2, {"eval/held": 0.5})
+    found = {row["step"]: row.get("eval/held") for row in read_rows(tmp_path / "metrics.jsonl")}
+    assert found == expected
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "\ud800"])
 def test_settings_that_a_kill_has_spoilt_do_not_stop_a_resume(tmp_path, text):
     written(tmp_path, 0, 1, 2)
     (tmp_path / "config.json").unlink()
     if text is not None:
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_bytes(text.encode(errors="surrogatepass"))         # no UTF-8
     written(tmp_path, 3, log=RunLog(tmp_path, active=True, step=2))
     assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     assert (tmp_path / "config-until-2.json").exists() is (text is not None)

@@ -19,6 +19,7 @@ import threading
 import time
 import urllib.request
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -435,6 +436,32 @@ def without_ms(rows):
     return [row | {"verdicts": rewards(row)} for row in rows]
 
 
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+def test_a_model_whose_log_probs_are_not_finite_is_no_model_of_0_percent(tmp_path, grader, one_rank, number):
+    engine, path = Scripted(lambda ids, seed: ("x", True)), tmp_path / "results.jsonl"
+    draw = engine.generate
+
+    def generate(*args, on_step, **how):
+        def dead(ended):
+            on_step([(i, k, replace(rollout, logprobs=[-0.5, number])) for i, k, rollout in ended])
+        return draw(*args, on_step=dead, **how)
+
+    engine.generate = generate
+    with pytest.raises(ValueError, match="math500 p/1, its log-probs are nan or inf"):
+        E.run(engine, grader, [task()], {}, E.Sampling(), ["oat"], path, chunk_size=4)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", "null", '"x"', "{}", '{"benchmark": "math500"}'])
+def test_lines_that_are_no_results_cost_nothing(tmp_path, one_rank, line):
+    path = tmp_path / "results.jsonl"
+    row = {"benchmark": "math500", "id": "p/1", "sample": 0, "prompt": "1+1", "answer": "2"}
+    E.append_results(path, [row])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    assert len(E.known_results(path, [task()])) == 1
+
+
 def test_a_resume_draws_only_what_lacks_in_the_same_chunks(tmp_path, grader, one_rank):
     path, tasks = tmp_path / "results.jsonl", [task(id=f"{i}", ids=(i,)) for i in range(20)]
 
@@ -695,6 +722,13 @@ def test_other_weights_are_refused_even_under_the_same_name_and_of_the_same_size
         E.settle(args, folder, torch.device("cpu"))
 
 
+def test_verdicts_of_other_code_are_not_put_beside_them(settled, monkeypatch):
+    args, folder = settled
+    monkeypatch.setattr(E, "grader_digest", lambda: "another")
+    with pytest.raises(ValueError, match="grading was .*, is another"):
+        E.settle(args, folder, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("text", ["", '{"temp'])
 def test_settings_that_are_not_whole_are_named_and_the_results_not_mixed_with_others(settled, text):
     args, folder = settled
@@ -714,6 +748,18 @@ def test_a_runs_folder_gives_its_export_its_template_and_the_place_for_the_resul
     assert (args.template, args.out) == ("luffy", str(tmp_path / "eval"))
     args = E.parse(["--model", str(tmp_path), "--template", "none", "--out", "o"])
     assert E.locate(args) == str(tmp_path / "hf") and (args.template, args.out) == ("none", "o")
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_run_that_has_trained_on_since_its_export_is_said_to(tmp_path, later):
+    for name in ("hf", "checkpoints/step-4"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"template": "none"}')
+    os.utime(tmp_path / "hf", (100, 100))
+    os.utime(tmp_path / "checkpoints" / "step-4", (100 + later, 100 + later))
+    with warnings.catch_warnings(record=True) as caught:
+        assert E.locate(arguments(model=str(tmp_path))) == str(tmp_path / "hf")
+    assert ["hf: is older than step-4" in str(warning.message) for warning in caught] == [True] * later
 
 
 def test_a_plain_folder_is_loaded_itself_with_the_papers_template(tmp_path):

@@ -260,5 +260,36 @@ def test_rows_are_read_up_to_a_torn_last_line_and_no_further_than_a_broken_one(t
     file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert read_rows(file) == [{"step": 1}, {"step": 2}]
     file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 of 3 is not JSON"):
+    with pytest.raises(ValueError, match="line 2 of 3 is no row"):
         read_rows(file)
+
+
+ONE, TWO = b'{"step": 1}\n', b'{"step": 2}\n'
+
+
+@pytest.mark.parametrize("content, steps", [
+    (ONE + b"\n" + TWO, [1, 2]), (ONE + b"\r\n" + TWO, [1, 2]), (b"\xef\xbb\xbf" + ONE, [1]),
+    (ONE + TWO + b"\0" * 50, [1, 2]),                                       # as a power cut leaves it
+    (ONE + b'{"step": 2, "a": "\xff', [1]), (ONE + b'{"step": 2, "a": "\xe2\x80\xa8"}\n', [1, 2]),
+    (ONE + b"\0" * 50 + TWO + ONE, None), (b'{"a": "\xff"}\n' + ONE, None), (b"5\n" + ONE, None),
+    (b"null\n" + ONE, None), (b'{"a": 1}\n' + ONE, None), (b'{"step": "x"}\n' + ONE, None)], ids=repr)
+def test_rows_that_a_hand_or_a_power_cut_has_spoilt_are_read_or_named(tmp_path, content, steps):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(content)
+    if steps is not None:
+        assert [row["step"] for row in read_rows(file)] == steps
+        return
+    with pytest.raises(ValueError, match=f"{file}: line . of . is no row of a run .*mend or remove it"):
+        read_rows(file)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    def curves(*_):
+        """Not to be called."""
+        pytest.fail("drawn")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(A, "curves", curves)
+    monkeypatch.setitem(A.FIGURES, "fig6", A.curves)
+    with pytest.raises(SystemExit, match="paper/figures.py.*: .*file"):
+        A.main(["fig6", f"--out={tmp_path / 'file' / 'deep' / 'x'}", "A=run"])

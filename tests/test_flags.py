@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,20 @@ def test_every_number_of_a_run_has_its_values_and_absurd_ones_are_refused(field)
             check_flags(dataclasses.replace(Config(), **{field.name: value}))
 
 
+# Too large for a clock, or for a machine: it would be found when the first step is done.
+@pytest.mark.parametrize("flag", ["hang_minutes", "grader_deadline", "grader_workers"])
+def test_what_a_clock_or_a_machine_cannot_hold_is_refused_too(flag, capsys):
+    with pytest.raises(ValueError, match=f"--{flag} .*must lie in"):
+        check_flags(dataclasses.replace(Config(), **{flag: 10**10}))
+    with pytest.raises(SystemExit):
+        eval.parse(["--model", "m", f"--{flag}={10**10}"])
+    assert f"--{flag} " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [
-    ["--lr", "nan"], ["--engine_memory", "1.1"], ["--seed", str(2**32)], ["--out", ""]])
+    ["--lr", "nan"], ["--engine_memory", "1.1"], ["--seed", str(2**32)], ["--out", ""],
+    ["--out", os.fsdecode(b"out/\xff")], ["--out", "out/a\nb"],
+    ["--data", ""], ["--model", " "]])
 def test_a_run_refuses_them_before_it_loads_anything(flags, monkeypatch):
     monkeypatch.setattr(srft, "init_distributed", lambda device: srft.Ranks(0, 1, None, None))
     monkeypatch.setattr(srft, "check_environment", lambda device: None)

@@ -109,7 +109,7 @@ def test_metrics_and_samples_are_strict_json_and_readers_and_curves_go_on(number
 def test_what_is_added_to_a_row_later_is_strict_json_too(tmp_path):
     log = RunLog(tmp_path, active=True, step=-1)
     log.write({"step": 1})
-    log.amend({"eval/heldout": 0.5, "eval_entropy/heldout": math.nan})
+    log.amend(1, {"eval/heldout": 0.5, "eval_entropy/heldout": math.nan})
     assert strict(tmp_path / "metrics.jsonl") == [
         {"step": 1, "eval/heldout": 0.5, "eval_entropy/heldout": None}]
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -450,14 +451,13 @@ def test_sliding_window_attention_is_refused(tmp_path, kind, overrides, refused)
 
 @pytest.mark.parametrize("change", [
     dict(vocab_size=VOCAB + 3), dict(vocab_size=VOCAB - 3), dict(intermediate_size=64),
-    dict(num_hidden_layers=3), dict(tie_word_embeddings=False)], ids=str)
+    dict(num_hidden_layers=3), dict(num_hidden_layers=1), dict(attention_bias=False),
+    dict(tie_word_embeddings=False)], ids=str)
 def test_weights_that_do_not_fit_the_config_are_refused_by_folder(tmp_path, mesh, change):
-    save_model(tmp_path, tie_word_embeddings=True)
+    save_model(tmp_path, "Llama", tie_word_embeddings=True, attention_bias=True)
     config = M.load_config(tmp_path)
     for name, value in change.items():
         setattr(config, name, value)
-    if "num_hidden_layers" in change:
-        config.layer_types = ["full_attention"] * 3
     with pytest.raises(ValueError, match=f"{tmp_path}: the weights do not fit"):
         M.load_policy(tmp_path, config, mesh, CPU)
 
@@ -644,6 +644,61 @@ def test_a_copy_that_the_user_has_renamed_is_not_deleted(checkpoints):
     (folder / "step-2").rename(folder / "step-2-mine")
     save_checkpoint(folder, *training, {"step": 6}, keep=2)
     assert names(folder) == ["step-2-mine", "step-4", "step-6"]
+
+
+@pytest.mark.parametrize("put", [
+    lambda step: (step / ".ipynb_checkpoints").mkdir(), lambda step: (step / "__1_0.distcp").mkdir(),
+    lambda step: os.mkfifo(step / "pipe"), lambda step: (step / "link").symlink_to("nowhere"),
+    lambda step: (step / "notes.txt").write_text("mine")], ids=["folder", "shard", "pipe", "link", "file"])
+def test_what_others_put_into_a_checkpoint_does_not_spoil_it(checkpoints, put):
+    folder, policy, optimizer = checkpoints
+    put(folder / "step-4")
+    path, manifest = newest_checkpoint(folder, pytest.fail)
+    assert path == folder / "step-4" and load_checkpoint(path, manifest, policy, optimizer)["step"] == 4
+
+
+def test_a_checkpoint_under_another_ones_name_is_passed_over(checkpoints):
+    """Every resume would begin there anew, whatever was saved since."""
+    folder, *training = checkpoints
+    (folder / "step-2").rename(folder / "step-20")
+    said = []
+    assert newest_checkpoint(folder, said.append)[0] == folder / "step-4"
+    assert "step-20: holds step 2; give it back its name, step-2" in said[0]
+    (folder / "step-20").rename(folder / "mine")                    # no number, so it is a person's own
+    assert inspect_checkpoint(folder / "mine")["state"]["step"] == 2
+
+
+def test_a_name_whose_number_is_none_is_no_checkpoint(checkpoints):
+    folder, *training = checkpoints
+    for name in ("step-²", "step-٣x", "step-", "step--1", "step-1.5"):
+        (folder / name).mkdir()
+    assert newest_checkpoint(folder, pytest.fail)[0] == folder / "step-4"
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_removed_as_a_link(tmp_path, checkpoints):
+    folder, *training = checkpoints
+    for step in (2, 4):
+        (folder / f"step-{step}").rename(tmp_path / f"moved-{step}")
+        (folder / f"step-{step}").symlink_to(tmp_path / f"moved-{step}")
+    assert newest_checkpoint(folder, pytest.fail)[0] == folder / "step-4"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_checkpoint(folder, *training, {"step": 4}, keep=1)
+    assert names(folder) == ["step-4"] and not (folder / "step-4").is_symlink()
+    assert inspect_checkpoint(tmp_path / "moved-2") and inspect_checkpoint(tmp_path / "moved-4")
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to nothing"])
+def test_what_stands_in_the_place_of_a_checkpoint_and_is_none_gives_way(checkpoints, there):
+    folder, *training = checkpoints
+    if there == "a file":
+        (folder / "step-6").write_text("")
+    else:
+        (folder / "step-6").symlink_to("nowhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_checkpoint(folder, *training, {"step": 6}, keep=1)
+    assert names(folder) == ["step-6"] and newest_checkpoint(folder)[0] == folder / "step-6"
 
 
 def test_the_checkpoint_just_written_is_kept_though_a_broken_one_has_a_higher_number(checkpoints):

@@ -295,6 +295,20 @@ def test_a_profile_of_one_step_holds_its_phases_and_operators_and_no_other_step(
     assert "aten::mm" in (folder / "operators-rank0.txt").read_text()
 
 
+def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
+    (tmp_path / "profile").write_text("a file")
+    code = f"""
+import pathlib, torch.distributed as dist
+from support.processes import init_distributed
+from support.profiler import start_profiler, write_profile
+init_distributed("cpu")
+write_profile(start_profiler(), pathlib.Path({str(tmp_path / "profile")!r}))
+print("WENT ON")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, text=True, capture_output=True)
+    assert "WENT ON" in done.stdout and "could not write the profile" in done.stderr, done.stderr
+
+
 def test_a_signal_after_the_group_is_gone_ends_nothing(capfd):
     code = """
 import os, signal

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import eval as E
 import srft
 from config import SAME_CONTENT, SAME_FLAGS, TINY, parse_args, settings
@@ -196,6 +197,21 @@ def test_a_run_begins_only_where_that_deletes_no_records(tmp_path, mesh, files, 
         assert (tmp_path / name).read_text() == text
 
 
+@pytest.mark.parametrize("steps, says", [
+    ([0, 1, 2, 3], None), ([0, 1, 2, 3, 4], None),
+    ([2, 3], "has no row of 1 of the 3 steps done, such as step 1"),
+    ([0, 1, 2], "of 1 of the 3 steps done, such as step 3"),
+    ([], "of 3 of the 3 steps done, such as step 1")])
+def test_a_resume_says_which_steps_done_have_lost_their_rows(tmp_path, mesh, monkeypatch, steps, says):
+    (tmp_path / "metrics.jsonl").write_text(rows(*steps))
+    found = ("step-3", {"state": {"step": 3}})
+    monkeypatch.setattr(resume, "newest_checkpoint", lambda *_: found)
+    said = []
+    assert resume.open_run(tmp_path, True, 0, said.append) == found
+    assert len(said) == (says is not None)
+    assert not said or f"{tmp_path}/metrics.jsonl: " in said[0] and says in said[0]
+
+
 def test_what_a_kill_has_left_half_written_is_removed_before_the_room_is_asked_for(tmp_path, mesh):
     left = [".partial-hf", "checkpoints/.partial-step-2", "checkpoints/.removing-step-1-17"]
     for folder in left:
@@ -266,6 +282,25 @@ def test_the_reward_of_a_demonstration_is_remembered_by_its_text_and_its_answer(
     assert len(keys) == 3
 
 
+def test_it_is_not_remembered_where_the_code_that_grades_is_another(monkeypatch):
+    before = demo_key(PROMPT.example)
+    monkeypatch.setattr(data, "grader_digest", lambda: "another")
+    assert demo_key(PROMPT.example) != before
+
+
+def test_the_digest_of_the_grader_is_of_all_its_code(monkeypatch, tmp_path):
+    digests = set()
+    for room in ("a", "b", "c"):
+        (tmp_path / room / "grading").mkdir(parents=True)
+        (tmp_path / room / "reward.py").write_text("1" if room == "a" else "2")
+        (tmp_path / room / "grading" / "oat.py").write_text("3" if room == "c" else "4")
+        monkeypatch.setattr(data, "__file__", str(tmp_path / room / "data.py"))
+        data.grader_digest.cache_clear()
+        digests.add(data.grader_digest())
+    data.grader_digest.cache_clear()
+    assert len(digests) == 3
+
+
 def manifest(flags=(), **identity):
     cfg = parse_args(["--preset", "tiny", *flags])
     known = {"data": "d", "model": {"config.json": "c"}, "reference": None, "eval_data": {"held": "h"}}
@@ -300,7 +335,8 @@ def test_another_base_model_is_refused_where_a_kl_is_taken_to_it_and_a_new_kl_is
     check_same_run(cfg, found, identity | {"reference": None}, print)
 
 
-@pytest.mark.parametrize("flag, value", [("method", "grpo"), ("template", "paper"), ("seed", 1)])
+@pytest.mark.parametrize("flag, value", [("method", "grpo"), ("template", "paper"), ("seed", 1),
+                                         ("rope_theta", 40_000.0)])
 def test_flags_that_make_another_run_are_refused_by_name(flag, value):
     cfg, found, identity = manifest()
     with pytest.raises(ValueError, match=f"was trained with --{flag} .*; resume with the run's own flags"):
@@ -376,7 +412,8 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_refused_at_the_start_and
 
 
 @pytest.mark.parametrize("steps, save_every, done, saves", [
-    (6, 2, 0, 3), (7, 2, 0, 4), (6, 100, 0, 1), (6, 2, 4, 1), (6, 2, 3, 2), (6, 2, 6, 0)])
+    (6, 2, 0, 3), (7, 2, 0, 4), (6, 100, 0, 1), (6, 2, 4, 1), (6, 2, 3, 2), (6, 2, 6, 0),
+    (6, 2, 7, 0), (6, 4, 5, 1), (10**18, 1, 1, 10**18 - 1)])                # as whoever means "for ever" says
 def test_the_checkpoints_to_come_are_those_of_every_so_many_steps_and_of_the_last(
         mesh, monkeypatch, steps, save_every, done, saves):
     asked = []

@@ -18,7 +18,7 @@ CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def byte_level():
+def byte_level(eos="<|im_end|>", **how):
     """As Qwen's: special tokens with and without a name, and added tokens that are not special."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -27,8 +27,8 @@ def byte_level():
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|reserved_7|>"]))
     for text, special in (("<tool_call>", False), ("<think>", True), ("</think>", True)):
         core.add_tokens([AddedToken(text, normalized=False, special=special)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token="<|endoftext|>",
+                                   chat_template=CHAT, **how)
 
 
 def sentencepiece(model, trainer, **how):
@@ -54,6 +54,7 @@ def closing():
 
 TOKENIZERS = {
     "tiny": make_tokenizer(), "closing": closing(), "byte level": byte_level(),
+    "one token for all": byte_level("<|endoftext|>", unk_token="<|endoftext|>"),     # GPT-2's, SmolLM2's
     "in Python": ByT5Tokenizer(extra_ids=0),
     "unigram": sentencepiece(models.Unigram(), trainers.UnigramTrainer, unk_token="<unk>"),
     "bpe": sentencepiece(models.BPE(unk_token="<unk>"), trainers.BpeTrainer)}
@@ -74,7 +75,8 @@ def of_template(tokenizer, template, *problems):
     found = []
     for problem in problems:
         ids = tokens_of(problem, None, tokenizer, template).ids
-        found.append([id for id in ids if id in tokenizer.all_special_ids and id != tokenizer.unk_token_id])
+        none = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+        found.append([id for id in ids if id in tokenizer.all_special_ids and id not in none])
     return found
 
 
@@ -103,6 +105,43 @@ def test_no_special_token_comes_of_what_a_problem_or_a_demonstration_spells(name
         assert mine == ordinary, text
         demo = tokens_of("2+2", f"2{spelled}2", tokenizer, template).demo
         assert [id for id in demo if id in reserved] == [demo[-1]] == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("chat_template, says", [
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{% for %}", "fails"),
+    ("Answer this!", "does not hold the problem as it stands"),
+    ("{{ messages[0].content | upper }}", "does not hold the problem as it stands")])
+def test_a_chat_template_that_fails_or_leaves_the_problem_out_is_named(chat_template, says):
+    tokenizer = byte_level()
+    tokenizer.chat_template = chat_template
+    with pytest.raises(ValueError, match=f"--template tokenizer: .*{says}"):
+        tokens_of("what is 2+2?\n", None, tokenizer, "tokenizer")
+
+
+@pytest.mark.parametrize("eos", ["", None])
+def test_a_tokenizer_without_the_text_of_an_eos_is_refused(eos):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = eos
+    with pytest.raises(ValueError, match="no eos_token"):
+        tokens_of("2+2", "4", tokenizer, "none")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_examples_with_text_that_a_tokenizer_does_not_know_are_counted(name):
+    said, tokenizer = [], TOKENIZERS[name]
+    known, strange = Example("a", "2+2", "4", "2"), Example("b", "2+2", "4", "2\u4e8c")
+    prompts = tokenize([known, strange, strange], tokenizer, "none", 100, 100, log=said.append)
+    has_unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id
+    has_unknown = has_unknown and name != "in Python"                                 # ByT5 reads bytes
+    assert len(prompts) == 3 and len(said) == has_unknown
+    assert not said or said[0].startswith("2 of 3 examples hold text that this tokenizer does not know")
+
+
+@pytest.mark.parametrize("demo", ["<eos>", "<eos>\n<eos>"])
+def test_a_demonstration_of_nothing_but_its_end_is_dropped_and_counted(demo):
+    said, rows = [], [Example("a", "1+1=?", "2", demo), Example("b", "1+1=?", "2", "2")]
+    [prompt] = tokenize(rows, make_tokenizer(), "none", 100, 100, log=said.append)
+    assert prompt.example.id == "b" and "1 with a demonstration over 100 (or empty)" in said[0]
 
 
 @pytest.mark.parametrize("template", data.TEMPLATES)

@@ -73,6 +73,9 @@ def test_tensors_are_those_of_the_files_that_the_index_names(tmp_path):
     ([("x", "a"), ("y", "pointer")], "pointer.safetensors: not a whole safetensors file"),
     ("{", "not an index of weights"), ("[]", "not an index of weights"), ("{}", "not an index of weights"),
     ('{"weight_map": ["a.safetensors"]}', "not an index of weights"),
+    ('{"weight_map": {"x": 5}}', "not an index of weights"),
+    ('{"weight_map": {"x": null}}', "not an index of weights"),
+    ([("x", "../elsewhere/a")], "not an index of weights"), ([("x", "/a")], "not an index of weights"),
     (None, "lacks model.safetensors"),
 ], ids=str)
 def test_an_index_that_does_not_fit_its_files_is_refused_before_a_model_is_built(
@@ -88,6 +91,19 @@ def test_an_index_that_does_not_fit_its_files_is_refused_before_a_model_is_built
         with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
             read(tmp_path)
         assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.int32])
+def test_quantized_weights_are_refused_as_numbers_that_mean_others(tmp_path, dtype):
+    save_file({"x": torch.ones(2), "y": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors: y is stored as .*quantized"):
+        weights.stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_every_plain_kind_are_read(tmp_path, dtype):
+    save_file({"x": torch.ones(2).to(dtype)}, tmp_path / "model.safetensors")
+    assert dict(weights.stored_tensors(tmp_path))["x"].dtype == dtype
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -120,17 +136,35 @@ def test_from_the_hub_come_the_files_that_the_index_names_and_no_more(tmp_path, 
     assert revisions == [None, "0123abc"]               # both turns from one commit
 
 
-def test_a_fingerprint_tells_other_weights_and_another_config_but_not_another_place(tmp_path):
+def test_a_fingerprint_tells_another_byte_anywhere_but_not_another_place(tmp_path):
+    """Weights that a fine-tuning has left frozen may stand at both ends of a file."""
     shutil.copytree(TINY, tmp_path / "a", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     before = weights.fingerprints(tmp_path / "a")
     assert weights.fingerprints(tmp_path / "b") == before
-    assert set(before) == {"model.safetensors", "config.json"}
+    assert set(before) == {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
     for name in before:
         content = (tmp_path / "b" / name).read_bytes()
-        (tmp_path / "b" / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-        assert weights.fingerprints(tmp_path / "b") != before
+        big = content * (1 + (3 << 20) // len(content))                   # of several megabytes
+        for place in (0, len(big) // 2, len(big) - 1):
+            prints = []
+            for bit in (0, 1):
+                (tmp_path / "b" / name).write_bytes(
+                    big[:place] + bytes([big[place] ^ bit]) + big[place + 1:])
+                prints.append(weights.fingerprints(tmp_path / "b"))
+            assert prints[0] != prints[1]
         (tmp_path / "b" / name).write_bytes(content)
+    assert weights.fingerprints(tmp_path / "b") == before
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "tokenizer.model"])
+def test_what_else_decides_about_a_response_is_in_the_fingerprint_and_a_page_about_it_is_not(tmp_path, name):
+    shutil.copytree(TINY, tmp_path / "a", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    before = weights.fingerprints(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("x")
+    assert weights.fingerprints(tmp_path / "a") == before
+    (tmp_path / "a" / name).write_text("{}")
+    assert weights.fingerprints(tmp_path / "a").keys() == {*before, name}
 
 
 def test_the_tiny_model_has_one_file_and_its_map_names_every_tensor_of_it():

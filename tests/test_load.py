@@ -1,6 +1,6 @@
 """What a run says of its data and its model's folder before anything heavy is loaded.
 
-    pytest tests/test_start.py
+    pytest tests/test_load.py
 """
 import json
 import re
