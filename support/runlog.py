@@ -45,10 +45,11 @@ def read_rows(file):
             row = json.loads(line)
             operator.index(row["step"])
             rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise ValueError(f"{file}: line {number} of {len(lines)} is no row of a run (an object of "
-                                 "JSON with a step); mend or remove it") from None
+        except (ValueError, TypeError, KeyError) as error:
+            if isinstance(error, ValueError) and number == len(lines):
+                break
+            raise ValueError(f"{file}: line {number} of {len(lines)} is no row of a run (an object of JSON "
+                             "with a step); mend or remove it") from None
     return rows
 
 

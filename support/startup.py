@@ -34,9 +34,10 @@ class Output(io.FileIO):
 
     def write(self, data):
         try:
-            return super().write(data)
+            written = super().write(data)
         except OSError:
-            return len(data)
+            written = None
+        return len(data) if written is None else written     # None: also a full pipe that does not block
 
 
 def keep_standard_streams():

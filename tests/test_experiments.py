@@ -197,7 +197,7 @@ def bench(tmp_path, monkeypatch):
 
 def write_accuracy(folder, accuracy):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text(json.dumps({"eval/valid": accuracy}) + "\n")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 80, "eval/valid": accuracy}) + "\n")
 
 
 def test_each_rate_is_tuned_once_for_what_is_wanted_and_second_stages_start_from_the_best(bench, monkeypatch):

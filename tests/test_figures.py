@@ -272,7 +272,8 @@ ONE, TWO = b'{"step": 1}\n', b'{"step": 2}\n'
     (ONE + TWO + b"\0" * 50, [1, 2]),                                       # as a power cut leaves it
     (ONE + b'{"step": 2, "a": "\xff', [1]), (ONE + b'{"step": 2, "a": "\xe2\x80\xa8"}\n', [1, 2]),
     (ONE + b"\0" * 50 + TWO + ONE, None), (b'{"a": "\xff"}\n' + ONE, None), (b"5\n" + ONE, None),
-    (b"null\n" + ONE, None), (b'{"a": 1}\n' + ONE, None), (b'{"step": "x"}\n' + ONE, None)], ids=repr)
+    (b"null\n" + ONE, None), (b'{"a": 1}\n' + ONE, None), (b'{"step": "x"}\n' + ONE, None),
+    (ONE + b'{"a": 1}\n', None)], ids=repr)
 def test_rows_that_a_hand_or_a_power_cut_has_spoilt_are_read_or_named(tmp_path, content, steps):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(content)

@@ -16,7 +16,7 @@ from conftest import ENV, ROOT
 def python(code, before=None, **how):
     """Run `import support.startup` and the code; `before` in the child, before it becomes Python."""
     return subprocess.run([sys.executable, "-c", "import support.startup\n" + code], env=ENV, cwd=ROOT,
-                          text=True, preexec_fn=before, **how)
+                          text=True, preexec_fn=before, close_fds=False, **how)
 
 
 def reader_gone(number):
@@ -31,6 +31,16 @@ def reader_gone(number):
 def disk_full(number):
     def before():
         os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    return before
+
+
+def reader_slow(number):
+    """A full pipe that does not block, as some supervisors give."""
+    def before():
+        read, write = os.pipe()
+        os.set_inheritable(read, True)                         # it stays open, and nobody reads
+        os.set_blocking(write, False)
+        os.dup2(write, number)
     return before
 
 
@@ -52,7 +62,7 @@ open(FILE, "w").write("done")
 """
 
 
-@pytest.mark.parametrize("where", [reader_gone, disk_full, closed])
+@pytest.mark.parametrize("where", [reader_gone, reader_slow, disk_full, closed])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_program_goes_on_and_ends_well_where_nobody_can_read_it(where, number, tmp_path):
     done = python(f"FILE = {str(tmp_path / 'file')!r}" + TALK, where(number))
