@@ -17,6 +17,7 @@ ambiguous     Beside the value stand more values than the reference has, a relat
 
 One pass over tokens: no parser, no evaluation, safe in any process, in time linear in the length of the text.
 """
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -26,16 +27,20 @@ from grading.tokens import kinds, tokenize
 # What an answer must not have unless the reference has it, or one of those behind it, whose result may have
 # it: the sine of 75 degrees is a sum of roots, and an integral may come to a logarithm.
 OPERATIONS = {
-    "arithmetic": ("function", "exponential", "factorial", "calculus"),     # sums, products of numbers
+    "arithmetic": ("function", "exponential", "factorial", "calculus"),     # sums, and products of numbers
+    "numbers": ("function", "exponential", "factorial", "calculus"),        # those of rational numbers alone
     "function": ("exponential", "calculus"),
     "exponential": ("function", "calculus", "unknown"),                     # e to the i, or to an unknown
     "factorial": ("calculus",),                                             # and binomials
     "calculus": (),                                                         # integral, limit, sum, derivative
     "unknown": ("calculus",)}                                               # a letter, neither name nor unit
 FAULTS = ("unevaluated", "ambiguous")
-INEQUALITIES = {"<", ">", "<=", ">="}
-SAME = {r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=",
-        r"\geq": ">=", r"\geqslant": ">=", "==": "=", ":=": "=", r"\simeq": r"\approx", r"\doteq": r"\approx"}
+TIME = re.compile(r"(?<![\d.:])([01]?\d|2[0-4]) ?: ?([0-5]\d)(?![\d.:])")
+INEQUALITIES = {"<", "<="}
+# x > 3 is 3 < x: what is asked here has been found equal.
+SAME = {r"\lt": "<", r"\gt": "<", ">": "<", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", ">=": "<=",
+        r"\ge": "<=", r"\geq": "<=", r"\geqslant": "<=", "==": "=", ":=": "=", r"\simeq": r"\approx",
+        r"\doteq": r"\approx"}
 OPERANDS = {"number", "frac", "group", "root", "power", "constant", "letter", "unit", "factorial", "over"}
 
 # Words that take back, qualify or multiply what they stand beside. All others carry no logic.
@@ -47,7 +52,15 @@ LOGIC = set("""
     minus opposite negative inverse reciprocal double triple half halves quarter quarters third thirds
     tenths hundredths thousandths twice thrice dozen hundred hundreds thousand thousands million
     millions billion billions trillion trillions lakh crore mod modulo depending depends doubt unsure
-    assuming only until unlike contradiction
+    assuming only until unlike contradiction nope nah isnt doesnt dont cant etc
+    nicht kein oder falsch ou pas faux
+    """.split())
+# Behind a value only: where a sentence about it begins, and what makes it another one.
+BEHIND = set("""
+    is are was were be may might could would should can will must does do did has have seems think believe
+    fails fail failed works work rejected excluded omitted eliminated denied extraneous bogus erroneous
+    mistake mistaken error guessing hopefully presumably supposedly squared cubed mille permille base
+    up upward upwards onward onwards k M B bn mn mln mil mio
     """.split())
 # The same in Chinese: not, or, wrong; a hundred to a hundred million.
 LOGIC_SIGNS = set("\u4e0d\u975e\u6216\u5426\u9519\u932f\u65e0\u7121\u6ca1\u672a"
@@ -76,11 +89,15 @@ def fault(box, answer):
     given, wanted = Reading(clean(box)), Reading(clean(answer))
     if given.tokens == wanted.tokens:
         return None
+    if _times(answer) - _times(box):
+        return "ambiguous"                          # 0.4 for 12:30
     if {"arithmetic", "unknown"} <= wanted.operations and not (given.letters or given.words or given.names):
         return "ambiguous"                          # 3 for 3 + d: a unit, the parser thinks
     # With its names: y = 5 - x is x + y = 5.
     wanted.operations |= Reading(clean(answer), names=True).operations
     missing = set()
+    if given.letters <= {token for kind, token in wanted.tokens if kind == "letter"}:
+        given.operations.discard("unknown")         # s/2 for 0.5 s
     for operation in given.operations - wanted.operations:
         if not wanted.operations.intersection(OPERATIONS[operation]):
             missing.add(operation)
@@ -91,6 +108,10 @@ def fault(box, answer):
     if missing and not _is_a_name(given, wanted):
         return "unevaluated"
     return None
+
+
+def _times(text):
+    return {(int(hour), minutes) for hour, minutes in TIME.findall(clean(text))}
 
 
 def _is_a_name(given, wanted):
@@ -111,9 +132,15 @@ def _ambiguous(given, wanted):
         return True
     if given.names > max(1, wanted.names):
         return True
+    if given.sets and wanted.interval and not given.interval:
+        return True                                 # {1, 2} for (1, 2)
+    if given.names and not wanted.values and given.words - wanted.words:
+        return True                                 # Sunday = Monday
     if wanted.values and given.values > wanted.values + wanted.members:
         return True
     if not wanted.values and given.phrases > wanted.phrases:
+        return True
+    if wanted.things and given.things and wanted.things.isdisjoint(given.things):
         return True
     return bool(wanted.units) and not given.units <= wanted.units
 
@@ -141,12 +168,16 @@ class Frame:
     factors: list = field(default_factory=list)     # its numbers, each one's kind
     others: int = 0                                 # its roots of numbers, its matrices
     quotients: int = 0                              # its slashes
+    mixed: bool = False                             # whether it has more than rational numbers
     units: bool = False                             # whether a unit has begun, ...
     measure: str = ""                               # ... and the last one, which an exponent may follow
     # Of all terms:
     numbers: int = 0
     fractions: int = 0                  # slashes included
     arithmetic: bool = False
+    addends: int = 0                    # terms of rational numbers alone, since the last comma or relation
+    combined: bool = False              # whether several of these are added, or any numbers multiplied
+    irrational: bool = False            # whether a term was mixed
     letters: bool = False               # whether an unknown is in it
     imaginary: bool = False
     commas: int = 0
@@ -164,7 +195,9 @@ class Reading:
     members     how many more may be meant: 1,200 may be two, and so may (3, 4)
     phrases     how many parts the commas make
     interval    whether it has a pair in brackets
+    sets        whether it has braces of a set
     units       set of units, each a set of (unit, power)
+    things      what is counted: single units, and all other words behind a value
     percent     whether there is a percent sign
     strange     tokens without a meaning here: dots, primes after numbers, doubled signs, unknown commands
     """
@@ -178,7 +211,8 @@ class Reading:
         self.relations = _relations(rest)
         self.words = {token.lower() for kind, token in self.tokens if kind == "word"}
         self.operations, self.letters, self.strange, self.units = set(), set(), set(), set()
-        self.percent = self.interval = False
+        self.things = set()
+        self.percent = self.interval = self.sets = False
         self.values = self.members = self.bars = 0
         self.phrases = 1
         self._in_value = self._after_words = self._after_or = False
@@ -206,8 +240,7 @@ class Reading:
         self._end_value()
         if self._frame.pending:
             self.strange.add("no argument")
-        if self._frame.arithmetic:
-            self.operations.add("arithmetic")
+        self._add_up(self._frame)
         if self.bars > 1 and not self.letters:
             self.operations.add("function")
         if self.letters:
@@ -227,11 +260,18 @@ class Reading:
             self._subscripts -= 1
             return frame
         # 2^{n+1} can be worked out no further.
-        if frame.arithmetic and not (frame.kind == "power" and frame.letters):
-            self.operations.add("arithmetic")
+        if not (frame.kind == "power" and frame.letters):
+            self._add_up(frame)
         self._frame.letters |= frame.letters
         self._frame.imaginary |= frame.imaginary
+        self._frame.mixed |= frame.irrational
         return frame
+
+    def _add_up(self, frame):
+        if frame.arithmetic:
+            self.operations.add("arithmetic")
+        if frame.combined:
+            self.operations.add("numbers")
 
     def _end_term(self):
         """Several numbers in one term are a product, but for 4.5 x 10^3 and the mixed number 4 2/3."""
@@ -239,7 +279,11 @@ class Reading:
         as_it_stands = frame.factors in (["number", "power of ten"], ["number", "proper fraction"])
         if (len(frame.factors) > 1 and not as_it_stands) or frame.others > 1 or frame.quotients > 1:
             frame.arithmetic = True
-        frame.factors, frame.others, frame.quotients, frame.units = [], 0, 0, False
+            frame.combined |= len(frame.factors) - frame.factors.count("irrational") > 1 or frame.others > 1
+        frame.addends += bool(frame.factors) and not frame.mixed
+        frame.combined |= frame.addends > 1
+        frame.irrational |= frame.mixed
+        frame.factors, frame.others, frame.quotients, frame.units, frame.mixed = [], 0, 0, False, False
 
     def _operand(self, kind, numeric=False, factor=None):
         """A number, root, letter, ... has ended. numeric: it is a number; factor: of which kind."""
@@ -251,6 +295,8 @@ class Reading:
                 frame.fractions += 1
             else:
                 frame.factors.append(factor or kind)
+        else:
+            frame.mixed = True
         frame.last = kind
         frame.measure = ""
         if self._is_listed():
@@ -290,6 +336,7 @@ class Reading:
     def _letter(self, token):
         frame = self._frame
         if token in SINGLE_UNITS and (frame.units or frame.last in OPERANDS - {"letter"}):
+            self.things.add(UNITS.get(token.lower(), token))
             frame.units = True
             frame.last = "unit"
             return
@@ -307,11 +354,14 @@ class Reading:
             return
         self._after_words = self._in_value
         word = token.lower()
+        if self.values and not BEHIND.isdisjoint((word, token)):
+            self.strange.add(word)
         for name in (word, word.removesuffix("s"), word.removesuffix("es")):
-            # "in" is a word, unless it stands right behind a number.
-            if name in UNITS and (word != "in" or self._frame.last in OPERANDS):
+            # "in" is a word, unless it stands right behind a number or "square".
+            if name in UNITS and (word != "in" or self._frame.last in OPERANDS or self._exponent_to_come > 1):
                 self._unit[UNITS[name]] += self._exponent_to_come * self._sign
                 self._exponent_to_come = self._sign = 1
+                self.things.add(UNITS[name])
                 self._frame.units, self._frame.measure, self._frame.last = True, UNITS[name], "unit"
                 return
         if word in SPEEDS:
@@ -321,10 +371,14 @@ class Reading:
             self._exponent_to_come = 2 if word.startswith("s") else 3
         elif word == "per":
             self._sign = -1
+        if self._in_value:
+            self.things.add(word)
         self._frame.last = "word"
 
     def _money(self, token):
-        self._unit["dollar" if token == r"\$" else token] = 1
+        unit = "dollar" if token == r"\$" else token
+        self._unit[unit] = 1
+        self.things.add(unit)
 
     def _percent(self, token):
         self.percent = True
@@ -388,8 +442,7 @@ class Reading:
         self._operand("function")
 
     def _separator(self, token):
-        self._end_term()
-        self._frame.last = ""
+        self._relation(token)
         self._frame.commas += 1
         if self._is_listed():
             self.phrases += 1
@@ -400,6 +453,7 @@ class Reading:
 
     def _relation(self, token):
         self._end_term()
+        self._frame.addends = 0
         self._frame.last = ""
 
     def _bar(self, token):
@@ -413,11 +467,11 @@ class Reading:
             self._frame.last = ""
         elif token in (r"\circ", r"\degree"):
             self._unit["deg"] = 1
+            self.things.add("deg")
             self._frame.last = "unit"
 
     def _prime(self, token):
-        if self._frame.last not in ("letter", "function"):
-            self.strange.add("prime")
+        self.strange.add("prime")
 
     def _dots(self, token):
         if not (self._frame.last == "number" and "." in self._frame.token):      # 0.333...
@@ -447,14 +501,15 @@ class Reading:
         if closed.kind == "root":
             self._argument(closed)
             return
-        self.interval |= closed.commas == 1
+        self.interval |= closed.commas == 1 and closed.kind == "group"
+        self.sets |= closed.kind == "set"
         self.members += closed.commas
         if closed.kind == "matrix":
             self._frame.others += 1
         if closed.signed and closed.after == "plus" and not closed.commas:
             self._frame.arithmetic = True               # -(-5)
         numeric = closed.kind == "group" and closed.numbers > 0 and not closed.letters and not closed.commas
-        self._operand("group", numeric)
+        self._operand("group", numeric, "irrational" if closed.irrational else "group")
         self._frame.quotients += numeric and closed.fractions > 0               # 1/(1/22)
 
     def _brace(self, token):
@@ -480,9 +535,11 @@ class Reading:
         elif closed.kind == "power":
             self._exponent(closed)
         elif closed.kind == "over":
-            if closed.numbers:
-                self.strange.add("a line over numbers")
+            if closed.numbers or closed.tokens == 1:        # of ABC, it is a figure; of z, another number
+                self.strange.add("a line over it")
             self._operand("over")
+        elif closed.kind == "sub" and closed.after == "number" and not closed.numbers:
+            self.strange.add("no base")
         elif closed.kind == "binomial" and not frame.pending:
             self._operand("factorial")
 
@@ -494,7 +551,10 @@ class Reading:
             # A fraction of fractions is a quotient that is to be worked out.
             frame.arithmetic |= numerator.fractions + denominator.fractions > 0
             frame.fractions += 1
-        self._operand("frac", numeric, "proper fraction" if _is_proper(numerator, denominator) else None)
+        factor = "proper fraction" if _is_proper(numerator, denominator) else "fraction"
+        if numerator.irrational or denominator.irrational:
+            factor = "irrational"
+        self._operand("frac", numeric, factor)
 
     def _exponent(self, closed):
         frame = self._frame
@@ -504,9 +564,13 @@ class Reading:
             self._prime(closed.token)
         elif frame.last == "unit" and frame.measure:
             if closed.token.isdigit() and len(closed.token) == 1:
-                self._unit[frame.measure] *= int(closed.token)
+                self._unit[frame.measure] *= -int(closed.token) if closed.signed else int(closed.token)
+        elif frame.last == "number" and frame.factors and closed.letters:
+            frame.factors.pop()                         # 5 times 2^n is no product of numbers
+            frame.mixed = True
         elif frame.last == "number" and frame.factors:
             frame.factors[-1] = "power of ten" if frame.base == "10" else "power"
+            frame.mixed |= closed.fractions > 0         # a root
         if frame.base == "e" and (closed.letters or closed.imaginary):
             self._operation("exponential")
         if frame.last != "unit" and frame.last != "function":
