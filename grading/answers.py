@@ -209,13 +209,14 @@ def choice_letter(text):
 # Behind a letter and its bracket: other options, as in `B) C) D)` and `or (C)`, or that it is wrong.
 ANOTHER_LETTER = re.compile(
     r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:[(\[]?[A-J][)\].:,;\s]+)+[A-J]?$"
-    r"|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b|^not\W*$"
-    r"|^(?:(?:is|was|seems|can|must|should)\b.{0,20}\b(?:false|untrue|invalid|excluded|eliminated|rejected"
+    r"|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b|^\W\D*\s[A-J]\W*$|^not\W*$"
+    r"|^\W*(?:(?:is|was|seems|can|must|should)\b.{0,20}\b(?:false|untrue|invalid|excluded|eliminated|rejected"
     r"|ruled out|wrong|incorrect)|(?:an? )?(?:wrong|incorrect)|excluded|eliminated|rejected)"
     r"(?: (?:answer|choice|option))?\W*$"
     r"|^(?:is|was|seems|can|does)?(?: ?not|n't) (?:be )?(?:correct|right|true|it|the answer|hold)\W*$")
+# ... B
 INSTEAD = re.compile(r"\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not|but|alternatively"
-                     r"|actually|no|wait|hmm|guess)\b", re.IGNORECASE)         # ... B
+                     r"|actually|no|nay|wait|hmm|guess|mean|sorry|correction)\b", re.IGNORECASE)
 
 
 def _without_markup(text):

@@ -113,7 +113,7 @@ def clean(text):
     text = SPACED.sub(_digits, text)
     for pattern, repaired in REPAIRS:
         text = pattern.sub(repaired, text)
-    return repair_scientific(_without_end(text))
+    return _letter_at_end(repair_scientific(_without_end(text)))
 
 
 # ---- The single repairs -------------------------------------------------------------------------------
@@ -126,6 +126,13 @@ def _without_end(text):
     if ".." in text[end:].partition(",")[2]:
         return text                     # 2, 3, ... goes on
     return text[:end]
+
+
+def _letter_at_end(text):
+    """"3n+2m" -> "3n+2{m}": where numbers are added, the last letter is no unit, which would be dropped."""
+    if not re.search(r"\d ?[a-z]$", text[-3:]) or "=" in text or not re.search(r"[\w)}] ?[-+]", text):
+        return text
+    return text[:-1] + "{%s}" % text[-1]
 
 
 def _without_numbering(answer):
@@ -224,6 +231,8 @@ REPAIRS = [
     (re.compile(r"(?:^|(?<=[\d ]))\{ ?\}"), ""),
     (re.compile(r"\\text ?\{ ?([-+(]?\d[\d.,:;() ]*|, ?) ?\}"), r"\1"),
     (re.compile(r"^\\text ?\{ ?([-+]?\d[\d.,:]*)( ?[a-zA-Z][^{}]*)\}$"), r"\1\\text{\2}"),
+    (re.compile(r"^\{ ?(\\[a-z]{4,6} ?\{[^{}]*\}) ?\}$"), r"\1"),
+    (re.compile(r"\\text ?\{ ?((?:[A-Z] ?, ?)+[A-Z]) ?\}"), r"\1"),
     (re.compile(r"(?<=[a-z])\.(?=\}$)"), ""),
     (re.compile(r"(?<=\d) ?\^ ?(\{ ?)?\\(?:text|mathrm) ?\{ ?(?:st|nd|rd|th) ?\}(?(1) ?\})"), ""),
     (re.compile(r"\\\\ ?\[[\d.]{1,9} ?(?:pt|em|ex|mm|cm)\]"), r"\\\\"),
@@ -232,7 +241,7 @@ REPAIRS = [
     # 3+4 i; {x | x > 3}
     (re.compile(r"(?<=\d) ?(?:\\cdot ?)?(?:\\mathrm ?\{ ?i ?\}|i)(?![a-zA-Z])"), "i"),
     (re.compile(r"^(?:\\left ?)?\\\{ ?[a-zA-Z] ?(?:\\in ?\\mathbb ?\{ ?R ?\} ?)?(?:\\mid|\\vert|[:|])"
-                r"([^{}]*?)(?:\\right ?)?\\\}$"), r"\1"),
+                r"(?=[^{}]*[a-z<>])([^{}]*?)(?:\\right ?)?\\\}$"), r"\1"),
     (re.compile(r"\bper cent\b"), "percent"),
     # \sin 30^\circ
     (re.compile(r"\\(sin|cos|tan|cot|sec|csc) ?(\^ ?\{?\d\}?)? ?"

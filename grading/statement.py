@@ -49,22 +49,23 @@ LOGIC = set("""
     false untrue invalid cannot can't maybe perhaps possibly probably likely either otherwise else
     rather instead alternatively alternative vs versus between under over below above less more fewer
     greater larger smaller bigger least most than almost nearly guess unknown undefined impossible plus
-    minus opposite negative inverse reciprocal double triple half halves quarter quarters third thirds
-    tenths hundredths thousandths twice thrice dozen hundred hundreds thousand thousands million
-    millions billion billions trillion trillions lakh crore mod modulo depending depends doubt unsure
+    minus opposite negative inverse reciprocal double triple half halves quarter third ten twice thrice dozen
+    hundred thousand million billion trillion lakh crore myriad mod modulo depending depends doubt unsure
     assuming only until unlike contradiction nope nah isnt doesnt dont cant etc
     nicht kein oder falsch ou pas faux
     """.split())
 # Behind a value only: where a sentence about it begins, and what makes it another one.
 BEHIND = set("""
-    is are was were be may might could would should can will must does do did has have seems think believe
-    fails fail failed works work rejected excluded omitted eliminated denied extraneous bogus erroneous
-    mistake mistaken error guessing hopefully presumably supposedly squared cubed mille permille base
-    up upward upwards onward onwards k M B bn mn mln mil mio
+    is are was were be may might could would should can will must does do did has have seems think
+    believe fails fail failed works work rejected excluded omitted eliminated denied extraneous bogus
+    erroneous mistake mistaken error guessing hopefully presumably supposedly up upward upwards onward
+    onwards counting squared cubed doubled tripled halved negated reversed backwards factorial point root
+    mille permille promille permil ppm bps basis base fold score gross kilo mega giga micro nano k M B bn
+    mn mln mil mio
     """.split())
-# The same in Chinese: not, or, wrong; a hundred to a hundred million.
+# The same in Chinese: not, or, wrong; a hundred to a hundred million; minus, half, more, less, large, small.
 LOGIC_SIGNS = set("\u4e0d\u975e\u6216\u5426\u9519\u932f\u65e0\u7121\u6ca1\u672a"
-                  "\u767e\u5343\u4e07\u842c\u4ebf\u5104")
+                  "\u767e\u5343\u4e07\u842c\u4ebf\u5104\u8d1f\u53cd\u500d\u534a\u591a\u5c11\u5927\u5c0f")
 
 UNITS = kinds(
     mm="mm millimeter millimetre", cm="cm centimeter centimetre", m="m meter metre",
@@ -74,7 +75,8 @@ UNITS = kinds(
     year="yr year", deg="degree deg", rad="rad radian", dollar="dollar usd", cent="cent", euro="euro eur",
     l="l liter litre", ml="ml milliliter millilitre", gallon="gal gallon", newton="newton", joule="joule",
     watt="watt", volt="volt", ohm="ohm", hz="hz hertz", acre="acre", pascal="pa pascal", kelvin="kelvin",
-    mol="mol mole")
+    mol="mol mole", nm="nm nanometer nanometre", um="um micrometer micrometre micron",
+    dm="dm decimeter decimetre", ms="ms millisecond", rupee="rupee rs", yen="yen")
 SPEEDS = {"mph": "mile", "kmh": "km", "kph": "km", "kmph": "km"}
 SINGLE_UNITS = set("mgshlLJNWVAKCF") | {r"\Omega", r"\mu"}      # letters that after a number may be a unit
 
@@ -96,7 +98,7 @@ def fault(box, answer):
     # With its names: y = 5 - x is x + y = 5.
     wanted.operations |= Reading(clean(answer), names=True).operations
     missing = set()
-    if given.letters <= {token for kind, token in wanted.tokens if kind == "letter"}:
+    if given.letters <= wanted.all_letters:
         given.operations.discard("unknown")         # s/2 for 0.5 s
     for operation in given.operations - wanted.operations:
         if not wanted.operations.intersection(OPERATIONS[operation]):
@@ -132,7 +134,7 @@ def _ambiguous(given, wanted):
         return True
     if given.names > max(1, wanted.names):
         return True
-    if given.sets and wanted.interval and not given.interval:
+    if given.sets != wanted.sets and given.interval != wanted.interval:
         return True                                 # {1, 2} for (1, 2)
     if given.names and not wanted.values and given.words - wanted.words:
         return True                                 # Sunday = Monday
@@ -140,14 +142,16 @@ def _ambiguous(given, wanted):
         return True
     if not wanted.values and given.phrases > wanted.phrases:
         return True
-    if wanted.things and given.things and wanted.things.isdisjoint(given.things):
+    letters = given.letters or wanted.letters       # of a formula, in which m is none of metres
+    if wanted.things and given.things and wanted.things.isdisjoint(given.things) and not letters:
         return True
     return bool(wanted.units) and not given.units <= wanted.units
 
 
 def denies(word):
     """Whether a word is one of logic, in lower case."""
-    return word in LOGIC or word.endswith("n't") or not LOGIC_SIGNS.isdisjoint(word)
+    stem = word.removesuffix("s").removesuffix("th")            # tenths, millions
+    return word in LOGIC or stem in LOGIC or word.endswith("n't") or not LOGIC_SIGNS.isdisjoint(word)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -168,14 +172,14 @@ class Frame:
     factors: list = field(default_factory=list)     # its numbers, each one's kind
     others: int = 0                                 # its roots of numbers, its matrices
     quotients: int = 0                              # its slashes
-    mixed: bool = False                             # whether it has more than rational numbers
+    mixed: bool = False                             # whether it has more than these: letters, roots, powers
     units: bool = False                             # whether a unit has begun, ...
     measure: str = ""                               # ... and the last one, which an exponent may follow
     # Of all terms:
     numbers: int = 0
     fractions: int = 0                  # slashes included
     arithmetic: bool = False
-    addends: int = 0                    # terms of rational numbers alone, since the last comma or relation
+    addends: int = 0                    # terms of fractions and whole numbers, since a comma or relation
     combined: bool = False              # whether several of these are added, or any numbers multiplied
     irrational: bool = False            # whether a term was mixed
     letters: bool = False               # whether an unknown is in it
@@ -187,7 +191,8 @@ class Frame:
 class Reading:
     """What a text states.
 
-    operations  of OPERATIONS               letters   its unknowns
+    operations  of OPERATIONS
+    letters     its unknowns                all_letters  those of units, names and words, too
     words       in lower case               signs     Counter of all relations
     relations   the same without those between a name and its value, unless `names` asks for these
     names       the most that one value has
@@ -197,7 +202,7 @@ class Reading:
     interval    whether it has a pair in brackets
     sets        whether it has braces of a set
     units       set of units, each a set of (unit, power)
-    things      what is counted: single units, and all other words behind a value
+    things      what is counted: single units, and all longer words behind a value
     percent     whether there is a percent sign
     strange     tokens without a meaning here: dots, primes after numbers, doubled signs, unknown commands
     """
@@ -209,6 +214,12 @@ class Reading:
             rest = self.tokens
         self.signs = _relations(self.tokens)
         self.relations = _relations(rest)
+        self.all_letters = set()
+        for kind, token in self.tokens:
+            if kind == "letter":
+                self.all_letters.add(token)
+            elif kind == "word":
+                self.all_letters.update(token)          # of mv^2
         self.words = {token.lower() for kind, token in self.tokens if kind == "word"}
         self.operations, self.letters, self.strange, self.units = set(), set(), set(), set()
         self.things = set()
@@ -294,7 +305,8 @@ class Reading:
                 frame.quotients += 1
                 frame.fractions += 1
             else:
-                frame.factors.append(factor or kind)
+                product = factor == "proper fraction" and frame.last == "times"         # no mixed number
+                frame.factors.append("fraction" if product else factor or kind)
         else:
             frame.mixed = True
         frame.last = kind
@@ -354,7 +366,7 @@ class Reading:
             return
         self._after_words = self._in_value
         word = token.lower()
-        if self.values and not BEHIND.isdisjoint((word, token)):
+        if self.values and (token in BEHIND or (word in BEHIND and len(word) > 1)):
             self.strange.add(word)
         for name in (word, word.removesuffix("s"), word.removesuffix("es")):
             # "in" is a word, unless it stands right behind a number or "square".
@@ -367,11 +379,12 @@ class Reading:
         if word in SPEEDS:
             self._unit += Counter({SPEEDS[word]: 1})
             self._unit["h"] = -1
+            self.things |= {SPEEDS[word], "h"}
         elif word in ("square", "sq", "cubic", "cu"):
             self._exponent_to_come = 2 if word.startswith("s") else 3
         elif word == "per":
             self._sign = -1
-        if self._in_value:
+        if self._in_value and len(word) > 3:            # not of 2abc
             self.things.add(word)
         self._frame.last = "word"
 
@@ -398,6 +411,8 @@ class Reading:
         frame.last = "plus"
 
     def _times(self, token):
+        if not self._frame.last:
+            self.strange.add("nothing multiplied")
         self._frame.arithmetic |= token == r"\div"
         self._frame.last = "times"
 
@@ -535,10 +550,10 @@ class Reading:
         elif closed.kind == "power":
             self._exponent(closed)
         elif closed.kind == "over":
-            if closed.numbers or closed.tokens == 1:        # of ABC, it is a figure; of z, another number
+            if closed.numbers or (closed.tokens == 1 and len(closed.token) == 1):       # of AB it is a figure
                 self.strange.add("a line over it")
             self._operand("over")
-        elif closed.kind == "sub" and closed.after == "number" and not closed.numbers:
+        elif closed.kind == "sub" and closed.after == "number" and (closed.signed or not closed.numbers):
             self.strange.add("no base")
         elif closed.kind == "binomial" and not frame.pending:
             self._operand("factorial")
@@ -565,12 +580,11 @@ class Reading:
         elif frame.last == "unit" and frame.measure:
             if closed.token.isdigit() and len(closed.token) == 1:
                 self._unit[frame.measure] *= -int(closed.token) if closed.signed else int(closed.token)
-        elif frame.last == "number" and frame.factors and closed.letters:
-            frame.factors.pop()                         # 5 times 2^n is no product of numbers
-            frame.mixed = True
         elif frame.last == "number" and frame.factors:
+            frame.mixed = True
             frame.factors[-1] = "power of ten" if frame.base == "10" else "power"
-            frame.mixed |= closed.fractions > 0         # a root
+            if closed.letters:
+                frame.factors.pop()                     # 5 times 2^n is no product of numbers
         if frame.base == "e" and (closed.letters or closed.imaginary):
             self._operation("exponential")
         if frame.last != "unit" and frame.last != "function":
