@@ -230,7 +230,7 @@ REPAIRS = [
     # {}42; \frac{\text{7}}{2}; \text{16 inches}; \text{Monday.}; 42^{\text{nd}}; \\[4pt]; x &= 5
     (re.compile(r"(?:^|(?<=[\d ]))\{ ?\}"), ""),
     (re.compile(r"\\text ?\{ ?([-+(]?\d[\d.,:;() ]*|, ?) ?\}"), r"\1"),
-    (re.compile(r"^\\text ?\{ ?([-+]?\d[\d.,:]*)( ?[a-zA-Z][^{}]*)\}$"), r"\1\\text{\2}"),
+    (re.compile(r"^\\text ?\{ ?([-+]?\d[\d.,:]*)( ?[a-zA-Z][^{}\d]*)\}$"), r"\1\\text{\2}"),
     (re.compile(r"^\{ ?(\\[a-z]{4,6} ?\{[^{}]*\}) ?\}$"), r"\1"),
     (re.compile(r"\\text ?\{ ?((?:[A-Z] ?, ?)+[A-Z]) ?\}"), r"\1"),
     (re.compile(r"(?<=[a-z])\.(?=\}$)"), ""),

@@ -128,6 +128,8 @@ def _is_an_interval_as_relations(given, wanted):
 def _ambiguous(given, wanted):
     if given.strange - wanted.strange or given.percent != wanted.percent:
         return True
+    if (wanted.strange - given.strange) & {"prime", "a line over it"}:
+        return True
     if {word for word in given.words if denies(word)} - wanted.words:
         return True
     if given.relations - wanted.signs and not _is_an_interval_as_relations(given, wanted):
