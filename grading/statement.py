@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from grading.notation import boxed, clean, reference, split_modulus
-from grading.tokens import kinds, tokenize
+from grading.tokens import ARGUMENTS, kinds, tokenize
 
 # What an answer must not have unless the reference has it, or one of those behind it, whose result may have
 # it: the sine of 75 degrees is a sum of roots, and an integral may come to a logarithm.
@@ -238,7 +238,11 @@ class Reading:
                 self._frame.pending = []
             if kind not in ("unbrace", "closing"):
                 self._frame.tokens += 1
-            getattr(self, "_" + kind)(token)
+            if kind in ARGUMENTS:
+                self._frame.base = self._frame.token
+                self._frame.pending = [kind] * ARGUMENTS[kind]
+            else:
+                getattr(self, "_" + kind)(token)
             self._frame.token = token
         self._finish()
 
@@ -379,9 +383,8 @@ class Reading:
                 self._frame.units, self._frame.measure, self._frame.last = True, UNITS[name], "unit"
                 return
         if word in SPEEDS:
-            self._unit += Counter({SPEEDS[word]: 1})
-            self._unit["h"] = -1
-            self.things |= {SPEEDS[word], "h"}
+            for part in (SPEEDS[word], "per", "h"):
+                self._word(part)
         elif word in ("square", "sq", "cubic", "cu"):
             self._exponent_to_come = 2 if word.startswith("s") else 3
         elif word == "per":
@@ -422,26 +425,6 @@ class Reading:
         self._frame.last = "slash"
         if self._frame.measure:
             self._sign = -1
-
-    def _frac(self, token):
-        self._frame.pending = ["frac", "frac"]
-
-    def _binomial(self, token):
-        self._operation("factorial")
-        self._frame.pending = ["binomial", "binomial"]
-
-    def _root(self, token):
-        self._frame.pending = ["root"]
-
-    def _power(self, token):
-        self._frame.base = self._frame.token
-        self._frame.pending = ["power"]
-
-    def _sub(self, token):
-        self._frame.pending = ["sub"]
-
-    def _over(self, token):
-        self._frame.pending = ["over"]
 
     def _factorial(self, token):
         if self._frame.last in OPERANDS:
@@ -558,6 +541,7 @@ class Reading:
         elif closed.kind == "sub" and closed.after == "number" and (closed.signed or not closed.numbers):
             self.strange.add("no base")
         elif closed.kind == "binomial" and not frame.pending:
+            self._operation("factorial")
             self._operand("factorial")
 
     def _fraction(self, numerator, denominator):
