@@ -220,7 +220,8 @@ INSTEAD = re.compile(r"\b(?:otherwise|else|instead|rather|unless|perhaps|possibl
 
 
 def _without_markup(text):
-    return re.sub(r"\\(?:text|math)\w*\b|\\[ ,;!()\[\]]|[{}$*`\"]", " ", text)
+    return re.sub(r"\\(?:text|math|display|bold|mbox|bf|bm|rm|emph|underline|large|q?quad)\w*|\\[ ,;!()\[\]]"
+                  r"|[{}$*`\"]", " ", text)
 
 
 def _letter_in_prose(text):

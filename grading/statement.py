@@ -49,21 +49,21 @@ LOGIC = set("""
     false untrue invalid cannot can't maybe perhaps possibly probably likely either otherwise else
     rather instead alternatively alternative vs versus between under over below above less more fewer
     greater larger smaller bigger least most than almost nearly guess unknown undefined impossible plus
-    minus opposite negative inverse reciprocal double triple half halves quarter third ten twice thrice dozen
-    hundred thousand million billion trillion lakh crore myriad mod modulo depending depends doubt unsure
-    assuming only until unlike contradiction nope nah isnt doesnt dont cant etc
+    minus opposite negative inverse reciprocal double triple half halves quarter third tenths twice thrice
+    dozen hundred thousand million billion trillion lakh crore myriad mod modulo depending depends doubt
+    unsure assuming only until unlike contradiction nope nah isnt doesnt dont cant etc
     nicht kein oder falsch ou pas faux
     """.split())
 # Behind a value only: where a sentence about it begins, and what makes it another one.
 BEHIND = set("""
     is are was were be may might could would should can will must does do did has have seems think
-    believe fails fail failed works work rejected excluded omitted eliminated denied extraneous bogus
+    believe fails fail failed rejected excluded omitted eliminated denied extraneous bogus
     erroneous mistake mistaken error guessing hopefully presumably supposedly up upward upwards onward
     onwards counting squared cubed doubled tripled halved negated reversed backwards factorial point root
     mille permille promille permil ppm bps basis base fold score gross kilo mega giga micro nano k M B bn
     mn mln mil mio
     """.split())
-# The same in Chinese: not, or, wrong; a hundred to a hundred million; minus, half, more, less, large, small.
+# The same in Chinese: not, or, wrong; a hundred to a hundred million; minus, twice, half, more, less.
 LOGIC_SIGNS = set("\u4e0d\u975e\u6216\u5426\u9519\u932f\u65e0\u7121\u6ca1\u672a"
                   "\u767e\u5343\u4e07\u842c\u4ebf\u5104\u8d1f\u53cd\u500d\u534a\u591a\u5c11\u5927\u5c0f")
 
@@ -201,7 +201,7 @@ class Reading:
     values      how many are listed, two for each plus-minus
     members     how many more may be meant: 1,200 may be two, and so may (3, 4)
     phrases     how many parts the commas make
-    interval    whether it has a pair in brackets
+    interval    whether it has a pair in brackets, or one set without another
     sets        whether it has braces of a set
     units       set of units, each a set of (unit, power)
     things      what is counted: single units, and all longer words behind a value
@@ -390,7 +390,7 @@ class Reading:
         elif word == "per":
             self._sign = -1
         if self._in_value and len(word) > 3:            # not of 2abc
-            self.things.add(word)
+            self.things.add(word.removesuffix("s"))
         self._frame.last = "word"
 
     def _money(self, token):
@@ -463,6 +463,7 @@ class Reading:
     def _mark(self, token):
         if token in (":", r"\cup", r"\cap", r"\setminus", r"\backslash"):
             self.members += token == r"\cup"
+            self.interval |= token in (r"\setminus", r"\backslash")
             self._end_term()
             self._frame.last = ""
         elif token in (r"\circ", r"\degree"):

@@ -290,6 +290,7 @@ RIGHT = [
     (r"\begin{pmatrix} 1 \\[4pt] 3 \end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
     (r"\begin{aligned} x &= 42 \end{aligned}", "42"), (r"25\text{ per cent}", r"25\%"),
     (r"\left\{x \mid x > 2\right\}", r"(2,\infty)"),
+    (r"\mathbb{R} \setminus \{2\}", r"(-\infty,2)\cup(2,\infty)"),
     (r"\{x \in \mathbb{R} : -2 \le x \le 7\}", "[-2,7]"),
     # letters that are no units, and units
     ("3 + 4 i", "3+4i"), (r"3 + 4\mathrm{i}", "3+4i"), (r"3 + 4 \cdot i", "3+4i"), ("3n+2m", "2m+3n"),
@@ -298,7 +299,8 @@ RIGHT = [
     (r"40\text{ miles per hour}", r"40\text{ mph}"), (r"5.4\text{ cents per item}", r"5.4\text{ cents}"),
     # a word or two before it
     (r"\text{Area} = 42\text{ cm}^2", "42"), (r"\text{There are } 42 \text{ ways}", "42"),
-    (r"\text{vertex } (3,4)", "(3,4)"), (r"\text{Point } C", "C"), (r"\text{Items rejected} = 42", "42")]
+    (r"\text{vertex } (3,4)", "(3,4)"), (r"\text{Point } C", "C"), (r"\text{Items rejected} = 42", "42"),
+    (r"\displaystyle C", "C"), (r"\boldsymbol{C}", "C"), (r"\quad\mathbf{(C)}", r"\text{(C)}")]
 
 
 @pytest.mark.parametrize("box, answer", RIGHT)
