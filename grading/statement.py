@@ -613,10 +613,11 @@ def without_names(tokens):
 
 
 def is_name(tokens):
-    """Whether a value may be called so: letters or words, and no number but in a subscript or as a power."""
+    """Whether a value may be called so: letters or words without a sign before them, and no number but in a
+    subscript or as a power."""
     if len(tokens) == 1 and tokens[0][1] in ("e", "i"):
         return True
-    if not any(kind in ("letter", "word") for kind, _ in tokens):
+    if not any(kind in ("letter", "word") for kind, _ in tokens) or tokens[0][0] == "plus":
         return False
     owners, before = [], ""             # of each open brace, the command before it
     for kind, token in tokens:

@@ -163,6 +163,7 @@ AMBIGUOUS = [
         "and up", "etc", "and counting", "nicht", "oder so", "k", "M", "bn", "mln", "squared", "per mille",
         "per cent", "hundredths", "crores", "factorial", "base seven", "point five"]),
     ("\u8d1f42", "42"), ("42_{hex}", "42"), ("42_{-8}", "42"), (r"\times 42", "42"), ("2, 3, ...", "2, 3"),
+    ("-x = 42", "42"),
     (r"\begin{align*}6 \\ 5\end{align*}", "5"), (r"\begin{gather}41 \\ 42\end{gather}", "42"),
     (r"\text{Sunday} = \text{Monday}", r"\text{Monday}"),
     # another kind of value, which Math-Verify reads alike
