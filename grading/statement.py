@@ -88,7 +88,8 @@ def fault(box, answer):
     box = boxed(box)
     if modulus:
         box, _ = split_modulus(box)
-    given, wanted = Reading(clean(box)), Reading(clean(answer))
+    box, answer = clean(box), clean(answer)
+    given, wanted = Reading(box), Reading(answer)
     if given.tokens == wanted.tokens:
         return None
     if _times(answer) - _times(box):
@@ -96,7 +97,7 @@ def fault(box, answer):
     if {"arithmetic", "unknown"} <= wanted.operations and not (given.letters or given.words or given.names):
         return "ambiguous"                          # 3 for 3 + d: a unit, the parser thinks
     # With its names: y = 5 - x is x + y = 5.
-    wanted.operations |= Reading(clean(answer), names=True).operations
+    wanted.operations |= Reading(answer, names=True).operations
     missing = set()
     if given.letters <= wanted.all_letters:
         given.operations.discard("unknown")         # s/2 for 0.5 s
@@ -113,7 +114,7 @@ def fault(box, answer):
 
 
 def _times(text):
-    return {(int(hour), minutes) for hour, minutes in TIME.findall(clean(text))}
+    return {(int(hour), minutes) for hour, minutes in TIME.findall(text)}
 
 
 def _is_a_name(given, wanted):
