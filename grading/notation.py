@@ -130,7 +130,7 @@ def _without_end(text):
 
 def _letter_at_end(text):
     """"3n+2m" -> "3n+2{m}": where numbers are added, the last letter is no unit, which would be dropped."""
-    if not re.search(r"\d ?[a-z]$", text[-3:]) or "=" in text or not re.search(r"[\w)}] ?[-+]", text):
+    if not re.search(r"\d ?[a-hj-z]$", text[-3:]) or "=" in text or not re.search(r"[\w)}] ?[-+]", text):
         return text
     return text[:-1] + "{%s}" % text[-1]
 
