@@ -130,7 +130,8 @@ def _without_end(text):
 
 def _letter_at_end(text):
     """"3n+2m" -> "3n+2{m}": where numbers are added, the last letter is no unit, which would be dropped."""
-    if not re.search(r"\d ?[a-hj-z]$", text[-3:]) or "=" in text or not re.search(r"[\w)}] ?[-+]", text):
+    value = text.rpartition("=")[2]
+    if not re.search(r"\d ?[a-hj-z]$", value[-3:]) or not re.search(r"[\w)}] ?[-+]", value):
         return text
     return text[:-1] + "{%s}" % text[-1]
 

@@ -295,6 +295,7 @@ RIGHT = [
     (r"\{x \in \mathbb{R} : -2 \le x \le 7\}", "[-2,7]"),
     # letters that are no units, and units
     ("3 + 4 i", "3+4i"), (r"3 + 4\mathrm{i}", "3+4i"), (r"3 + 4 \cdot i", "3+4i"), ("3n+2m", "2m+3n"),
+    ("S = 3n+2m", "2m+3n"), (r"\text{Sum} = 3n+2m", "3n+2m"),
     (r"\text{Answer} = -4-6i", "-4-6i"), (r"-1+12i \text{ units}", "-1+12i"),
     (r"\frac12 m v^2", r"\frac12 mv^2"), (r"2 \cdot 2^n", "2^{n+1}"), (r"42\text{ K}", "42"),
     (r"5 \text{ m s}^{-1}", r"5 \text{ m/s}"), (r"5\ \mathrm{m \cdot s^{-1}}", r"5 \text{ m/s}"),
