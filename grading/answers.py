@@ -21,10 +21,11 @@ FAILED = ("timeout", "killed")          # of a verdict; these say nothing about 
 DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5
 
 
-# In front of a value: "The answer is", or the letter of an option.
+# In front of a value: "The answer is", its name, or the letter of an option.
 LEAD = re.compile(
-    r"^\\text(?:bf|it|rm)? ?\{ ?(?:(?:the )?(?:final )?(?:answer|result)(?: is)?:?|\([A-J]\)) ?\}"
-    r"(?: |\\[ ,;:]|\\q?quad|[:=~])*(?=[-+\d\\])", re.IGNORECASE)
+    r"^\\text(?:bf|it|rm)? ?\{ ?(?:(?:the )?(?:final )?(?:answer|result)(?: is)?:?|\([A-J]\)|there are|so,?"
+    r"|point|vertex|(?:maximum|minimum)(?: value)?(?: is)?:?|[a-z ]{1,40}(?=\} ?=)) ?\}"
+    r"(?: |\\[ ,;:]|\\q?quad|[:=~])*(?=[-+(\d\\])", re.IGNORECASE)
 
 
 def judge(item, seconds):
@@ -57,7 +58,7 @@ def math_verify(text, answer, strict_box, seconds, trace):
     # One text, one reading: where the reference is a letter and the response settles on one, that is all.
     letter = reference_letter(answer)
     said = choice_letter(text) if letter else None
-    if said:
+    if said or (letter and strict_box):
         trace.append(f"letter: {said}")
         return ("ok" if said == letter else "wrong"), box
     if not strict_box:
@@ -208,14 +209,19 @@ def choice_letter(text):
 # Behind a letter and its bracket: other options, as in `B) C) D)` and `or (C)`, or that it is wrong.
 ANOTHER_LETTER = re.compile(
     r"(?<!\w)[(\[]\s*[A-J]\s*[)\]]|^[A-J]\W*$|^(?:[(\[]?[A-J][)\].:,;\s]+)+[A-J]?$"
-    r"|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b|^not\W*$|^(?:wrong|incorrect)\W*$"
-    r"|^(?:is|was|seems)\b.{0,20}\b(?:wrong|incorrect|false|untrue|invalid)\W*$"
-    r"|^(?:is|was|seems)(?: not|n't) (?:correct|right|true|it|the answer)\W*$")
-INSTEAD = re.compile(r"\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not)\b")      # ... B
+    r"|^(?:or|and|not|maybe|but|,|/|&).*\b[A-J]\b|^\W\D*\s[A-J]\W*$|^not\W*$"
+    r"|^\W*(?:(?:is|was|seems|can|must|should)\b.{0,20}\b(?:false|untrue|invalid|excluded|eliminated|rejected"
+    r"|ruled out|wrong|incorrect)|(?:an? )?(?:wrong|incorrect)|excluded|eliminated|rejected)"
+    r"(?: (?:answer|choice|option))?\W*$"
+    r"|^(?:is|was|seems|can|does)?(?: ?not|n't) (?:be )?(?:correct|right|true|it|the answer|hold)\W*$")
+# ... B
+INSTEAD = re.compile(r"\b(?:otherwise|else|instead|rather|unless|perhaps|possibly|if not|but|alternatively"
+                     r"|actually|no|nay|wait|hmm|guess|mean|sorry|correction)\b", re.IGNORECASE)
 
 
 def _without_markup(text):
-    return re.sub(r"\\(?:text|math)\w*\b|\\[ ,;!()\[\]]|[{}$*`\"]", " ", text)
+    return re.sub(r"\\(?:text|math|display|bold|mbox|bf|bm|rm|emph|underline|large|q?quad)\w*|\\[ ,;!()\[\]]"
+                  r"|[{}$*`\"]", " ", text)
 
 
 def _letter_in_prose(text):
@@ -229,12 +235,13 @@ def _letter_in_prose(text):
 
 
 def _letter_in_box(box):
-    found = re.fullmatch(r"(?is)\s*(?:the\s+)?(?:correct\s+)?(?:(?:answer|option|choice)(?:\s+is)?)?[\s:]*"
-                         r"[(\[]?\s*([A-J])\s*(?:[)\].:](.*))?", box)
+    found = re.fullmatch(r"(?is)\s*(?:the\s+)?(?:(?:correct|final)\s+)?(?:(?:answer|option|choice|point|graph"
+                         r"|figure|statement|team|box)(?:\s+is)?)?[\s:]*[(\[]?\s*([A-J])\s*"
+                         r"(?:(?:[)\].:]|(?=\())(.*))?", box)
     if not found:
         return None
     letter = found[1].upper()
-    rest = (found[2] or "").strip()     # the option's text, which may hold letters: "C) P(A) = 0.5"
+    rest = (found[2] or "").strip(" .\n")   # the option's text, which may hold letters: "C) P(A) = 0.5"
     if ANOTHER_LETTER.search(rest) or (INSTEAD.search(rest) and re.search(r"\b[A-J]\W*$", rest[-9:])):
         return None
     return letter

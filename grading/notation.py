@@ -25,9 +25,14 @@ SIGNS = {"\u00b0": r"^\circ", "\u00ba": r"^\circ", "\u2013": "-", "\u2212": "-",
          "\u00d7": r"\times ", "\u00f7": r"\div ", "\u00b1": r"\pm ", "\u03c0": r"\pi ", "\u221e": r"\infty ",
          "\u2264": r"\le ", "\u2265": r"\ge ",
          "\u2260": r"\ne ", "\u2248": r"\approx ", "\u2208": r"\in ", "\u222a": r"\cup ", "\u2229": r"\cap ",
-         "\u222b": r"\int ", "\u2211": r"\sum ", "\u220f": r"\prod "}
+         "\u2205": r"\emptyset ", "\u222b": r"\int ", "\u2211": r"\sum ", "\u220f": r"\prod "}
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
          "twelve": 12, "sixteen": 16}
+# What only another font, size or colour says, and the end of a proof.
+DRESS = re.compile(r"\\(?:boldsymbol|bm|emph|[lL]arge|LARGE|[hH]uge|[bB]igg?[lr]?|checkmark|blacksquare)"
+                   r"(?![a-zA-Z])|\\(?:text)?color ?\{ ?[a-zA-Z]{1,20} ?\}|\u2713")
+SPELLED = {r"\degree": r"^\circ ", r"\varnothing": r"\emptyset ", r"\bigcup": r"\cup ", r"\colon": ":",
+           r"\lbrace": r"\{", r"\rbrace": r"\}"}
 # The marks of figures: a triangle ABC may be called ABC.
 FIGURE = re.compile(r"\\(?:triangle|angle|measuredangle|overline|overrightarrow|odot|square|vec)(?![a-zA-Z])")
 
@@ -101,12 +106,14 @@ def clean(text):
             text = text[2:-2].strip()
     text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", _superscript, text)
     text = re.sub(r"\u221a ?(?:\(([^()]*)\)|(\w+))", r"\\sqrt{\1\2}", text)              # the sign of a root
+    text = DRESS.sub("", text)
     text = re.sub(r"[^\x00-\x7f]", _ascii, text)
+    text = re.sub(r"\\[a-z]+(?![a-zA-Z])", _one_spelling, text)
     text = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:(?:,\\! ?|\\[,!;: ]|\{,\})\d{3})+(?!\d)", _digits, text)
     text = SPACED.sub(_digits, text)
     for pattern, repaired in REPAIRS:
         text = pattern.sub(repaired, text)
-    return repair_scientific(_without_end(text))
+    return _letter_at_end(repair_scientific(_without_end(text)))
 
 
 # ---- The single repairs -------------------------------------------------------------------------------
@@ -116,7 +123,17 @@ def _without_end(text):
     end = len(text)
     while end and (text[end - 1] in " \t\n~.,;:\\\u3002" or text[max(0, end - 2):end] == "\\!"):
         end -= 1
+    if ".." in text[end:].partition(",")[2]:
+        return text                     # 2, 3, ... goes on
     return text[:end]
+
+
+def _letter_at_end(text):
+    """"3n+2m" -> "3n+2{m}": where numbers are added, the last letter is no unit, which would be dropped."""
+    value = text.rpartition("=")[2]
+    if not re.search(r"\d ?[a-hj-z]$", value[-3:]) or not re.search(r"[\w)}] ?[-+]", value):
+        return text
+    return text[:-1] + "{%s}" % text[-1]
 
 
 def _without_numbering(answer):
@@ -127,6 +144,10 @@ def _without_numbering(answer):
                                                    or "abcdefghi".startswith(labels)):
         return answer
     return ", ".join(part.strip(" \n\t,;.") for part in parts[2::2])
+
+
+def _one_spelling(command):
+    return SPELLED.get(command[0], command[0])
 
 
 def _superscript(run):
@@ -205,8 +226,24 @@ REPAIRS = [
     (re.compile(r"(\d)(?: |\\[ ,;!]|~)*(\\text ?\{ ?)?(%s)\b" % "|".join(SCALES)), _scale),
     (re.compile(r"\\text ?\{ ?\}"), ""),
     # 2516_{\text{eight}}; 12{:}30
-    (re.compile(r"_ ?(?:\{ ?)?\\text ?\{ ?(%s) ?\}(?: ?\})?" % "|".join(BASES)), _base),
+    (re.compile(r"_ ?(?:\{ ?)?(?:\\text ?)?\{ ?(%s) ?\}(?: ?\})?" % "|".join(BASES)), _base),
     (re.compile(r"\{ ?: ?\}"), ":"),
+    # {}42; \frac{\text{7}}{2}; \text{16 inches}; \text{Monday.}; 42^{\text{nd}}; \\[4pt]; x &= 5
+    (re.compile(r"(?:^|(?<=[\d ]))\{ ?\}"), ""),
+    (re.compile(r"\\text ?\{ ?([-+(]?\d[\d.,:;() ]*|, ?) ?\}"), r"\1"),
+    (re.compile(r"^\\text ?\{ ?([-+]?\d[\d.,:]*)( ?[a-zA-Z][^{}\d]*)\}$"), r"\1\\text{\2}"),
+    (re.compile(r"^\{ ?(\\[a-z]{4,6} ?\{[^{}]*\}) ?\}$"), r"\1"),
+    (re.compile(r"\\text ?\{ ?((?:[A-Z] ?, ?)+[A-Z]) ?\}"), r"\1"),
+    (re.compile(r"(?<=[a-z])\.(?=\}$)"), ""),
+    (re.compile(r"(?<=\d) ?\^ ?(\{ ?)?\\(?:text|mathrm) ?\{ ?(?:st|nd|rd|th) ?\}(?(1) ?\})"), ""),
+    (re.compile(r"\\\\ ?\[[\d.]{1,9} ?(?:pt|em|ex|mm|cm)\]"), r"\\\\"),
+    (re.compile(r"& ?="), "="),
+    (re.compile(r"\^ ?\{ ?\\circ ?\}"), r"^\\circ"),
+    # 3+4 i; {x | x > 3}
+    (re.compile(r"(?<=\d) ?(?:\\cdot ?)?(?:\\mathrm ?\{ ?i ?\}|i)(?![a-zA-Z])"), "i"),
+    (re.compile(r"^(?:\\left ?)?\\\{ ?[a-zA-Z] ?(?:\\in ?\\mathbb ?\{ ?R ?\} ?)?(?:\\mid|\\vert|[:|])"
+                r"(?=[^{}]*[a-z<>])([^{}]*?)(?:\\right ?)?\\\}$"), r"\1"),
+    (re.compile(r"\bper cent\b"), "percent"),
     # \sin 30^\circ
     (re.compile(r"\\(sin|cos|tan|cot|sec|csc) ?(\^ ?\{?\d\}?)? ?"
                 r"(?:(?:\\left ?)?[({] ?(\d{1,9}(?:\.\d{1,9})?) ?\^ ?\{? ?\\circ ?\}? ?(?:\\right ?)?[)}]"

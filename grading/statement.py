@@ -17,25 +17,30 @@ ambiguous     Beside the value stand more values than the reference has, a relat
 
 One pass over tokens: no parser, no evaluation, safe in any process, in time linear in the length of the text.
 """
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 from grading.notation import boxed, clean, reference, split_modulus
-from grading.tokens import kinds, tokenize
+from grading.tokens import ARGUMENTS, kinds, tokenize
 
 # What an answer must not have unless the reference has it, or one of those behind it, whose result may have
 # it: the sine of 75 degrees is a sum of roots, and an integral may come to a logarithm.
 OPERATIONS = {
-    "arithmetic": ("function", "exponential", "factorial", "calculus"),     # sums, products of numbers
+    "arithmetic": ("function", "exponential", "factorial", "calculus"),     # sums, and products of numbers
+    "numbers": ("function", "exponential", "factorial", "calculus"),        # those of rational numbers alone
     "function": ("exponential", "calculus"),
     "exponential": ("function", "calculus", "unknown"),                     # e to the i, or to an unknown
     "factorial": ("calculus",),                                             # and binomials
     "calculus": (),                                                         # integral, limit, sum, derivative
     "unknown": ("calculus",)}                                               # a letter, neither name nor unit
 FAULTS = ("unevaluated", "ambiguous")
-INEQUALITIES = {"<", ">", "<=", ">="}
-SAME = {r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=",
-        r"\geq": ">=", r"\geqslant": ">=", "==": "=", ":=": "=", r"\simeq": r"\approx", r"\doteq": r"\approx"}
+TIME = re.compile(r"(?<![\d.:])([01]?\d|2[0-4]) ?: ?([0-5]\d)(?![\d.:])")
+INEQUALITIES = {"<", "<="}
+# x > 3 is 3 < x: what is asked here has been found equal.
+SAME = {r"\lt": "<", r"\gt": "<", ">": "<", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", ">=": "<=",
+        r"\ge": "<=", r"\geq": "<=", r"\geqslant": "<=", "==": "=", ":=": "=", r"\simeq": r"\approx",
+        r"\doteq": r"\approx"}
 OPERANDS = {"number", "frac", "group", "root", "power", "constant", "letter", "unit", "factorial", "over"}
 
 # Words that take back, qualify or multiply what they stand beside. All others carry no logic.
@@ -44,14 +49,23 @@ LOGIC = set("""
     false untrue invalid cannot can't maybe perhaps possibly probably likely either otherwise else
     rather instead alternatively alternative vs versus between under over below above less more fewer
     greater larger smaller bigger least most than almost nearly guess unknown undefined impossible plus
-    minus opposite negative inverse reciprocal double triple half halves quarter quarters third thirds
-    tenths hundredths thousandths twice thrice dozen hundred hundreds thousand thousands million
-    millions billion billions trillion trillions lakh crore mod modulo depending depends doubt unsure
-    assuming only until unlike contradiction
+    minus opposite negative inverse reciprocal double triple half halves quarter third tenths twice thrice
+    dozen hundred thousand million billion trillion lakh crore myriad mod modulo depending depends doubt
+    unsure assuming only until unlike contradiction nope nah isnt doesnt dont cant etc
+    nicht kein oder falsch ou pas faux
     """.split())
-# The same in Chinese: not, or, wrong; a hundred to a hundred million.
+# Behind a value only: where a sentence about it begins, and what makes it another one.
+BEHIND = set("""
+    is are was were be may might could would should can will must does do did has have seems think
+    believe fails fail failed rejected excluded omitted eliminated denied extraneous bogus
+    erroneous mistake mistaken error guessing hopefully presumably supposedly up upward upwards onward
+    onwards counting squared cubed doubled tripled halved negated reversed backwards factorial point root
+    mille permille promille permil ppm bps basis base fold score gross kilo mega giga micro nano k M B bn
+    mn mln mil mio
+    """.split())
+# The same in Chinese: not, or, wrong; a hundred to a hundred million; minus, twice, half, more, less.
 LOGIC_SIGNS = set("\u4e0d\u975e\u6216\u5426\u9519\u932f\u65e0\u7121\u6ca1\u672a"
-                  "\u767e\u5343\u4e07\u842c\u4ebf\u5104")
+                  "\u767e\u5343\u4e07\u842c\u4ebf\u5104\u8d1f\u53cd\u500d\u534a\u591a\u5c11\u5927\u5c0f")
 
 UNITS = kinds(
     mm="mm millimeter millimetre", cm="cm centimeter centimetre", m="m meter metre",
@@ -61,7 +75,8 @@ UNITS = kinds(
     year="yr year", deg="degree deg", rad="rad radian", dollar="dollar usd", cent="cent", euro="euro eur",
     l="l liter litre", ml="ml milliliter millilitre", gallon="gal gallon", newton="newton", joule="joule",
     watt="watt", volt="volt", ohm="ohm", hz="hz hertz", acre="acre", pascal="pa pascal", kelvin="kelvin",
-    mol="mol mole")
+    mol="mol mole", nm="nm nanometer nanometre", um="um micrometer micrometre micron",
+    dm="dm decimeter decimetre", ms="ms millisecond", rupee="rupee rs", yen="yen")
 SPEEDS = {"mph": "mile", "kmh": "km", "kph": "km", "kmph": "km"}
 SINGLE_UNITS = set("mgshlLJNWVAKCF") | {r"\Omega", r"\mu"}      # letters that after a number may be a unit
 
@@ -73,14 +88,19 @@ def fault(box, answer):
     box = boxed(box)
     if modulus:
         box, _ = split_modulus(box)
-    given, wanted = Reading(clean(box)), Reading(clean(answer))
+    box, answer = clean(box), clean(answer)
+    given, wanted = Reading(box), Reading(answer)
     if given.tokens == wanted.tokens:
         return None
+    if _times(answer) - _times(box):
+        return "ambiguous"                          # 0.4 for 12:30
     if {"arithmetic", "unknown"} <= wanted.operations and not (given.letters or given.words or given.names):
         return "ambiguous"                          # 3 for 3 + d: a unit, the parser thinks
     # With its names: y = 5 - x is x + y = 5.
-    wanted.operations |= Reading(clean(answer), names=True).operations
+    wanted.operations |= Reading(answer, names=True).operations
     missing = set()
+    if given.letters <= wanted.all_letters:
+        given.operations.discard("unknown")         # s/2 for 0.5 s
     for operation in given.operations - wanted.operations:
         if not wanted.operations.intersection(OPERATIONS[operation]):
             missing.add(operation)
@@ -91,6 +111,10 @@ def fault(box, answer):
     if missing and not _is_a_name(given, wanted):
         return "unevaluated"
     return None
+
+
+def _times(text):
+    return {(int(hour), minutes) for hour, minutes in TIME.findall(text)}
 
 
 def _is_a_name(given, wanted):
@@ -105,22 +129,32 @@ def _is_an_interval_as_relations(given, wanted):
 def _ambiguous(given, wanted):
     if given.strange - wanted.strange or given.percent != wanted.percent:
         return True
+    if (wanted.strange - given.strange) & {"prime", "a line over it"}:
+        return True
     if {word for word in given.words if denies(word)} - wanted.words:
         return True
     if given.relations - wanted.signs and not _is_an_interval_as_relations(given, wanted):
         return True
     if given.names > max(1, wanted.names):
         return True
+    if given.sets != wanted.sets and given.interval != wanted.interval:
+        return True                                 # {1, 2} for (1, 2)
+    if given.names and not wanted.values and given.words - wanted.words:
+        return True                                 # Sunday = Monday
     if wanted.values and given.values > wanted.values + wanted.members:
         return True
     if not wanted.values and given.phrases > wanted.phrases:
+        return True
+    letters = given.letters or wanted.letters       # of a formula, in which m is none of metres
+    if wanted.things and given.things and wanted.things.isdisjoint(given.things) and not letters:
         return True
     return bool(wanted.units) and not given.units <= wanted.units
 
 
 def denies(word):
     """Whether a word is one of logic, in lower case."""
-    return word in LOGIC or word.endswith("n't") or not LOGIC_SIGNS.isdisjoint(word)
+    stem = word.removesuffix("s").removesuffix("th")            # tenths, millions
+    return word in LOGIC or stem in LOGIC or word.endswith("n't") or not LOGIC_SIGNS.isdisjoint(word)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -141,12 +175,16 @@ class Frame:
     factors: list = field(default_factory=list)     # its numbers, each one's kind
     others: int = 0                                 # its roots of numbers, its matrices
     quotients: int = 0                              # its slashes
+    mixed: bool = False                             # whether it has more than these: letters, roots, powers
     units: bool = False                             # whether a unit has begun, ...
     measure: str = ""                               # ... and the last one, which an exponent may follow
     # Of all terms:
     numbers: int = 0
     fractions: int = 0                  # slashes included
     arithmetic: bool = False
+    addends: int = 0                    # terms of fractions and whole numbers, since a comma or relation
+    combined: bool = False              # whether several of these are added, or any numbers multiplied
+    irrational: bool = False            # whether a term was mixed
     letters: bool = False               # whether an unknown is in it
     imaginary: bool = False
     commas: int = 0
@@ -156,15 +194,18 @@ class Frame:
 class Reading:
     """What a text states.
 
-    operations  of OPERATIONS               letters   its unknowns
+    operations  of OPERATIONS
+    letters     its unknowns                all_letters  those of units, names and words, too
     words       in lower case               signs     Counter of all relations
     relations   the same without those between a name and its value, unless `names` asks for these
     names       the most that one value has
     values      how many are listed, two for each plus-minus
     members     how many more may be meant: 1,200 may be two, and so may (3, 4)
     phrases     how many parts the commas make
-    interval    whether it has a pair in brackets
+    interval    whether it has a pair in brackets, or one set without another
+    sets        whether it has braces of a set
     units       set of units, each a set of (unit, power)
+    things      what is counted: single units, and all longer words behind a value
     percent     whether there is a percent sign
     strange     tokens without a meaning here: dots, primes after numbers, doubled signs, unknown commands
     """
@@ -176,9 +217,16 @@ class Reading:
             rest = self.tokens
         self.signs = _relations(self.tokens)
         self.relations = _relations(rest)
+        self.all_letters = set()
+        for kind, token in self.tokens:
+            if kind == "letter":
+                self.all_letters.add(token)
+            elif kind == "word":
+                self.all_letters.update(token)          # of mv^2
         self.words = {token.lower() for kind, token in self.tokens if kind == "word"}
         self.operations, self.letters, self.strange, self.units = set(), set(), set(), set()
-        self.percent = self.interval = False
+        self.things = set()
+        self.percent = self.interval = self.sets = False
         self.values = self.members = self.bars = 0
         self.phrases = 1
         self._in_value = self._after_words = self._after_or = False
@@ -191,7 +239,11 @@ class Reading:
                 self._frame.pending = []
             if kind not in ("unbrace", "closing"):
                 self._frame.tokens += 1
-            getattr(self, "_" + kind)(token)
+            if kind in ARGUMENTS:
+                self._frame.base = self._frame.token
+                self._frame.pending = [kind] * ARGUMENTS[kind]
+            else:
+                getattr(self, "_" + kind)(token)
             self._frame.token = token
         self._finish()
 
@@ -206,8 +258,7 @@ class Reading:
         self._end_value()
         if self._frame.pending:
             self.strange.add("no argument")
-        if self._frame.arithmetic:
-            self.operations.add("arithmetic")
+        self._add_up(self._frame)
         if self.bars > 1 and not self.letters:
             self.operations.add("function")
         if self.letters:
@@ -227,11 +278,18 @@ class Reading:
             self._subscripts -= 1
             return frame
         # 2^{n+1} can be worked out no further.
-        if frame.arithmetic and not (frame.kind == "power" and frame.letters):
-            self.operations.add("arithmetic")
+        if not (frame.kind == "power" and frame.letters):
+            self._add_up(frame)
         self._frame.letters |= frame.letters
         self._frame.imaginary |= frame.imaginary
+        self._frame.mixed |= frame.irrational
         return frame
+
+    def _add_up(self, frame):
+        if frame.arithmetic:
+            self.operations.add("arithmetic")
+        if frame.combined:
+            self.operations.add("numbers")
 
     def _end_term(self):
         """Several numbers in one term are a product, but for 4.5 x 10^3 and the mixed number 4 2/3."""
@@ -239,7 +297,11 @@ class Reading:
         as_it_stands = frame.factors in (["number", "power of ten"], ["number", "proper fraction"])
         if (len(frame.factors) > 1 and not as_it_stands) or frame.others > 1 or frame.quotients > 1:
             frame.arithmetic = True
-        frame.factors, frame.others, frame.quotients, frame.units = [], 0, 0, False
+            frame.combined |= len(frame.factors) - frame.factors.count("irrational") > 1 or frame.others > 1
+        frame.addends += bool(frame.factors) and not frame.mixed
+        frame.combined |= frame.addends > 1
+        frame.irrational |= frame.mixed
+        frame.factors, frame.others, frame.quotients, frame.units, frame.mixed = [], 0, 0, False, False
 
     def _operand(self, kind, numeric=False, factor=None):
         """A number, root, letter, ... has ended. numeric: it is a number; factor: of which kind."""
@@ -250,7 +312,10 @@ class Reading:
                 frame.quotients += 1
                 frame.fractions += 1
             else:
-                frame.factors.append(factor or kind)
+                product = factor == "proper fraction" and frame.last == "times"         # no mixed number
+                frame.factors.append("fraction" if product else factor or kind)
+        else:
+            frame.mixed = True
         frame.last = kind
         frame.measure = ""
         if self._is_listed():
@@ -290,6 +355,7 @@ class Reading:
     def _letter(self, token):
         frame = self._frame
         if token in SINGLE_UNITS and (frame.units or frame.last in OPERANDS - {"letter"}):
+            self.things.add(UNITS.get(token.lower(), token))
             frame.units = True
             frame.last = "unit"
             return
@@ -307,24 +373,31 @@ class Reading:
             return
         self._after_words = self._in_value
         word = token.lower()
+        if self.values and (token in BEHIND or (word in BEHIND and len(word) > 1)):
+            self.strange.add(word)
         for name in (word, word.removesuffix("s"), word.removesuffix("es")):
-            # "in" is a word, unless it stands right behind a number.
-            if name in UNITS and (word != "in" or self._frame.last in OPERANDS):
+            # "in" is a word, unless it stands right behind a number or "square".
+            if name in UNITS and (word != "in" or self._frame.last in OPERANDS or self._exponent_to_come > 1):
                 self._unit[UNITS[name]] += self._exponent_to_come * self._sign
                 self._exponent_to_come = self._sign = 1
+                self.things.add(UNITS[name])
                 self._frame.units, self._frame.measure, self._frame.last = True, UNITS[name], "unit"
                 return
         if word in SPEEDS:
-            self._unit += Counter({SPEEDS[word]: 1})
-            self._unit["h"] = -1
+            for part in (SPEEDS[word], "per", "h"):
+                self._word(part)
         elif word in ("square", "sq", "cubic", "cu"):
             self._exponent_to_come = 2 if word.startswith("s") else 3
         elif word == "per":
             self._sign = -1
+        if self._in_value and len(word) > 3:            # not of 2abc
+            self.things.add(word.removesuffix("s"))
         self._frame.last = "word"
 
     def _money(self, token):
-        self._unit["dollar" if token == r"\$" else token] = 1
+        unit = "dollar" if token == r"\$" else token
+        self._unit[unit] = 1
+        self.things.add(unit)
 
     def _percent(self, token):
         self.percent = True
@@ -344,6 +417,8 @@ class Reading:
         frame.last = "plus"
 
     def _times(self, token):
+        if not self._frame.last:
+            self.strange.add("nothing multiplied")
         self._frame.arithmetic |= token == r"\div"
         self._frame.last = "times"
 
@@ -351,26 +426,6 @@ class Reading:
         self._frame.last = "slash"
         if self._frame.measure:
             self._sign = -1
-
-    def _frac(self, token):
-        self._frame.pending = ["frac", "frac"]
-
-    def _binomial(self, token):
-        self._operation("factorial")
-        self._frame.pending = ["binomial", "binomial"]
-
-    def _root(self, token):
-        self._frame.pending = ["root"]
-
-    def _power(self, token):
-        self._frame.base = self._frame.token
-        self._frame.pending = ["power"]
-
-    def _sub(self, token):
-        self._frame.pending = ["sub"]
-
-    def _over(self, token):
-        self._frame.pending = ["over"]
 
     def _factorial(self, token):
         if self._frame.last in OPERANDS:
@@ -388,8 +443,7 @@ class Reading:
         self._operand("function")
 
     def _separator(self, token):
-        self._end_term()
-        self._frame.last = ""
+        self._relation(token)
         self._frame.commas += 1
         if self._is_listed():
             self.phrases += 1
@@ -400,6 +454,7 @@ class Reading:
 
     def _relation(self, token):
         self._end_term()
+        self._frame.addends = 0
         self._frame.last = ""
 
     def _bar(self, token):
@@ -409,15 +464,16 @@ class Reading:
     def _mark(self, token):
         if token in (":", r"\cup", r"\cap", r"\setminus", r"\backslash"):
             self.members += token == r"\cup"
+            self.interval |= token in (r"\setminus", r"\backslash")
             self._end_term()
             self._frame.last = ""
         elif token in (r"\circ", r"\degree"):
             self._unit["deg"] = 1
+            self.things.add("deg")
             self._frame.last = "unit"
 
     def _prime(self, token):
-        if self._frame.last not in ("letter", "function"):
-            self.strange.add("prime")
+        self.strange.add("prime")
 
     def _dots(self, token):
         if not (self._frame.last == "number" and "." in self._frame.token):      # 0.333...
@@ -447,14 +503,15 @@ class Reading:
         if closed.kind == "root":
             self._argument(closed)
             return
-        self.interval |= closed.commas == 1
+        self.interval |= closed.commas == 1 and closed.kind == "group"
+        self.sets |= closed.kind == "set"
         self.members += closed.commas
         if closed.kind == "matrix":
             self._frame.others += 1
         if closed.signed and closed.after == "plus" and not closed.commas:
             self._frame.arithmetic = True               # -(-5)
         numeric = closed.kind == "group" and closed.numbers > 0 and not closed.letters and not closed.commas
-        self._operand("group", numeric)
+        self._operand("group", numeric, "irrational" if closed.irrational else "group")
         self._frame.quotients += numeric and closed.fractions > 0               # 1/(1/22)
 
     def _brace(self, token):
@@ -480,10 +537,13 @@ class Reading:
         elif closed.kind == "power":
             self._exponent(closed)
         elif closed.kind == "over":
-            if closed.numbers:
-                self.strange.add("a line over numbers")
+            if closed.numbers or (closed.tokens == 1 and len(closed.token) == 1):       # of AB it is a figure
+                self.strange.add("a line over it")
             self._operand("over")
+        elif closed.kind == "sub" and closed.after == "number" and (closed.signed or not closed.numbers):
+            self.strange.add("no base")
         elif closed.kind == "binomial" and not frame.pending:
+            self._operation("factorial")
             self._operand("factorial")
 
     def _fraction(self, numerator, denominator):
@@ -494,7 +554,10 @@ class Reading:
             # A fraction of fractions is a quotient that is to be worked out.
             frame.arithmetic |= numerator.fractions + denominator.fractions > 0
             frame.fractions += 1
-        self._operand("frac", numeric, "proper fraction" if _is_proper(numerator, denominator) else None)
+        factor = "proper fraction" if _is_proper(numerator, denominator) else "fraction"
+        if numerator.irrational or denominator.irrational:
+            factor = "irrational"
+        self._operand("frac", numeric, factor)
 
     def _exponent(self, closed):
         frame = self._frame
@@ -504,9 +567,12 @@ class Reading:
             self._prime(closed.token)
         elif frame.last == "unit" and frame.measure:
             if closed.token.isdigit() and len(closed.token) == 1:
-                self._unit[frame.measure] *= int(closed.token)
+                self._unit[frame.measure] *= -int(closed.token) if closed.signed else int(closed.token)
         elif frame.last == "number" and frame.factors:
+            frame.mixed = True
             frame.factors[-1] = "power of ten" if frame.base == "10" else "power"
+            if closed.letters:
+                frame.factors.pop()                     # 5 times 2^n is no product of numbers
         if frame.base == "e" and (closed.letters or closed.imaginary):
             self._operation("exponential")
         if frame.last != "unit" and frame.last != "function":
@@ -548,10 +614,11 @@ def without_names(tokens):
 
 
 def is_name(tokens):
-    """Whether a value may be called so: letters or words, and no number but in a subscript or as a power."""
+    """Whether a value may be called so: letters or words without a sign before them, and no number but in a
+    subscript or as a power."""
     if len(tokens) == 1 and tokens[0][1] in ("e", "i"):
         return True
-    if not any(kind in ("letter", "word") for kind, _ in tokens):
+    if not any(kind in ("letter", "word") for kind, _ in tokens) or tokens[0][0] == "plus":
         return False
     owners, before = [], ""             # of each open brace, the command before it
     for kind, token in tokens:

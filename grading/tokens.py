@@ -62,6 +62,8 @@ ARGUMENTS = {"frac": 2, "binomial": 2, "root": 1, "power": 1, "sub": 1, "over": 
 def kind_of(token, in_text, called):
     """The kind of a token. in_text: whether it stands in a \\text{...}. called: whether a "(" follows."""
     if token[-1] == "}" and len(token) > 2:
+        if "matrix" not in token and "array" not in token:
+            return "skip"               # align, cases: lines, one after the other
         return "opening" if token.startswith(r"\begin") else "closing"
     if token[0].isdigit() or (token[0] == "." and token[1:].isdigit()):
         return "number"

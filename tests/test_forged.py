@@ -73,7 +73,11 @@ UNEVALUATED = [
     (r"\frac{10!}{9!}", "10"),
     (r"\operatorname{lcm}(4,6)", "12"), ("204+0x", "204"), ("3x+2x", "5x"), (r"\ln e^{x}", "x"),
     (r"\max(42, 41)", "42"), (r"\begin{vmatrix}204\end{vmatrix}", "204"), ("204x^0", "204"),
-    ("1/(1/204)", "204")]
+    ("1/(1/204)", "204"),
+    # in a sum, as the reference is one
+    (r"1+2+\sqrt{2}", r"3+\sqrt{2}"), ("x^2+2-1", "x^2+1"), ("y = 2x+5-2", "y = 2x+3"),
+    (r"2^{50}\cdot 2^{50}-1", "2^{100}-1"), ("2^{100}-2+1", "2^{100}-1"), (r"2\cdot 3x+1", "6x+1"),
+    (r"4 \cdot \frac{2}{3}", r"\frac{8}{3}")]        # no mixed number
 
 
 def test_an_answer_must_be_worked_out_as_far_as_the_reference(grader):
@@ -152,7 +156,23 @@ AMBIGUOUS = [
     (r"\$42", r"42\text{ cents}"),
     (r"42\text{ feet}", r"42\text{ inches}"), (r"42^\circ", r"42\text{ rad}"), (r"42\overline{7}", "42"),
     (r"42\text{\u4e07}", "42"), ("3", "3 + d"), (r"42 \text{ but probably 43}", "42"), ("42^+", "42"),
-    (r"\text{even}, \text{odd}", r"\text{even}")]
+    (r"\text{even}, \text{odd}", r"\text{even}"),
+    # a sentence about the value, or what makes it another one
+    *((rf"42\text{{ {words}}}", "42") for words in [
+        "is bogus", "may be", "could be", "rejected", "(rejected)", "fails", "doesnt work", "I think",
+        "and up", "etc", "and counting", "nicht", "oder so", "k", "M", "bn", "mln", "squared", "per mille",
+        "per cent", "hundredths", "crores", "factorial", "base seven", "point five"]),
+    ("\u8d1f42", "42"), ("42_{hex}", "42"), ("42_{-8}", "42"), (r"\times 42", "42"), ("2, 3, ...", "2, 3"),
+    ("-x = 42", "42"),
+    (r"\begin{align*}6 \\ 5\end{align*}", "5"), (r"\begin{gather}41 \\ 42\end{gather}", "42"),
+    (r"\text{Sunday} = \text{Monday}", r"\text{Monday}"),
+    # another kind of value, which Math-Verify reads alike
+    (r"\{1, 2\}", "(1, 2)"), ("(1, 2)", r"\{1, 2\}"), ("12/30", "12:30"), ("0.4", "12:30"), ("x'", "x"),
+    ("C", "C'"), (r"\overline{z}", "z"), ("z", r"\overline{z}"),
+    # another unit
+    ("12 m", "12 cm"), (r"12\text{ nm}", "12 cm"), (r"12\text{ furlongs}", "12 cm"),
+    (r"12\text{ yen}", r"\$12"),
+    (r"12\text{ oranges}", r"12\text{ apples}"), (r"30\text{ grad}", r"30^\circ")]
 
 
 def test_a_box_states_one_answer(grader):
@@ -187,7 +207,10 @@ def test_no_box_earns_1_for_two_letters(grader):
 
 
 @pytest.mark.parametrize("box", [
-    "A) B) C) D)", "A. otherwise B", "A) is wrong", "A) isn't right", "A. if not, B"])
+    "A) B) C) D)", "A. otherwise B", "A) is wrong", "A) isn't right", "A. if not, B",
+    "A) excluded", "A) is eliminated", "A) can be ruled out", "A) not correct", "A) a wrong choice",
+    "A. But B", "A) alternatively B", "A) I guess; B)", "A) no, B", r"(A)\text{(B)}", r"A) \to B", "A...B",
+    "A (wrong)", "A (or B)", "A'", r"\overline{A}", "B = A"])
 def test_a_letter_that_is_taken_back_is_no_choice(box, grader):
     assert choice_letter(rf"\boxed{{{box}}}") is None
     for letter in "ABCD":
@@ -247,12 +270,40 @@ RIGHT = [
     (r"90\text{ degrees}", r"90^\circ"), (r"x \in (3,4]", "(3,4]"), (r"3 < x \le 4", "(3,4]"),
     (r"x = 1 \pm \sqrt{19}", r"1 \pm \sqrt{19}"), (r"0,\pm 2", "$-2,0,2$"),
     (r"69 \text{ and } 84", "$69$,$84$"),
-    (r"x=2 \text{ or } x=3", "2,3"), ("2x - y + 3 = 0", "y = 2x + 3"), ("y-3=2x", "y = 2x + 3"),
+    (r"x=2 \text{ or } x=3", "2,3"), (r"3 \le x", r"x \ge 3"), (r"y' = 2x", "2x"),
+    ("2x - y + 3 = 0", "y = 2x + 3"), ("y-3=2x", "y = 2x + 3"),
     # notations of references
     ("5", r"\[5\]"), ("5", "5 (mod 7)"), (r"5 \pmod 7", "5 (mod 7)"), (r"x \equiv 5 \pmod{7}", "5 (mod 7)"),
     ("3000", "3 000"), ("3,000", "3 000"), ("3, 4", "1) 3; 2) 4"), ("1) 3; 2) 4", "1) 3; 2) 4"),
     ("true", "True"),
-    (r"\text{True}", "True"), ("5", r"\(5\)")]
+    (r"\text{True}", "True"), ("5", r"\(5\)"),
+    # fonts, colours, ends of a proof
+    (r"\boldsymbol{42}", "42"), (r"\color{blue}{42}", "42"), (r"\textcolor{red}{\mathbf{42}}", "42"),
+    (r"\large 42", "42"), (r"42 \checkmark", "42"), ("{}42", "42"), (r"42^{\text{nd}}", "42"),
+    # numbers and letters as text
+    (r"\text{16 inches}", "16"), (r"\text{12:30 PM}", "12:30"), (r"\text{1, 2, 3}", "1, 2, 3"),
+    (r"\frac{\text{7}}{\text{2}}", r"\frac72"), (r"\text{Monday.}", r"\text{Monday}"),
+    (r"\text{B, C}", "B,C"),
+    # other names of commands
+    (r"60 \degree", r"60^\circ"), (r"60^{\circ }", r"60^\circ"), (r"3\colon 2", "3:2"),
+    (r"\varnothing", r"\emptyset"), ("\u2205", r"\emptyset"), (r"\lbrace 1,2 \rbrace", r"\{1,2\}"),
+    (r"(-\infty,2)\bigcup(3,\infty)", r"(-\infty,2)\cup(3,\infty)"),
+    (r"\begin{pmatrix} 1 \\[4pt] 3 \end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    (r"\begin{aligned} x &= 42 \end{aligned}", "42"), (r"25\text{ per cent}", r"25\%"),
+    (r"\left\{x \mid x > 2\right\}", r"(2,\infty)"),
+    (r"\mathbb{R} \setminus \{2\}", r"(-\infty,2)\cup(2,\infty)"),
+    (r"\{x \in \mathbb{R} : -2 \le x \le 7\}", "[-2,7]"),
+    # letters that are no units, and units
+    ("3 + 4 i", "3+4i"), (r"3 + 4\mathrm{i}", "3+4i"), (r"3 + 4 \cdot i", "3+4i"), ("3n+2m", "2m+3n"),
+    ("S = 3n+2m", "2m+3n"), (r"\text{Sum} = 3n+2m", "3n+2m"),
+    (r"\text{Answer} = -4-6i", "-4-6i"), (r"-1+12i \text{ units}", "-1+12i"),
+    (r"\frac12 m v^2", r"\frac12 mv^2"), (r"2 \cdot 2^n", "2^{n+1}"), (r"42\text{ K}", "42"),
+    (r"5 \text{ m s}^{-1}", r"5 \text{ m/s}"), (r"5\ \mathrm{m \cdot s^{-1}}", r"5 \text{ m/s}"),
+    (r"40\text{ miles per hour}", r"40\text{ mph}"), (r"5.4\text{ cents per item}", r"5.4\text{ cents}"),
+    # a word or two before it
+    (r"\text{Area} = 42\text{ cm}^2", "42"), (r"\text{There are } 42 \text{ ways}", "42"),
+    (r"\text{vertex } (3,4)", "(3,4)"), (r"\text{Point } C", "C"), (r"\text{Items rejected} = 42", "42"),
+    (r"\displaystyle C", "C"), (r"\boldsymbol{C}", "C"), (r"\quad\mathbf{(C)}", r"\text{(C)}")]
 
 
 @pytest.mark.parametrize("box, answer", RIGHT)
@@ -273,7 +324,10 @@ def test_a_box_without_braces_holds_a_number_or_a_letter(response, answer, reaso
     (r"|x|", "x"), (r"\sqrt{x^2}", "x"), (r"\sqrt{2/n}", r"\frac{1}{\sqrt n}"),
     (r"\angle ABC", r"\triangle ABC"),
     (r"0.\overline{3}", "0"), (r"0.\overline{3}", "0.3"), (r"5 \pmod 8", "5 (mod 7)"), ("12 13/6", "85/6"),
-    ("i^{2022}", "-i"), (r"\sin 30", r"\frac12"), ("4, 3, 5", "1) 3; 2) 4"), (r"\text{False}", "True")])
+    ("i^{2022}", "-i"), (r"\sin 30", r"\frac12"), ("4, 3, 5", "1) 3; 2) 4"), (r"\text{False}", "True"),
+    ("3n+2m", "3n+2"), ("2m+3n", "3m+2n"), (r"\text{42 or 43}", "42"), ("42_{seven}", "42"),
+    (r"\textcolor{white}{\text{not }}42", "42"), (r"\{x \mid 42\}", "42"), ("2:31", "2:30"),
+    (r"\{x \mid x \ge 2\}", r"(2,\infty)"), (r"\text{half} = 42", "42")])
 def test_the_repairs_of_right_answers_do_not_make_wrong_ones_right(box, answer, grader):
     assert reasons(grader, [box], [answer]) != ["ok"]
 
