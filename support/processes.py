@@ -6,10 +6,8 @@
 To copy: this file with support/device.py, support/watch.py and support/collectives.py; they need torch and
 numpy alone. `fetch` also needs huggingface_hub and support/weights.py.
 """
-import ctypes
 import os
 import random
-import signal
 import sys
 import traceback
 from contextlib import contextmanager
@@ -41,7 +39,6 @@ def init_distributed(device="auto"):
     CPU collectives run on gloo beside nccl, for objects and checkpoint plans. device: see choose_device.
     Raises ValueError for a device that is not there, and for ranks that are not whole nodes.
     """
-    die_with_launcher()
     describe_a_group_of_one()
     world = int(os.environ["WORLD_SIZE"])
     device = choose_device(device, int(os.environ["LOCAL_RANK"]))
@@ -57,17 +54,6 @@ def init_distributed(device="auto"):
     mesh = init_device_mesh(device.type, **mesh_shape(world, int(os.environ["LOCAL_WORLD_SIZE"])))
     set_timeouts(mesh, START_MINUTES)             # its groups began with torch's default, 10 minutes on nccl
     return Ranks(dist.get_rank(), world, device, mesh)
-
-
-def die_with_launcher():
-    """From now on, whatever ends torchrun ends this process, which it has started.
-
-    Without it, the ranks of a torchrun that was killed (kill -9, out of memory) train on, unseen, while a
-    scheduler starts the job again. Linux alone knows this (prctl's PR_SET_PDEATHSIG, 1). "Parent" there means
-    the thread that started this process; torchrun does that from the one that waits for its ranks.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def describe_a_group_of_one():

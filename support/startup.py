@@ -2,12 +2,14 @@
 
     import support.startup      # Ctrl-C is one line from now on, text is UTF-8, and no print ends a run
 
-Importing it is all: it sets the excepthook of this process, its standard streams, and its encoding where the
-locale has another than UTF-8. It needs Python alone.
+Importing it is all: it sets the excepthook of this process, its standard streams, its encoding where the
+locale has another than UTF-8, and, under torchrun, that it ends with torchrun. It needs Python alone.
 """
+import ctypes
 import io
 import locale
 import os
+import signal
 import sys
 
 
@@ -61,6 +63,17 @@ def keep_standard_streams():
         setattr(sys, f"__{name}__", new)
 
 
+def die_with_launcher():
+    """From now on, whatever ends torchrun ends this process, which it has started.
+
+    Without it, the ranks of a torchrun that was killed (kill -9, out of memory) train on, unseen, while a
+    scheduler starts the job again. Linux alone knows this (prctl's PR_SET_PDEATHSIG, 1). "Parent" there means
+    the thread that started this process; torchrun does that from the one that waits for its ranks.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def read_text_as_utf8():
     """Under a locale of another encoding torch and vLLM die when they read sources of their own."""
     if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8"):
@@ -73,6 +86,7 @@ def read_text_as_utf8():
     os.environ["PYTHONUTF8"] = "1"                                       # of processes that this one starts
 
 
+die_with_launcher()                 # at once: during the imports that follow, torchrun may end, too
 sys.excepthook = end_in_one_line
 keep_standard_streams()
 read_text_as_utf8()

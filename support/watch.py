@@ -149,7 +149,7 @@ def _start_the_clock():
 
 def meet():
     """Before the group forms: find the other ranks in its store. A node may be lost while it forms."""
-    _connect(timedelta(minutes=START_MINUTES))
+    _connect(timedelta(minutes=JOIN_MINUTES))
     _here.joined = True
     _here.silence.look()
     _tell()

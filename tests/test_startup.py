@@ -118,3 +118,15 @@ def test_a_limit_of_the_size_of_files_ends_a_log_and_not_its_run(tmp_path):
     done = python(f"FILE = {str(tmp_path / 'file')!r}" + TALK, stdout=log,
                   before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
     assert done.returncode == 0 and (tmp_path / "file").read_text() == "done"
+
+
+def test_a_rank_ends_with_its_launcher_though_it_is_still_importing():
+    rank = "import support.startup; print('UP', flush=True); import time; time.sleep(60)"
+    launcher = ("import subprocess, sys, time\n"
+                f"subprocess.Popen([sys.executable, '-c', {rank!r}])\n"
+                "time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", launcher], env=ENV | {"TORCHELASTIC_RUN_ID": "x"},
+                               cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "UP\n"
+    process.kill()
+    assert process.communicate(timeout=20)[0] == ""              # the pipe ends: nobody holds it any more
