@@ -37,11 +37,12 @@ def parser(doc, name):
     return p
 
 
-def start(args):
-    """Fix threads and seed; call it first. Returns the device of the bench."""
+def start(args, writes_a_file=True):
+    """Fix threads and seed; call it first. Returns the device of the bench. writes_a_file: else --out is a
+    folder."""
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)                    # now, not after what is to be measured
-    if out.is_dir():
+    if writes_a_file and out.is_dir():
         sys.exit(f"--out {out}: expected a file, found a folder")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

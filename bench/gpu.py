@@ -153,7 +153,7 @@ def work(args):
         from vllm import LLM  # noqa: F401
     if not sys.stdin.readline():                                       # who started this is gone
         return
-    device = common.start(args)
+    device = common.start(args, writes_a_file=False)
     report = Report(args.out, name, common.machine(device) | {"gpu": gpu(device)})
     with report.attempt(args.task):
         getattr(gpu_parts, args.task)(report, device)
