@@ -147,10 +147,8 @@ class RunLog:
         """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
         if not self.active:
             return
-        if not is_claimed(self.run):
-            self._start_over(metrics["step"])
         for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with (self.run / name).open("ab", buffering=0) as f:
+            with self._open(name, metrics["step"]) as f:
                 append_whole(f, "".join(map(json_line, rows)))
         if self.board:
             for name, value in metrics.items():
@@ -165,6 +163,16 @@ class RunLog:
                 warnings.warn(f"could not draw {self.run}/curves.png: {error}")
                 (self.run / PARTIAL_CURVES).unlink(missing_ok=True)
             self.drawn = time.monotonic()
+
+    def _open(self, name, step):
+        """A file of the run, to append to."""
+        if not is_claimed(self.run):
+            self._start_over(step)
+        try:
+            return (self.run / name).open("ab", buffering=0)
+        except FileNotFoundError:                # the folder was moved since the look at it
+            self._start_over(step)
+            return (self.run / name).open("ab", buffering=0)
 
     def _start_over(self, step):
         """The folder was renamed or removed: say so, and go on in a new one of its name, where the next

@@ -1,5 +1,7 @@
 """What test_processes.py runs on every rank, by `python tests/phases.py TASK MINUTES`: the skeleton of a
 training run, without a model."""
+import support.startup  # noqa: F401  (before torch)
+
 import os
 import re
 import signal

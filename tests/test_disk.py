@@ -19,8 +19,9 @@ import torch.distributed.checkpoint as dcp
 import eval as E
 import model as M
 from conftest import SMALL, metrics, run, start
-from support import checkpoint, disk
+from support import checkpoint, disk, runlog
 from support.checkpoint import newest_checkpoint, save_checkpoint
+from support.claim import is_claimed
 from support.runlog import RunLog, read_rows
 from test_model import checkpoints, mesh, names, trained  # noqa: F401 (fixtures)
 from test_resume import hold
@@ -267,6 +268,21 @@ def test_a_run_whose_folder_is_taken_away_says_so_once_and_goes_on_in_a_new_one(
     assert len(caught) == 1
     assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [2, 3]
     assert json.loads((folder / "config.json").read_text()) == {"a": 1}
+
+
+def test_so_does_one_whose_folder_is_moved_while_it_writes(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    log = written(folder, 0, 1)
+
+    def looked_and_moved(run):
+        run.rename(tmp_path / "moved")
+        monkeypatch.setattr(runlog, "is_claimed", is_claimed)
+        return True
+
+    monkeypatch.setattr(runlog, "is_claimed", looked_and_moved)
+    with pytest.warns(UserWarning, match="was moved or removed .* from step 2 on"):
+        log.write({"step": 2})
+    assert [row["step"] for row in read_rows(folder / "metrics.jsonl")] == [2]
 
 
 def test_it_does_not_go_on_where_another_run_has_taken_its_place(tmp_path):

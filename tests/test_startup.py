@@ -87,7 +87,9 @@ def test_a_terminal_that_is_closed_asks_for_a_checkpoint_unless_nohup_says_other
             "from support.watch import finish_step_on_signals\n"
             "received = finish_step_on_signals()\nos.kill(os.getpid(), signal.SIGHUP)\n"
             "print('RECEIVED', received)")
-    before = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    def before():                                    # the tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
     done = python(code, before, stdout=subprocess.PIPE)
     assert done.returncode == 0 and ("RECEIVED []" if ignored else "RECEIVED [1]") in done.stdout
 
