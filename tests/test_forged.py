@@ -91,6 +91,7 @@ def test_the_text_alone_shows_that_it_is_not_worked_out(box, answer):
     assert fault(box, answer) == "unevaluated"
 
 
+@pytest.mark.slow
 def test_a_copy_of_any_problem_of_the_tiny_task_earns_nothing(grader):
     """What SRFT learned from demonstrations that box the problem, to 53 % of both graders' rewards."""
     problems = task.rows("train") + task.rows("heldout")
@@ -125,6 +126,7 @@ def test_a_policy_that_learns_to_box_the_problem_earns_nothing_for_it(tmp_path):
     assert len(copies) >= 16 and not any(sample["reward"] for sample in copies)
 
 
+@pytest.mark.slow
 def test_the_demonstrations_of_the_tiny_task_earn_what_they_say(grader):
     rows = task.rows("train")
     found = grader.grade([row["solution"] for row in rows], [row["answer"] for row in rows])

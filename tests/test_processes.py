@@ -248,6 +248,7 @@ def test_when_a_node_is_lost_the_other_ends_by_itself_and_names_it(lost, number,
                     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_before_it_has_joined_is_missed_and_named(tmp_path):
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     command = [torchrun, "--standalone", "--local_addr=127.0.0.1", "--nproc_per_node=2", "tests/phases.py",
@@ -325,6 +326,7 @@ print("WENT ON", received)
     assert "WENT ON [15]" in done.stdout and "finishing this step" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_outlasts_the_time_of_silence_is_not_lost_to_itself(ranks):
     """Alone there is no store to hear from, ever; with others there are signs of life."""
