@@ -83,13 +83,12 @@ class Silence:
         if not _here.joined:                 # alone: there is nobody to hear, and no store
             return None
         looks = seconds / _tick()
-        text = (f"silent for {timedelta(seconds=round(seconds))}: killed, stopped, or the node is lost. "
-                "Start the run again with --resume")
+        why = "killed, stopped, or the node is lost. Start the run again with --resume"
+        text = f"silent for {timedelta(seconds=round(seconds))}: {why}"
         if _here.store is None and time.monotonic() - self.heard >= seconds:
             return f"LOST: node {os.environ['MASTER_ADDR']}, which holds the group's store, is {text}"
         if not self.seen and self.count * _tick() >= 60 * JOIN_MINUTES:
-            return (f"LOST: {_ranks(_absent())} did not join within {timedelta(minutes=JOIN_MINUTES)}: "
-                    "killed, stopped, or the node is lost. Start the run again with --resume")
+            return f"LOST: {_ranks(_absent())} did not join within {timedelta(minutes=JOIN_MINUTES)}: {why}"
         if max(self.missed.values(), default=0) < looks:
             return None
         silent = {}                          # node -> its ranks
