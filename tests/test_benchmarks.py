@@ -31,6 +31,7 @@ from paper.benchmarks import (
     with_options,
 )
 from reward import Grader
+from support import hub
 
 ROOT = Path(benchmarks.__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -266,21 +267,29 @@ def test_ids_are_made_unique_and_an_own_file_is_named_by_its_stem_and_has_no_cou
 # ----------------------------------------------------------------------------------------------------------
 # The hub: a stand-in for `datasets`, and the real one without a network.
 
+class Rows(list):
+    cache_files = ()
+
+
 def stand_in(monkeypatch, load_dataset):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(hub, "data_commit", lambda repo, revision: revision or "0123abc")
 
 
-def test_a_name_alone_is_asked_of_the_hub_with_its_configuration_and_split(monkeypatch):
+@pytest.mark.parametrize("source, commit", [("gsm8k", "0123abc"), ("gsm8k@v1.0", "v1.0")])
+def test_a_name_alone_is_asked_of_the_hub_with_its_configuration_split_and_revision(
+        source, commit, monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return [{"question": "p", "answer": "a\n#### 1,000"}] * 1319
+        return Rows([{"question": "p", "answer": "a\n#### 1,000"}] * 1319)
 
     stand_in(monkeypatch, load_dataset)
     said = []
-    name, problems = load_benchmark("gsm8k", 0, limit=2, log=said.append)
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})] and name == "gsm8k" and said == []
+    name, problems = load_benchmark(source, 0, limit=2, log=said.append)
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": commit})]
+    assert name == "gsm8k" and said == []
     assert [(p.id, p.answer) for p in problems] == [("gsm8k/1", "1000"), ("gsm8k/2", "1000")]
 
 

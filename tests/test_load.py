@@ -71,12 +71,11 @@ def test_it_is_refused_before_minutes_are_spent_on_answers(tmp_path):
     assert not checker.parts
 
 
-@pytest.mark.parametrize("method, kept, counted", [
-    ("srft", 3, True), ("relift", 3, True), ("sft", 1, True), ("sft_kl", 1, True), ("grpo", 3, False)])
-def test_a_few_examples_without_a_demonstration_are_counted(method, kept, counted, tmp_path):
+@pytest.mark.parametrize("method, kept", [("srft", 3), ("relift", 3), ("sft", 1), ("sft_kl", 1), ("grpo", 3)])
+def test_examples_without_a_demonstration_are_counted_and_have_rollouts_only(method, kept, tmp_path):
     prompts, _, said = load(tmp_path, [BARE, SHOWN, BARE], "--method", method)
     assert len(prompts) == kept
-    assert (f"2 of 3 examples have no demonstration, so --method {method}" in said) is counted
+    assert "3 rows, of which 3 are used, 1 of them with a demonstration" in said
 
 
 @pytest.mark.parametrize("rows, held, name", [

@@ -14,12 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
-from huggingface_hub import errors
 
 from conftest import ENV, ROOT, SMALL, free_port, start
 from support import device, processes, watch
@@ -192,23 +189,6 @@ def test_a_path_that_only_one_node_has_is_an_error_on_all_ranks_and_no_hang(tmp_
     outputs, codes = finish(["tests/phases.py", f"fetch {tmp_path}", 0.2], per_node=1)
     assert codes == [1, 1] and not any("FETCHED /" in output or "HANG" in output for output in outputs)
     assert all("only ranks [0] have this path; put it on every node" in output for output in outputs), outputs
-
-
-@pytest.mark.parametrize("kind, says", [
-    (errors.GatedRepoError, "gated: accept its terms .* `hf auth login` or a token in HF_TOKEN"),
-    (errors.RepositoryNotFoundError, "Check its name; if it is private, run `hf auth login`"),
-    (errors.LocalEntryNotFoundError, "Without network, pass local paths")])
-def test_what_the_hub_does_not_give_is_one_line_with_the_way_out(kind, says, monkeypatch):
-    def download(*_, **__):
-        answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid/api"))
-        if kind is errors.LocalEntryNotFoundError:
-            raise kind("offline")
-        raise kind("403 Client Error.\n\nCannot access gated repo", response=answer)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match=f"^--model meta/gated: .*{says}") as error:
-        processes.fetch("meta/gated", "model", "--model")
-    assert "\n" not in str(error.value)
 
 
 def tree(pid):
