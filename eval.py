@@ -40,8 +40,8 @@ from support.claim import claim, lock
 from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
 from support.hub import COMMITS, fetch
-from support.inventory import Inventory
 from support.intervals import check_interval, positive
+from support.inventory import Inventory
 from support.processes import init_distributed, mistakes_in_one_line
 from support.runlog import json_line
 from support.versions import check_versions, environment, versions
@@ -364,8 +364,8 @@ def add_flags(parser):
             help = f"{help} [{default}]"
         parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **how)
 
-    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME from the hub, NAME=PATH a local "
-         "copy; or PATH, a file of one's own with problem and answer; separated by commas")
+    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME or NAME@REVISION from the hub, "
+         "NAME=PATH a local copy; or PATH, a file of one's own with problem and answer; separated by commas")
     flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL", metavar="DIR")
     flag("template", None, "prompt template (Fig. A3, Fig. A4; Table A1); default: the run's, else paper",
          choices=tuple(TEMPLATES))

@@ -87,14 +87,9 @@ def load_benchmark(source, seed, limit=None, log=print):
         examples = load_examples(str(source))
         problems = [Problem(example.id, example.problem, example.answer) for example in examples]
         return str(source).removeprefix("tiny:"), problems[:limit]
-    name, equals, path = str(source).partition("=")
-    revision = None
-    if not equals and name.partition("@")[0] in BENCHMARKS:
-        name, _, revision = name.partition("@")
-    if name not in BENCHMARKS:                     # a path, which may hold a "=" of its own
-        name, equals, path = Path(source).stem, True, str(source)
+    name, revision, path = _parse_source(str(source))
     expected = BENCHMARKS.get(name)
-    rows = _read_path(path) if equals else _read_hub(name, revision or None)
+    rows = _read_path(path) if path is not None else _read_hub(name, revision)
     problems, ids = [], set()
     for place, fallback_id, row in rows:
         try:
@@ -120,6 +115,17 @@ def load_benchmark(source, seed, limit=None, log=print):
         log(f"{source}: {len(problems)} problems instead of {expected.count}, probably "
             f"{_guess(name, len(problems))}; the result will not compare with the paper's")
     return name, problems[:limit]
+
+
+def _parse_source(source):
+    """NAME, NAME@REVISION, NAME=PATH or PATH -> (name, revision or None, path or None: the hub is asked)."""
+    name, equals, path = source.partition("=")
+    if name in BENCHMARKS and equals:
+        return name, None, path
+    name, _, revision = source.partition("@")
+    if name in BENCHMARKS:
+        return name, revision or None, None
+    return Path(source).stem, None, source                 # a path, which may hold both signs itself
 
 
 def _ask(id, problem, answer, options, index, seed):

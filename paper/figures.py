@@ -40,8 +40,8 @@ from rollout import RolloutEngine, check_environment
 from support.checkpoint import verify_checkpoint
 from support.collectives import of_all_ranks
 from support.hub import fetch
-from support.inventory import Inventory
 from support.intervals import number_in, positive
+from support.inventory import Inventory
 from support.processes import init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
 from support.versions import check_versions, versions

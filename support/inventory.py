@@ -62,16 +62,20 @@ class Inventory:
     def remarks(self):
         """The lines on what is missing or odd; [] where nothing is."""
         lines = []
-        for verb, counts in (("dropped", self.dropped), ("kept", self.noted)):
-            told = [f"{count:,} {words}" for words, count in counts.items()]
-            if told:
-                lines.append(f"{verb}: {'; '.join(told)}")
+        if self.dropped:
+            lines.append(f"dropped: {_told(self.dropped)}")
         if self.first_bad:
             lines.append(f"the first that cannot be read: {self.first_bad}")
+        if self.noted:
+            lines.append(f"kept: {_told(self.noted)}")
         if self.unread and not self.held_out:
             lines.append(f"not read, though named like a demonstration: {listed(sorted(self.unread))}; what "
                          "is to be one belongs in the column `solution`")
         return lines
+
+
+def _told(counts):
+    return "; ".join(f"{count:,} {words}" for words, count in counts.items())
 
 
 def listed(names):

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from bench import plan
 from config import TINY
 from conftest import ENV, ROOT, SMALL, free_port, start
 from data import load_examples
@@ -123,6 +124,15 @@ def test_data_in_another_format_is_named(hub):
     says = "no file of .parquet or .jsonl there; it has README.md, data.csv"
     with pytest.raises(FileNotFoundError, match=says):
         fetch("me/sums", "dataset", "--data")
+
+
+
+def test_a_plan_reads_the_config_of_a_pinned_model_too(hub):
+    hub.put("models", "me/tiny", MODEL, tag="v1")
+    hub.put("models", "me/tiny", {"config.json": b"{}"})
+    config, source = plan.read_config("me/tiny@v1")
+    assert config.vocab_size == json.loads(MODEL["config.json"])["vocab_size"]
+    assert source.startswith("me/tiny@v1 ")
 
 
 # ----------------------------------------------------------------------------------------------------------

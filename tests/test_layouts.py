@@ -187,10 +187,10 @@ def test_all_that_became_of_a_folders_rows_is_told_in_a_few_lines(tmp_path):
         "read: more.jsonl 3, train.jsonl 4; left alone: test.jsonl",
         "dropped: 1 that cannot be read; 1 with a prompt over 8 tokens (or empty); 1 with a demonstration "
         "over 8 tokens (or empty)",
-        "kept: 2 have an id that came before, and get another; 1 repeat an earlier row; 2 repeat an earlier "
-        "problem, with another answer or demonstration; 1 hold text that this tokenizer reads as <unk>",
         "the first that cannot be read: /a/train.jsonl, row 4: expected text in column 'answer' or "
         "'ground_truth' or 'final_answer', found no such column",
+        "kept: 2 repeat an earlier problem, with another answer or demonstration; 1 repeat an earlier row; "
+        "2 have an id that came before, and get another; 1 hold text that this tokenizer reads as <unk>",
         "not read, though named like a demonstration: gpt_response, messages; what is to be one belongs in "
         "the column `solution`"])
 
