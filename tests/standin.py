@@ -48,7 +48,7 @@ class StandIn:
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("For", (Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()      # seconds
         return self
 
     def __exit__(self, *_):

@@ -308,6 +308,15 @@ def test_a_hub_out_of_reach_is_one_message_that_says_what_to_pass(monkeypatch, n
     assert all((word in said) == (name == "gpqa") for word in ("gated", "token", "not republished"))
 
 
+def test_a_cache_of_another_commit_than_the_one_asked_for_is_refused(monkeypatch):
+    rows = Rows([{"question": "p", "answer": "1"}])
+    rows.cache_files = [{"filename": "/cache/openai___gsm8k/main/0.0.0/feed42/gsm8k-test.arrow"}]
+    stand_in(monkeypatch, lambda *_, **__: rows)
+    with pytest.raises(FileNotFoundError, match="has commit feed42, and 0123abc is asked for.*gsm8k=PATH"):
+        load_benchmark("gsm8k", 0)
+    assert load_benchmark("gsm8k@feed42", 0, **quiet)[0] == "gsm8k"
+
+
 def test_without_the_package_the_same_message_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match="ModuleNotFoundError.*datasets.*math500=PATH"):
