@@ -127,7 +127,7 @@ def load_examples(path, skip_bad_rows=False, inventory=None, split="train"):
             # Ids must differ: samples.jsonl names examples by them. Some public copies carry index -1 in
             # every row.
             if example.id in ids:
-                inventory.noted["have an id that came before, and get another"] += 1
+                inventory.noted["with an id that came before, and now with another"] += 1
             if not example.id or example.id in ids:
                 example.id = f"{name}/{number}"
             while example.id in ids:               # another row spells it out
@@ -190,7 +190,7 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     if tokenizer.unk_token_id not in (None, *reserved):
         for prompt in prompts:
             if tokenizer.unk_token_id in prompt.ids + (prompt.demo or []):
-                inventory.noted[f"hold text that this tokenizer reads as {tokenizer.unk_token}"] += 1
+                inventory.noted[f"with text that this tokenizer reads as {tokenizer.unk_token}"] += 1
     inventory.used = len(prompts)
     inventory.demonstrations = sum(prompt.demo is not None for prompt in prompts)
     return prompts

@@ -5,7 +5,7 @@
     inventory.dropped["with a prompt over 1,024 tokens"] += 1
     print(inventory)
 
-    --data mine/: 2,000 rows, of which 1,995 are used, 1,990 of them with a demonstration
+    --data mine/: 2,000 rows, 1,995 usable, 1,990 of them with a demonstration
       read: a.jsonl 1,500, b.jsonl 500; left alone: test.jsonl
       dropped: 5 with a prompt over 1,024 tokens
 
@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 MOST = 5                # names that are listed; of more, their number is told
-UNREADABLE = "that cannot be read"
+UNREADABLE = "unreadable"
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Inventory:
     dropped: Counter = field(default_factory=Counter)      # why -> rows
     noted: Counter = field(default_factory=Counter)        # what is odd about rows that are kept -> rows
     unread: set = field(default_factory=set)               # columns that look like a demonstration
-    first_bad: str = ""                                    # the error of the first row that cannot be read
+    first_bad: str = ""                                    # the error of the first unreadable row
     seen: set = field(default_factory=set, repr=False)     # hashes of the problems and of the rows so far
 
     def count(self, file, example, unread):
@@ -39,9 +39,9 @@ class Inventory:
         self.unread.update(unread)
         problem, row = hash(example.problem), hash((example.problem, example.answer, example.demo))
         if row in self.seen:
-            self.noted["repeat an earlier row"] += 1
+            self.noted["repeating an earlier row"] += 1
         elif problem in self.seen:
-            self.noted["repeat an earlier problem, with another answer or demonstration"] += 1
+            self.noted["repeating an earlier problem, with another answer or demonstration"] += 1
         self.seen |= {problem, row}
 
     def skip(self, error):
@@ -52,7 +52,7 @@ class Inventory:
     def __str__(self):
         total = self.rows.total() + self.dropped[UNREADABLE]
         shown = f", {self.demonstrations:,} of them with a demonstration" if not self.held_out else ""
-        lines = [f"{self.source}: {total:,} rows, of which {self.used:,} are used{shown}"]
+        lines = [f"{self.source}: {total:,} rows, {self.used:,} usable{shown}"]
         if len(self.rows) + len(self.left) > 1:
             gave = [f"{name} {count:,}" for name, count in self.rows.items()]
             left = f"; left alone: {listed(self.left)}" if self.left else ""
@@ -65,7 +65,7 @@ class Inventory:
         if self.dropped:
             lines.append(f"dropped: {_told(self.dropped)}")
         if self.first_bad:
-            lines.append(f"the first that cannot be read: {self.first_bad}")
+            lines.append(f"the first unreadable one: {self.first_bad}")
         if self.noted:
             lines.append(f"kept: {_told(self.noted)}")
         if self.unread and not self.held_out:

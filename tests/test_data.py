@@ -178,8 +178,8 @@ def test_rows_that_repeat_an_earlier_one_or_its_problem_are_kept_and_counted(tmp
     jsonl(tmp_path / "a.jsonl", *rows)
     jsonl(tmp_path / "b.jsonl", GOOD)
     assert len(load_examples(tmp_path, inventory=told)) == 5
-    assert told.noted == {"repeat an earlier row": 3,
-                          "repeat an earlier problem, with another answer or demonstration": 1}
+    assert told.noted == {"repeating an earlier row": 3,
+                          "repeating an earlier problem, with another answer or demonstration": 1}
 
 
 def test_a_parquet_row_whose_text_is_no_utf_8_is_a_bad_row_like_any_other(tmp_path):
@@ -239,8 +239,8 @@ def test_a_bad_row_is_named_by_file_and_row_with_what_was_expected_or_skipped_an
     assert "--skip_bad_rows" in str(error.value)
     assert len(load_examples(path, skip_bad_rows=True, inventory=told)) == 2
     [dropped, first] = told.remarks()[:2]
-    assert dropped == "dropped: 2 that cannot be read"
-    assert first.startswith(f"the first that cannot be read: {path}, row 2: ")
+    assert dropped == "dropped: 2 unreadable"
+    assert first.startswith(f"the first unreadable one: {path}, row 2: ")
 
 
 def test_a_bad_parquet_row_is_named_by_its_number_in_the_file(tmp_path):

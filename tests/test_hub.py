@@ -262,8 +262,8 @@ def test_a_whole_run_on_two_nodes_takes_model_and_data_from_the_hub_and_records_
         output = on_two_ranks(args, environment(hub, tmp_path / "home"), per_node=1)[0]
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["hub"] == {"me/tiny@v1": model, "me/sums/main": data}
-        assert "--data me/sums/main: 60 rows, of which 60 are used, 60 of them with a demonstration" in output
-        assert "--eval_data me/sums/main: 9 rows, of which 9 are used" in output
+        assert "--data me/sums/main: 60 rows, 60 usable, 60 of them with a demonstration" in output
+        assert "--eval_data me/sums/main: 9 rows, 9 usable" in output
         assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
         assert len(hub.downloads()) == len(set(hub.downloads()))
         assert "other/train.jsonl" not in hub.downloads()
@@ -287,6 +287,8 @@ def test_an_evaluation_asks_for_benchmarks_once_for_all_ranks_pinned_and_from_a_
         assert settings["hub"] == {"openai/gsm8k": pinned}
         assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
         assert hub.downloads().count("main/test.jsonl") == 1
+        asked = [path for _, path, _ in hub.asked]
+        assert asked.count("/api/datasets/openai/gsm8k/revision/v1") == 1             # of two ranks
     code = ("from paper.benchmarks import load_benchmark\n"
             "print(len(load_benchmark('gsm8k@v1', 0)[1]))\n"
             "try:\n    load_benchmark('gsm8k', 0)\n"

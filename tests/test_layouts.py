@@ -183,14 +183,15 @@ def test_all_that_became_of_a_folders_rows_is_told_in_a_few_lines(tmp_path):
     examples = load_examples(tmp_path / "a", skip_bad_rows=True, inventory=told)
     assert len(tokenize(examples, make_tokenizer(), "none", 8, 8, told)) == 5
     assert str(told).replace(str(tmp_path), "") == "\n  ".join([
-        "--data a: 8 rows, of which 5 are used, 4 of them with a demonstration",
+        "--data a: 8 rows, 5 usable, 4 of them with a demonstration",
         "read: more.jsonl 3, train.jsonl 4; left alone: test.jsonl",
-        "dropped: 1 that cannot be read; 1 with a prompt over 8 tokens (or empty); 1 with a demonstration "
+        "dropped: 1 unreadable; 1 with a prompt over 8 tokens (or empty); 1 with a demonstration "
         "over 8 tokens (or empty)",
-        "the first that cannot be read: /a/train.jsonl, row 4: expected text in column 'answer' or "
+        "the first unreadable one: /a/train.jsonl, row 4: expected text in column 'answer' or "
         "'ground_truth' or 'final_answer', found no such column",
-        "kept: 2 repeat an earlier problem, with another answer or demonstration; 1 repeat an earlier row; "
-        "2 have an id that came before, and get another; 1 hold text that this tokenizer reads as <unk>",
+        "kept: 2 repeating an earlier problem, with another answer or demonstration; 1 repeating an earlier "
+        "row; 2 with an id that came before, and now with another; 1 with text that this tokenizer reads as "
+        "<unk>",
         "not read, though named like a demonstration: gpt_response, messages; what is to be one belongs in "
         "the column `solution`"])
 
@@ -199,9 +200,9 @@ def test_one_file_without_oddities_is_one_line(tmp_path):
     write(tmp_path / "a" / "d.jsonl", {"problem": "p", "answer": "7"})
     told = Inventory(f"--data {Path('d.jsonl')}")
     load_examples(tmp_path / "a" / "d.jsonl", inventory=told)
-    assert str(told) == "--data d.jsonl: 1 rows, of which 0 are used, 0 of them with a demonstration"
+    assert str(told) == "--data d.jsonl: 1 rows, 0 usable, 0 of them with a demonstration"
 
 
 def test_of_a_held_out_set_demonstrations_are_not_told():
     told = Inventory("--eval_data d", held_out=True, unread={"messages"})
-    assert str(told) == "--eval_data d: 0 rows, of which 0 are used"
+    assert str(told) == "--eval_data d: 0 rows, 0 usable"

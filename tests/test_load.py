@@ -75,7 +75,7 @@ def test_it_is_refused_before_minutes_are_spent_on_answers(tmp_path):
 def test_examples_without_a_demonstration_are_counted_and_have_rollouts_only(method, kept, tmp_path):
     prompts, _, said = load(tmp_path, [BARE, SHOWN, BARE], "--method", method)
     assert len(prompts) == kept
-    assert "3 rows, of which 3 are used, 1 of them with a demonstration" in said
+    assert "3 rows, 3 usable, 1 of them with a demonstration" in said
 
 
 @pytest.mark.parametrize("rows, held, name", [

@@ -327,7 +327,7 @@ print("DONE")
 
 def test_what_differs_between_ranks_or_fails_on_one_is_an_error_on_all():
     code = """
-from support.collectives import agreed, all_or_none, anyone, of_all_ranks
+from support.collectives import agreed, all_or_none, anyone, from_rank_0, of_all_ranks
 from support.processes import init_distributed
 rank, world, *_ = init_distributed("cpu")
 agreed("--seed", 3)
@@ -342,9 +342,21 @@ try:
             raise OSError
 except ValueError as error:
     print("SAID", error)
+def look():
+    if rank == 1:
+        raise AssertionError
+    return "rank 0's"
+def fail():
+    raise FileNotFoundError("gone")
+print("FIRST", from_rank_0(look))
+try:
+    from_rank_0(fail)
+except FileNotFoundError as error:
+    print("SAID", error)
 """
     for process in start(["-c", code], ranks=2):
         output, _ = process.communicate(timeout=60)
         assert "ALL [0, 1] True False" in output, output
         assert "SAID --data: ranks [1] read another one than rank 0; put the same on every node" in output
         assert "SAID OSError()" in output
+        assert "FIRST rank 0's" in output and "SAID gone" in output
