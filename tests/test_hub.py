@@ -196,10 +196,12 @@ def test_a_warm_cache_needs_no_network_and_a_cold_or_torn_one_is_named(hub, monk
 # Several ranks.
 
 RANKS = """
-import os, sys
+import os
 from huggingface_hub import constants
+os.environ.update(HF_ENDPOINT="{endpoint}", HF_HOME="{cache}", HF_UPDATE_DOWNLOAD_COUNTS="0")
 constants.ENDPOINT, constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = "{endpoint}", "{cache}", False
 constants.HUGGINGFACE_CO_URL_TEMPLATE = "{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+from paper.benchmarks import load_benchmark
 from support.hub import COMMITS, fetch
 from support.processes import init_distributed, mistakes_in_one_line
 init_distributed("cpu")
@@ -207,8 +209,20 @@ with mistakes_in_one_line("test"):
     fetch("me/tiny", "model", "--model")
     fetch("me/sums/main", "dataset", "--data")
     print("HAVE", sorted(COMMITS))
+    print("ASKED", len(load_benchmark("gsm8k@v1", 0, log=str)[1]))
     fetch("me/gated", "model", "--reference")
 """
+
+
+def put_gsm8k(hub):
+    """The benchmark in miniature, and another one after it on main. Returns the first commit, v1."""
+    questions = lines(*[{"question": "1+1=?\n", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}] * 4)
+    card = (b"---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n"
+            b"    path: main/train.jsonl\n  - split: test\n    path: main/test.jsonl\n---\n")
+    files = {"README.md": card, "main/train.jsonl": b"{}\n" + questions, "main/test.jsonl": questions}
+    pinned = hub.put("datasets", "openai/gsm8k", files, tag="v1")
+    hub.put("datasets", "openai/gsm8k", {**files, "main/test.jsonl": b"{}\n"})
+    return pinned
 
 
 @pytest.mark.slow
@@ -216,84 +230,73 @@ with mistakes_in_one_line("test"):
 def test_one_rank_a_node_downloads_the_others_find_it_and_all_end_alike(per_node, hub, tmp_path):
     hub.put("models", "me/tiny", MODEL)
     hub.put("datasets", "me/sums", SUMS)
+    put_gsm8k(hub)
     hub.refusals["me/gated"] = (403, "GatedRepo")
     code = RANKS.format(endpoint=hub.endpoint, cache=tmp_path / "theirs")
     outputs = [process.communicate(timeout=120)[0] for process in start(["-c", code], 2, per_node)]
     for rank, output in enumerate(outputs):
-        assert "HAVE ['me/sums/main', 'me/tiny']" in output, output
+        assert "HAVE ['me/sums/main', 'me/tiny']" in output and "ASKED 4" in output, output
         assert f"test (rank {rank}): --reference me/gated: no such local path" in output
         assert "It is gated" in output
     wanted = [*MODEL, "README.md", "main/train-00000-of-00002.jsonl", "main/train-00001-of-00002.jsonl"]
+    wanted += ["README.md", "main/train.jsonl", "main/test.jsonl"]                                 # of gsm8k
     assert sorted(hub.downloads()) == sorted(wanted)    # nodes share this cache; its first user locks it
-    asked = [path for method, path, _ in hub.asked if path == "/api/models/me/gated/revision/main"]
-    assert len(asked) == 2 // per_node
+    asked = [path for _, path, _ in hub.asked]
+    assert asked.count("/api/models/me/gated/revision/main") == 2 // per_node
+    assert asked.count("/api/datasets/openai/gsm8k/revision/v1") == 1                # by one rank for all
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Whole programs, each rank a process that has never heard of another hub.
-
-def on_two_ranks(args, env, per_node):
-    """Run to the end on two ranks, in new interpreters: what their clients read of the environment, they read
-    when they are imported. Returns their outputs."""
-    port, processes = free_port(), []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": per_node,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = env | {name: str(value) for name, value in place.items()}
-        processes.append(subprocess.Popen([sys.executable, *map(str, args)], env=env, cwd=ROOT, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(text[-3000:] for text in outputs)
-    return outputs
-
+# Whole programs, in new interpreters: their clients read the environment when they are imported.
 
 @pytest.mark.slow
 def test_a_whole_run_on_two_nodes_takes_model_and_data_from_the_hub_and_records_the_commits(tmp_path):
+    port, ranks = free_port(), []
     with StandIn() as hub:
         model = hub.put("models", "me/tiny", MODEL, tag="v1")
         hub.put("models", "me/tiny", {**MODEL, "config.json": b"{}"})
         data = hub.put("datasets", "me/sums", SUMS)
         args = [*SMALL, "--model", "me/tiny@v1", "--data", "me/sums/main", "--eval_data", "me/sums/main",
-                "--steps", "1", "--save_every", "1", "--out", tmp_path / "run"]
-        output = on_two_ranks(args, environment(hub, tmp_path / "home"), per_node=1)[0]
+                "--steps", "1", "--save_every", "1", "--out", str(tmp_path / "run")]
+        for rank in range(2):
+            env = environment(hub, tmp_path / "home") | {
+                "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            ranks.append(subprocess.Popen([sys.executable, *args], env=env, cwd=ROOT, text=True,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        try:
+            outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert not any(rank.returncode for rank in ranks), "\n".join(output[-3000:] for output in outputs)
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["hub"] == {"me/tiny@v1": model, "me/sums/main": data}
-        assert "--data me/sums/main: 60 rows, 60 usable, 60 of them with a demonstration" in output
-        assert "--eval_data me/sums/main: 9 rows, 9 usable" in output
+        told = "--data me/sums/main: 60 rows, 60 usable, 60 of them with a demonstration"
+        assert told in outputs[0] and told not in outputs[1]
+        assert "--eval_data me/sums/main: 9 rows, 9 usable" in outputs[0]
         assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
         assert len(hub.downloads()) == len(set(hub.downloads()))
         assert "other/train.jsonl" not in hub.downloads()
 
 
 @pytest.mark.slow
-def test_an_evaluation_asks_for_benchmarks_once_for_all_ranks_pinned_and_from_a_warm_cache(tmp_path):
-    questions = lines(*[{"question": "1+1=?\n", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"}] * 4)
-    card = (b"---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n"
-            b"    path: main/train.jsonl\n"
-            b"  - split: test\n    path: main/test.jsonl\n---\n")
-    files = {"README.md": card, "main/train.jsonl": b"{}\n" + questions, "main/test.jsonl": questions}
+def test_an_evaluation_takes_a_pinned_benchmark_from_the_hub_records_it_and_finds_it_again_offline(tmp_path):
     with StandIn() as hub:
-        pinned = hub.put("datasets", "openai/gsm8k", files, tag="v1")
-        hub.put("datasets", "openai/gsm8k", {**files, "main/test.jsonl": b"{}\n"})
+        pinned, env = put_gsm8k(hub), environment(hub, tmp_path / "home")
         args = ["eval.py", "--model", TINY, "--benchmarks", "gsm8k@v1", "--template", "none",
-                "--max_tokens", "8", "--window", "256", "--grader", "math-verify", "--out", tmp_path / "out",
+                "--max_tokens", "8", "--grader", "math-verify", "--out", str(tmp_path / "out"),
                 "--device", "cpu", "--grader_workers", "1"]
-        on_two_ranks(args, environment(hub, tmp_path / "home"), per_node=2)
+        done = subprocess.run([sys.executable, *args], env=env, cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
         settings = json.loads((tmp_path / "out" / "settings.json").read_text())
         assert settings["hub"] == {"openai/gsm8k": pinned}
         assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
-        assert hub.downloads().count("main/test.jsonl") == 1
-        asked = [path for _, path, _ in hub.asked]
-        assert asked.count("/api/datasets/openai/gsm8k/revision/v1") == 1             # of two ranks
     code = ("from paper.benchmarks import load_benchmark\n"
             "print(len(load_benchmark('gsm8k@v1', 0)[1]))\n"
             "try:\n    load_benchmark('gsm8k', 0)\n"
             "except FileNotFoundError as error:\n    print(error)\n")
-    env = environment(hub, tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True, capture_output=True)
+    offline = env | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=offline, cwd=ROOT, text=True, capture_output=True)
     assert done.stdout.splitlines()[-2] == "4", done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("gsm8k: cannot read openai/gsm8k from the hub")
