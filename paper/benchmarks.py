@@ -232,7 +232,7 @@ def _read_csv(file):
 def parse_problem(row):
     r"""A row of any public format -> (id or "", problem, answer, options or None, answer_index or None).
 
-    MATH-500, AIME, AMC, plain   problem or question; answer: a text, or a number (AMC's 142.0 is "142")
+    MATH-500, AIME, AMC, plain   problem, question or prompt; answer: a text, or a number (AMC's 142.0)
     Minerva of Qwen2.5-Math      no answer, but a solution: the last \boxed{...} in it
     GSM8K                        answer: what follows ####, without thousands separators
     OlympiadBench                final_answer: a list, joined by ", "
@@ -257,9 +257,10 @@ def parse_problem(row):
         if column in row:
             id = row[column]
             break
+    problem = row.get("problem", row.get("question", row.get("prompt")))
     answer = _answer(row) if options is None else LETTERS[index]
     # What is left is data.py's plain schema: it checks the texts, and writes numbers as text.
-    example = parse_row({"id": id, "problem": row.get("problem", row.get("question")), "answer": answer})
+    example = parse_row({"id": id, "problem": problem, "answer": answer})
     problem = example.problem
     if options is not None:
         problem = problem.strip()      # else a last newline may matter

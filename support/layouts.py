@@ -65,7 +65,7 @@ def read_row(row):
     if _has_chats(row):
         return _read_chats(row)
     answer, demo = _text(row, ANSWER), None
-    if "generations" in row:
+    if row.get("generations") is not None:
         demo = _verified(row)
     else:
         demo = _text(row, DEMO, required=False)
@@ -206,7 +206,7 @@ def unread(row):
     """
     if _has_chats(row):
         read = ("target",)
-    elif "generations" in row:
+    elif row.get("generations") is not None:
         read = ("generations",)
     else:
         read = DEMO

@@ -144,6 +144,7 @@ FORMATS = {
         ("Mercury_1", "Which?", "B", ["a", "b", "c"], 1)),
     "TIGER-Lab/MMLU-Pro": (MMLU_PRO, ("70", "Which?", "B", ["a", "b", "c"], 1)),
     "Idavidrein/gpqa": (GPQA, ("rec1", "Which,\n\"exactly\"?", "A", ["right", "w1", "w2", "w3"], 0)),
+    "HPT": ({"prompt": "p", "answer": "7", "source": "math", "id": "x"}, ("x", "p", "7", None, None)),
     "plain": ({"id": "a", "problem": " p\n", "answer": " 7 "}, ("a", " p\n", "7", None, None)),
     "plain, no options": ({"problem": "p", "answer": "7", "options": None}, ("", "p", "7", None, None)),
     "plain, letter alone": (

@@ -124,6 +124,7 @@ def test_a_demonstration_has_one_of_a_few_names(column):
     {"question": "p", "answer": "7"}, {"prompt": "p", "ground_truth": "7"},
     {"problem": "p", "final_answer": 7},
     {"problem": "p", "question": "p", "answer": "7"}, {"problem": "p", "question": "", "answer": "7"},
+    {"problem": "p", "answer": "7", "generations": None},
     {"prompt": "p", "reward_model": {"ground_truth": "7"}, "solution": "7"}])
 def test_so_have_problems_and_answers_and_what_says_the_same_twice_is_no_question(row):
     assert parse_row(row) == Example("", "p", "7", None)
