@@ -70,10 +70,10 @@ class Config:
     """One run. `G`, `H`, `A`, `w_SFT`, `w_RL` are the paper's symbols."""
     # The run: what to train, from what, for how long, and what to write.
     model: str = opt("Qwen/Qwen2.5-Math-7B", "run",
-        "base model: a Hugging Face folder or hub name (Sec. 5.1)")
+        "base model: a Hugging Face folder, or a hub name, NAME or NAME@REVISION (Sec. 5.1)")
     data: str = opt("Elliott/Openr1-Math-46k-8192", "run",
         "D, with D_demo: problems, answers, demonstrations; a parquet or JSONL file, a folder of "
-        "them, or a hub name (Sec. 5.1)")
+        "them, or a hub name, NAME[@REVISION][/FOLDER] (Sec. 5.1)")
     out: str = opt("out/srft", "run",
         "the run's own folder")
     method: str = opt("srft", "run",

@@ -11,7 +11,6 @@ model (DeepSeek-R1 there). Nothing here touches a model; `tokenizer` is any Hugg
 """
 import hashlib
 import json
-import math
 import re
 from array import array
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from support.readers import READERS, data_files, read_and_left
+from support.inventory import Inventory
+from support.layouts import read_row, unread
+from support.readers import READERS, data_files, visible_files
 from support.tokens import encode_text, reserved_tokens, split_at_reserved
 
 # ----------------------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ def render(template, question, tokenizer=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Examples, and what a row says.
+# Examples: what rows say. Their layouts are in support/layouts.py.
 
 @dataclass
 class Example:
@@ -87,134 +88,55 @@ class Example:
 
 
 def parse_row(row):
-    r"""A row of either schema -> Example, its id empty if the row has none.
+    """A row of any layout that support/layouts.py knows -> Example, its id empty if the row has none."""
+    return Example(**read_row(row))
 
-    Openr1-Math-46k-8192 (Sec. 5.1): chats in `prompt` and `target`, the answer in `reward_model`. The
-    system turn of `prompt` is not read: the template of `tokenize` takes its place. `target` may be None.
 
-    >>> question = [{"role": "system", "content": "Your task is ..."}, {"role": "user", "content": "2+2=?"}]
-    >>> response = [{"role": "assistant", "content": "<think>\n2+2=4\n</think>\n\\boxed{4}"}]
-    >>> parse_row({"prompt": question, "target": response, "reward_model": {"ground_truth": "4"},
-    ...            "extra_info": {"index": 17}})
-    Example(id='17', problem='2+2=?', answer='4', demo='<think>\n2+2=4\n</think>\n\\boxed{4}')
+def load_examples(path, skip_bad_rows=False, inventory=None, split="train"):
+    """Read a parquet or JSONL file, or such files of a directory (sorted), into Examples.
 
-    Plain: `problem` or `question`, `answer`; `id` and `solution`, the demonstration, may be absent.
-
-    >>> parse_row({"id": "sums/1", "problem": "2+2=?", "answer": 4, "solution": "\\boxed{4}"})
-    Example(id='sums/1', problem='2+2=?', answer='4', demo='\\boxed{4}')
-
-    Raises ValueError with what was expected and found. Where reading the row has failed already, its reader
-    gives the error in its place: that is raised.
+    Of a directory with several splits one is read: "train", or "validation" (see readers.of_one_split). Also
+    takes the names "tiny:train", "tiny:heldout", "tiny:long" and "tiny:valid" of the built-in task. What is
+    found is counted in `inventory`, an Inventory. Raises FileNotFoundError, or ValueError naming the file and
+    row of the first bad row and what was expected there; with `skip_bad_rows` such rows are counted instead.
+    At least one example must remain.
     """
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object with named columns, found {str(row)[:80]!r}")
-    # Plain. (A plain file may have a column "prompt" of its own; a chat in it marks the other schema.)
-    if "reward_model" not in row and not isinstance(row.get("prompt"), (list, tuple)):
-        return Example(id=_text(row, "id", required=False) or "", problem=_text(row, "problem", "question"),
-                       answer=_text(row, "answer"), demo=_text(row, "solution", required=False))
-    # Openr1-Math-46k-8192.
-    truth = row.get("reward_model")
-    if not isinstance(truth, dict):
-        raise ValueError(f"expected 'reward_model' to hold ground_truth, found {str(truth)[:80]!r}")
-    info = row.get("extra_info")
-    if not isinstance(info, dict):
-        info = {}
-    example = Example(id=_text(info, "index", required=False) or "", problem=_message(row, "prompt", "user"),
-                      answer=_text(truth, "ground_truth"))
-    if row.get("target") is not None:
-        example.demo = _message(row, "target")
-    return example
-
-
-def _text(row, *names, required=True):
-    """The first of the columns `names` that the row has, as text; None without any, if not required.
-
-    Finite numbers are accepted, since answers often are: 4 -> "4". ValueError: no text there.
-    """
-    found = {name: row[name] for name in names if row.get(name) is not None}
-    for column, value in found.items():
-        if isinstance(value, str) and value.strip():
-            return check_characters(value, column)
-        # To Python, True is an int; and nan, which is no answer, a float.
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            # 1e-07 would have an e in it, which a grader may read as Euler's number.
-            return np.format_float_positional(value, trim="0") if isinstance(value, float) else repr(value)
-    if not required and all(value == "" for value in found.values()):
-        return None
-    columns = " or ".join(map(repr, names))
-    raise ValueError(f"expected text in column {columns}, found {str(found or 'no such column')[:80]}")
-
-
-def _message(row, column, role=None):
-    """The content of the last message (of that role) in a chat column [{role, content}, ...]."""
-    turns = row.get(column)
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"expected {column!r} to be a list of {{role, content}}, "
-                         f"found {str(turns)[:80]!r}")
-    texts = [turn.get("content") for turn in turns if role is None or turn.get("role") == role]
-    if not texts or not isinstance(texts[-1], str) or not texts[-1].strip():
-        raise ValueError(f"expected a non-empty {role or ''} message in {column!r}, "
-                         f"found {str(turns)[:80]!r}")
-    return check_characters(texts[-1], column)
-
-
-def check_characters(text, column):
-    """The text itself. Raises ValueError if it holds half a character (a lone surrogate), which JSON can
-    spell and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"expected text in column {column!r}, found half a character (the lone surrogate "
-                         f"{text[error.start]!r}, at place {error.start})") from error
-    return text
-
-
-def load_examples(path, skip_bad_rows=False, log=print):
-    """Read a parquet or JSONL file, or every such file in a directory (sorted), into Examples.
-
-    Also takes the names "tiny:train", "tiny:heldout", "tiny:long" and "tiny:valid" of the built-in task.
-    Raises FileNotFoundError, or ValueError naming the file and row of the first bad row and what
-    was expected there; with `skip_bad_rows` such rows are counted and logged instead. At least
-    one example must remain.
-    """
+    inventory = inventory or Inventory()
     if str(path).startswith("tiny:"):
         from tiny.task import rows
-        return [parse_row(row) for row in rows(str(path).removeprefix("tiny:"))]
+        name = str(path).removeprefix("tiny:")
+        examples = [parse_row(row) for row in rows(name)]
+        inventory.rows[name] = len(examples)
+        return examples
     path = Path(path)
-    examples, ids, bad = [], set(), []
-    seen = set()
-    files = data_files(path)
+    examples, ids = [], set()
+    files = data_files(path, split=split)
     if path.is_dir():
-        log(f"{path}: {read_and_left(path, files)}")
+        inventory.left += [str(file.relative_to(path)) for file in visible_files(path) if file not in files]
     for file in files:
-        name = file.relative_to(path) if path.is_dir() else file.name
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
         for number, row in READERS[file.suffix](file):
             try:
                 example = parse_row(row)
             except ValueError as error:
-                bad.append(f"{file}, row {number}: {error}")
+                inventory.skip(f"{file}, row {number}: {error}")
                 if not skip_bad_rows:
-                    raise ValueError(f"{bad[0]} (--skip_bad_rows skips and counts)") from error
+                    raise ValueError(f"{inventory.first_bad} (--skip_bad_rows skips and counts)") from error
                 continue
+            inventory.count(name, example, unread(row))
             # Ids must differ: samples.jsonl names examples by them. Some public copies carry index -1 in
             # every row.
+            if example.id in ids:
+                inventory.noted["with an id that came before, and now with another"] += 1
             if not example.id or example.id in ids:
                 example.id = f"{name}/{number}"
             while example.id in ids:               # another row spells it out
                 example.id += "+"
             ids.add(example.id)
             examples.append(example)
-            seen.add(hash((example.problem, example.answer, example.demo)))
-    if bad:
-        log(f"{path}: skipped {len(bad)} bad rows, {len(examples)} remain; the first: {bad[0]}")
-    if len(seen) < len(examples):
-        log(f"{path}: {len(examples) - len(seen)} of {len(examples)} rows repeat an earlier one, with the "
-            "same problem, answer and demonstration; they are kept")
     if not examples:
-        raise ValueError(f"{path}: no usable row among {len(bad)} (expected problem/answer/solution columns, "
-                         "or prompt/target/reward_model)")
+        raise ValueError(f"{path}: no usable row among {inventory.dropped.total()} (docs/data.md shows what "
+                         f"rows look like). {inventory.first_bad}".rstrip())
     return examples
 
 
@@ -229,9 +151,9 @@ class Prompt:
     demo: list[int] | None
 
 
-def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_tokens, log=print):
+def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_tokens, inventory=None):
     r"""Examples -> Prompts, within limits: in the paper's run prompts to 1,024 tokens,
-    responses to 8,192 (Sec. 5.1).
+    responses to 8,192 (Sec. 5.1). What is found is counted in `inventory`, an Inventory.
 
     >>> from tiny.task import make_tokenizer      # a token for each character and mark; EOS is token 0
     >>> example = Example(id="a", problem="1+1=?\n", answer="2", demo="\\boxed{2}")
@@ -246,7 +168,8 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     if tokenizer.eos_token_id is None or not tokenizer.eos_token:
         raise ValueError("this tokenizer has no eos_token, so a response could never end; "
                          "set one in its config")
-    prompts, long_prompt, long_demo = [], 0, 0
+    inventory = inventory or Inventory()
+    prompts, dropped = [], inventory.dropped
     reserved = reserved_tokens(tokenizer)
     for example in examples:
         text = render(template, example.problem, tokenizer)
@@ -255,23 +178,21 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
         if example.demo is not None:
             demo = _demo_ids(example.demo, text, tokenizer, reserved)
         if not 0 < len(ids) <= max_prompt_tokens:
-            long_prompt += 1
+            dropped[f"with a prompt over {max_prompt_tokens:,} tokens (or empty)"] += 1
         elif demo and not 1 < len(demo) <= max_response_tokens:        # 1: EOS alone
-            long_demo += 1
+            dropped[f"with a demonstration over {max_response_tokens:,} tokens (or empty)"] += 1
         else:
             prompts.append(Prompt(example, ids, demo))
-    if long_prompt or long_demo:
-        log(f"dropped {long_prompt} examples with a prompt over {max_prompt_tokens} tokens (or empty) and "
-            f"{long_demo} with a demonstration over {max_response_tokens} (or empty); {len(prompts)} remain")
     if not prompts:
         raise ValueError(f"no example fits --max_prompt_tokens {max_prompt_tokens} and "
                          f"--max_response_tokens {max_response_tokens}; "
                          "raise them, or use a shorter --template")
     if tokenizer.unk_token_id not in (None, *reserved):
-        unknown = sum(tokenizer.unk_token_id in prompt.ids + (prompt.demo or []) for prompt in prompts)
-        if unknown:
-            log(f"{unknown} of {len(prompts)} examples hold text that this tokenizer does not know, and "
-                f"reads as {tokenizer.unk_token}")
+        for prompt in prompts:
+            if tokenizer.unk_token_id in prompt.ids + (prompt.demo or []):
+                inventory.noted[f"with text that this tokenizer reads as {tokenizer.unk_token}"] += 1
+    inventory.used = len(prompts)
+    inventory.demonstrations = sum(prompt.demo is not None for prompt in prompts)
     return prompts
 
 

@@ -39,8 +39,10 @@ from support.checkpoint import checkpoints_in
 from support.claim import claim, lock
 from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
+from support.hub import COMMITS, fetch
 from support.intervals import check_interval, positive
-from support.processes import fetch, init_distributed, mistakes_in_one_line
+from support.inventory import Inventory
+from support.processes import init_distributed, mistakes_in_one_line
 from support.runlog import json_line
 from support.versions import check_versions, environment, versions
 from support.watch import alive, hang_watch, phase, set_timeouts, wait_for_all
@@ -362,8 +364,8 @@ def add_flags(parser):
             help = f"{help} [{default}]"
         parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **how)
 
-    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME from the hub, NAME=PATH a local "
-         "copy; or PATH, a file of one's own with problem and answer; separated by commas")
+    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME or NAME@REVISION from the hub, "
+         "NAME=PATH a local copy; or PATH, a file of one's own with problem and answer; separated by commas")
     flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL", metavar="DIR")
     flag("template", None, "prompt template (Fig. A3, Fig. A4; Table A1); default: the run's, else paper",
          choices=tuple(TEMPLATES))
@@ -478,7 +480,10 @@ def prepare(args, tokenizer, window, say):
             raise ValueError(f"--benchmarks: two are called {name}; rename one file")
         seen.add(name)
         # No limits of length: a benchmark without some of its problems would be another one.
-        prompts = tokenize(problems, tokenizer, args.template, sys.maxsize, sys.maxsize, say)
+        inventory = Inventory(name, held_out=True)
+        prompts = tokenize(problems, tokenizer, args.template, sys.maxsize, sys.maxsize, inventory)
+        for remark in inventory.remarks():
+            say(f"{name}: {remark}")
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest + args.max_tokens > window:
             raise ValueError(f"{name}: a prompt of {longest} tokens and --max_tokens {args.max_tokens} "
@@ -502,7 +507,7 @@ def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
     settings = {**vars(args), **environment(device), "weights": fingerprints(folder),
-                "grading": grader_digest()}
+                "grading": grader_digest(), "hub": COMMITS}
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():

@@ -57,8 +57,10 @@ from support.collectives import agreed, all_or_none, anyone, of_all_ranks
 from support.device import memory_gb, name_the_card, read_once, utilization
 from support.disk import words_if_full
 from support.health import Health, check_engine
+from support.hub import COMMITS, fetch
+from support.inventory import Inventory
 from support.metrics import Tally, shown_on_the_bar, summarize, tally_of
-from support.processes import Ranks, fetch, init_distributed, mistakes_in_one_line, seed_everything
+from support.processes import Ranks, init_distributed, mistakes_in_one_line, seed_everything
 from support.profiler import start_profiler, write_profile
 from support.resume import check_room, check_same_run, open_run
 from support.runlog import RunLog, print_accuracy
@@ -690,7 +692,7 @@ def setup(cfg):
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
     log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1)
-    log.write_settings({**settings(cfg), "ranks": ranks.world, **environment(device)})
+    log.write_settings({**settings(cfg), "ranks": ranks.world, "hub": COMMITS, **environment(device)})
     return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
                policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
                progress=progress, identity=identity, log=log)
@@ -707,7 +709,7 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
     prompts = load_prompts(cfg.data, "--data", tokenizer, vocab_size, cfg, say)
     heldout = {}
     for source in filter(None, cfg.eval_data.split(",")):
-        name = Path(source).stem.removeprefix("tiny:")
+        name = Path(source).stem.removeprefix("tiny:").partition("@")[0]         # a revision of the hub
         if name in heldout:
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
         heldout[name] = load_prompts(source, "--eval_data", tokenizer, vocab_size, cfg, say)
@@ -716,10 +718,6 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
         matchable(grader, f"--eval_data {name}", asked, say)
     prompts = matchable(grader, "--data", prompts, say)
     check_demonstrations(cfg, prompts)
-    without = sum(not prompt.demo for prompt in prompts)
-    if without and METHODS[cfg.method].demos != "none":
-        say(f"--data: {without} of {len(prompts)} examples have no demonstration, so --method {cfg.method} "
-            "has nothing to imitate there")
     if not METHODS[cfg.method].rollouts:
         prompts = [prompt for prompt in prompts if prompt.demo]
     return prompts, heldout
@@ -740,18 +738,22 @@ def check_demonstrations(cfg, prompts):
     method."""
     if METHODS[cfg.method].demos != "none" and not any(prompt.demo for prompt in prompts):
         raise ValueError(f"--method {cfg.method} learns from demonstrations, and no example of --data "
-                         f"{cfg.data} has one (column `solution` or `target`); add them, or pass --method "
-                         "grpo, which needs none")
+                         f"{cfg.data} has one (column `solution`, see docs/data.md); add them, or pass "
+                         "--method grpo, which needs none")
 
 
 def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
     """A file, folder, hub name or tiny:NAME, the value of `flag` (--data or --eval_data) -> list of Prompt. A
     collective: one rank of each node downloads."""
-    path = source if source.startswith("tiny:") else fetch(source, "dataset", flag)
-    examples = load_examples(path, cfg.skip_bad_rows, say)
+    split = "train" if flag == "--data" else "validation"
+    path = source if source.startswith("tiny:") else fetch(source, "dataset", flag, split)
+    inventory = Inventory(f"{flag} {source}", held_out=split != "train")
+    examples = load_examples(path, cfg.skip_bad_rows, inventory, split)
     if flag == "--eval_data":              # a long solution must not drop its problem from the evaluation
         examples = [replace(example, demo=None) for example in examples]
-    prompts = tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens, say)
+    prompts = tokenize(examples, tokenizer, cfg.template, cfg.max_prompt_tokens, cfg.max_response_tokens,
+                       inventory)
+    say(str(inventory))
     check_vocabulary(prompts, tokenizer, vocab_size)
     return prompts
 

@@ -28,6 +28,7 @@ import model as M
 from config import check_config, sequences_per_prompt
 from rollout import kv_bytes
 from support import logprobs
+from support.hub import split_name
 from support.processes import mesh_shape
 
 GIB = 2**30
@@ -71,12 +72,14 @@ def _hub_config(name):
     """config.json of a hub model. By one request: without network, hf_hub_download would retry for 23 s."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers
-    cached = try_to_load_from_cache(name, "config.json")
+    repo, revision, _ = split_name(name)
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
     if isinstance(cached, str):
         return Path(cached).read_text()
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    with urlopen(Request(hf_hub_url(name, "config.json"), headers=build_hf_headers()), timeout=5) as reply:
+    url = hf_hub_url(repo, "config.json", revision=revision)
+    with urlopen(Request(url, headers=build_hf_headers()), timeout=5) as reply:
         return reply.read().decode()
 
 

@@ -2,7 +2,7 @@ r"""The benchmarks of Table 2, from their public files to the questions that a m
 
 The paper's eight (Sec. 5.1, App. B and C.2, Table A2), and GSM8K beside them:
 
-    load_benchmark("math500", seed=0)                  from the hub, by `datasets`
+    load_benchmark("math500", seed=0)                  from the hub, by `datasets`; "math500@REVISION" pins it
     load_benchmark("gpqa=gpqa_diamond.csv", seed=0)    a local copy, in any public format
     load_benchmark("my_test.jsonl", seed=0)            one's own: problem, answer and, if any, options
     load_benchmark("tiny:heldout", seed=0)             the built-in task of tiny/task.py
@@ -20,9 +20,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Example, check_characters, load_examples, parse_row
+from data import Example, load_examples, parse_row
 from grading.answers import last_box
 from grading.notation import repair_scientific
+from support.layouts import check_characters
 from support.readers import READERS, data_files, each_name_once
 
 LETTERS = "ABCDEFGHIJ"
@@ -74,7 +75,8 @@ class Problem(Example):
 
 
 def load_benchmark(source, seed, limit=None, log=print):
-    """source "NAME", "NAME=PATH" or "PATH" (named by its stem) -> (name, list[Problem]), the first `limit`.
+    """source "NAME", "NAME@REVISION", "NAME=PATH" or "PATH" (named by its stem) -> (name, list[Problem]), the
+    first `limit`. A collective where it asks the hub.
 
     A count other than the paper's is logged, before `limit`. FileNotFoundError: no such benchmark or path,
     or the hub cannot be read. ValueError: the file, the row, what was expected and found. No row is skipped.
@@ -85,11 +87,9 @@ def load_benchmark(source, seed, limit=None, log=print):
         examples = load_examples(str(source))
         problems = [Problem(example.id, example.problem, example.answer) for example in examples]
         return str(source).removeprefix("tiny:"), problems[:limit]
-    name, equals, path = str(source).partition("=")
-    if name not in BENCHMARKS:                     # a path, which may hold a "=" of its own
-        name, equals, path = Path(source).stem, True, str(source)
+    name, revision, path = _parse_source(str(source))
     expected = BENCHMARKS.get(name)
-    rows = _read_path(path) if equals else _read_hub(name)
+    rows = _read_path(path) if path is not None else _read_hub(name, revision)
     problems, ids = [], set()
     for place, fallback_id, row in rows:
         try:
@@ -117,6 +117,17 @@ def load_benchmark(source, seed, limit=None, log=print):
     return name, problems[:limit]
 
 
+def _parse_source(source):
+    """NAME, NAME@REVISION, NAME=PATH or PATH -> (name, revision or None, path or None: the hub is asked)."""
+    name, equals, path = source.partition("=")
+    if name in BENCHMARKS and equals:
+        return name, None, path
+    name, _, revision = source.partition("@")
+    if name in BENCHMARKS:
+        return name, revision or None, None
+    return Path(source).stem, None, source                 # a path, which may hold both signs itself
+
+
 def _ask(id, problem, answer, options, index, seed):
     """What parse_problem found in a row -> the Problem as a model sees it, its options in a drawn order."""
     if options is None:
@@ -141,21 +152,36 @@ def _guess(name, count):
 # ----------------------------------------------------------------------------------------------------------
 # Where rows come from: (its place in words, an id should it have none, the row or a ValueError).
 
-def _read_hub(name):
-    """The rows of a benchmark on the Hugging Face hub."""
+def _read_hub(name, revision):
+    """The rows of a benchmark on the Hugging Face hub, by `datasets`. Rank 0 alone asks, and hands them to
+    all: a collective, once there is a group."""
+    from support.collectives import from_rank_0
     repo, config, split = BENCHMARKS[name].hub
-    try:
-        # Only needed here: who has local copies needs no such package.
-        from datasets import load_dataset
-        rows = load_dataset(repo, config, split=split)
-    except Exception as error:                        # the hub's errors share no useful base class
-        gated = ""
-        if name == "gpqa":
-            gated = ("It is gated: accept its terms there and log in with a token. Its authors ask that it "
-                     "is not republished, so no copy comes with this code. ")
-        raise FileNotFoundError(f"{name}: cannot read {repo} from the hub ({type(error).__name__}: "
-                                f"{str(error)[:200]}). {gated}For a local copy pass {name}=PATH") from error
-    for number, row in enumerate(rows, 1):
+
+    def load():
+        from support.hub import COMMITS, data_commit, way_out
+        try:
+            # Only needed here: who has local copies needs no such package.
+            from datasets import load_dataset
+            commit = data_commit(repo, revision)
+            rows = load_dataset(repo, config, split=split, revision=commit)
+            # Without network, `datasets` takes what its cache got last, whatever was asked for.
+            for file in rows.cache_files:
+                found = Path(file["filename"]).parent.name
+                if found != commit:
+                    raise ValueError(f"the cache of `datasets` has commit {found}, and {commit} is asked for")
+        except Exception as error:                    # the hub's errors share no useful base class
+            gated = ""
+            if name == "gpqa":
+                gated = ("It is gated: accept its terms there and log in with a token. Its authors ask that "
+                         "it is not republished, so no copy comes with this code. ")
+            raise FileNotFoundError(f"{name}: cannot read {repo} from the hub ({type(error).__name__}: "
+                                    f"{str(error)[:200]}). {gated or way_out(error)}For a local copy pass "
+                                    f"{name}=PATH") from error
+        COMMITS[repo] = commit
+        return list(rows)
+
+    for number, row in enumerate(from_rank_0(load), 1):
         yield f"{repo}, row {number}", f"{name}/{number}", row
 
 
@@ -206,14 +232,14 @@ def _read_csv(file):
 def parse_problem(row):
     r"""A row of any public format -> (id or "", problem, answer, options or None, answer_index or None).
 
-    MATH-500, AIME, AMC, plain   problem or question; answer: a text, or a number (AMC's 142.0 is "142")
+    MATH-500, AIME, AMC, plain   problem, question or prompt; answer: a text, or a number (AMC's 142.0)
     Minerva of Qwen2.5-Math      no answer, but a solution: the last \boxed{...} in it
     GSM8K                        answer: what follows ####, without thousands separators
     OlympiadBench                final_answer: a list, joined by ", "
     ARC                          choices {text, label}, answerKey: a label (A to E, in 22 rows 1 to 4)
     MMLU-Pro, plain              options; answer_index, or answer as a letter, or both
     GPQA                         Correct Answer, Incorrect Answer 1 to 3
-    Openr1 and LUFFY             prompt, reward_model (data.parse_row)
+    Openr1 and LUFFY             prompt, reward_model (support/layouts.py)
 
     With options, `answer` is the letter of answer_index, before any shuffle. Columns may be in any case.
     ValueError says what was expected and found.
@@ -231,9 +257,10 @@ def parse_problem(row):
         if column in row:
             id = row[column]
             break
+    problem = row.get("problem", row.get("question", row.get("prompt")))
     answer = _answer(row) if options is None else LETTERS[index]
     # What is left is data.py's plain schema: it checks the texts, and writes numbers as text.
-    example = parse_row({"id": id, "problem": row.get("problem", row.get("question")), "answer": answer})
+    example = parse_row({"id": id, "problem": problem, "answer": answer})
     problem = example.problem
     if options is not None:
         problem = problem.strip()      # else a last newline may matter

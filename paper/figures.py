@@ -39,8 +39,10 @@ from data import TEMPLATES, check_vocabulary, load_examples, tokenize
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import verify_checkpoint
 from support.collectives import of_all_ranks
+from support.hub import fetch
 from support.intervals import number_in, positive
-from support.processes import fetch, init_distributed, mistakes_in_one_line
+from support.inventory import Inventory
+from support.processes import init_distributed, mistakes_in_one_line
 from support.runlog import read_rows
 from support.versions import check_versions, versions
 from support.weights import stored_tensors
@@ -151,12 +153,16 @@ def read_prompts(args, tokenizer, need_demo=False):
     prompts = []
     for source in args.data.split(","):
         name = source if source.startswith("tiny:") else fetch(source, "dataset", "--data")
-        found = [example for example in load_examples(name) if example.demo or not need_demo]
+        inventory = Inventory(f"--data {source}")
+        examples = load_examples(name, inventory=inventory)
+        found = [example for example in examples if example.demo or not need_demo]
         if not found:
             raise ValueError(f"--data {source}: no example has a demonstration; "
                              "pass --responses FILE, of `respond`")
         prompts += tokenize(found[:args.limit], tokenizer, args.template, args.max_prompt_tokens,
-                            args.max_response_tokens)
+                            args.max_response_tokens, inventory)
+        for remark in inventory.remarks():
+            print(f"--data {source}: {remark}")
     return prompts
 
 

@@ -4,6 +4,7 @@
     stop = anyone(bool(stopping))
     with all_or_none(): ...                      # an error of one rank becomes an error of all
     agreed("--data", digest)                     # ValueError, on all ranks, if theirs differ
+    rows = from_rank_0(download)                 # of one rank that asks for all
 
 Each is a collective: every rank must call it. A rank that raises or stops alone would leave the others
 waiting in their next collective.
@@ -54,3 +55,19 @@ def agreed(what, value):
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if others:
         raise ValueError(f"{what}: ranks {others} read another one than rank 0; put the same on every node")
+
+
+def from_rank_0(make):
+    """What `make()` returns on rank 0, on every rank; the others do not call it. Its OSError or ValueError is
+    one of all."""
+    box = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except (OSError, ValueError) as error:
+            box[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]

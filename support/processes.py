@@ -1,10 +1,9 @@
-"""The processes of a run: the group that they form, and what they download.
+"""The processes of a run, and the group that they form.
 
     rank, world, device, mesh = init_distributed()               # under torchrun, or alone
-    folder = fetch("Qwen/Qwen2.5-Math-7B", "model", "--model")   # one download a node
 
 To copy: this file with support/device.py, support/watch.py and support/collectives.py; they need torch and
-numpy alone. `fetch` also needs huggingface_hub and support/weights.py.
+numpy alone.
 """
 import os
 import random
@@ -20,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from support.collectives import of_all_ranks
 from support.device import choose_device
 from support.watch import MARGIN_MINUTES, START_MINUTES, meet, rank_name, set_timeouts
 
@@ -75,54 +73,6 @@ def mesh_shape(world, per_node):
     if world <= per_node:
         return {"mesh_shape": (world,), "mesh_dim_names": ("shard",)}
     return {"mesh_shape": (world // per_node, per_node), "mesh_dim_names": ("replicate", "shard")}
-
-
-def fetch(name, repo_type, flag):
-    """A local folder for `name`: itself if it exists, else a snapshot from the Hugging Face hub.
-
-    One rank a node downloads while the others wait. Raises FileNotFoundError naming the flag
-    when it cannot be had. A collective, once there is a group.
-    """
-    here = of_all_ranks(Path(name).exists())
-    if all(here):
-        return str(name)
-    if any(here):                 # these ranks would go on alone, and hang in the next collective
-        have = [rank for rank, exists in enumerate(here) if exists]
-        raise FileNotFoundError(f"{flag} {name}: only ranks {have} have this path; put it on every node")
-    from huggingface_hub import snapshot_download
-
-    from support.weights import snapshot
-    first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
-    # Two turns: a node's first rank downloads; after the barrier, the others find it in the cache.
-    for my_turn in (first, not first):
-        if my_turn:
-            try:
-                if repo_type == "model":
-                    folder = snapshot(name, local_files_only=not first)
-                else:
-                    folder = snapshot_download(name, repo_type=repo_type, local_files_only=not first,
-                                               allow_patterns=["*.parquet", "*.jsonl"])
-            except Exception as e:                             # the hub's errors share no useful base class
-                error = e
-        if dist.is_initialized():
-            dist.barrier()
-    if error is not None:
-        raise FileNotFoundError(
-            f"{flag} {name}: no such local path, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:150]}). {_what_to_do(error)}")
-    return folder
-
-
-def _what_to_do(error):
-    """The way out of an error of the hub."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    if isinstance(error, GatedRepoError):
-        return ("It is gated: accept its terms on its page there, and let this machine know who you are, by "
-                "`hf auth login` or a token in HF_TOKEN.")
-    if isinstance(error, RepositoryNotFoundError):           # the hub answers so for a private one, too
-        return "Check its name; if it is private, run `hf auth login` or set a token in HF_TOKEN."
-    return ("Without network, pass local paths: --model DIR (config, tokenizer, safetensors) and --data "
-            "FILE-or-DIR.")
 
 
 def seed_everything(seed):

@@ -1,17 +1,25 @@
 """Files of data. A reader yields pairs: the row's number, counted from 1, and the row, or the ValueError that
 reading this row raised. Every other mistake is a ValueError that names the file.
 
-    for file in data_files(Path("data/")):             # of a folder all, sorted; of a file itself
+    for file in data_files(Path("data/"), split="train"):      # of a folder; of a file itself
         for number, row in READERS[file.suffix](file):
             ...
 
 To copy: this file. It needs pyarrow, and that only for parquet.
 """
 import json
+import re
+
+SUFFIXES = (".parquet", ".jsonl")
+# Words in a path that tell a split, as `datasets` knows them.
+SPLITS = {"train": {"train", "training"}, "validation": {"validation", "valid", "val", "dev"},
+          "test": {"test", "testing", "eval", "evaluation"}}
+PREFERRED = {"train": ("train",), "validation": ("validation", "test")}        # asked for -> read
 
 
-def data_files(path, suffixes=(".parquet", ".jsonl")):
-    """The files that `path` is or holds. Raises FileNotFoundError or ValueError if there is none to read."""
+def data_files(path, suffixes=SUFFIXES, split=None):
+    """The files that `path` is or holds; of a folder with several splits those of `split`, by of_one_split.
+    Raises FileNotFoundError or ValueError if there is none to read."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; --data takes a parquet or JSONL file, "
                                 "or a folder")
@@ -21,12 +29,58 @@ def data_files(path, suffixes=(".parquet", ".jsonl")):
         for file in visible_files(path):
             if file.suffix in suffixes:
                 files.append(file)
+        if split:
+            names = [file.relative_to(path).as_posix() for file in files]
+            files = [path / name for name in of_one_split(names, split, path)]
     if not files or files[0].suffix not in suffixes:
         raise ValueError(f"{path}: expected {', '.join(suffixes)} or a folder of such files, "
                          f"found {path.suffix or 'none inside'}")
     for file in files:
         refuse_placeholder(file)
     return files
+
+
+def of_one_split(names, split, source):
+    """Those of the files of a data set that belong to `split`: "train", or "validation", for which "test"
+    stands in where there is none. All of them, where none is named for it.
+
+    names: their paths within `source`, a folder or a data set on the hub. What is named for no split counts
+    as train. Raises ValueError where folders hold a configuration each: which one, is the user's choice.
+
+    >>> of_one_split(["README.jsonl", "data/train-0.parquet", "data/test-0.parquet"], "validation", "mine")
+    ['data/test-0.parquet']
+    """
+    by_split, configurations = {}, set()
+    for name in names:
+        found = split_of(name)
+        by_split.setdefault(found or "train", []).append(name)
+        if found:
+            configurations.add(configuration_of(name))
+    if len(configurations) > 1:
+        folders = sorted({configuration_of(name) for name in names} - {"."})
+        raise ValueError(f"{source}: holds several configurations, {', '.join(folders)}: name one, as "
+                         f"{source}/{folders[0]}. (If they are one data set, give their files names without "
+                         "`train` and `test`.)")
+    for name in PREFERRED[split]:
+        if name in by_split:
+            return by_split[name]
+    return names
+
+
+def split_of(name):
+    """The split that a path within a data set is named for; None for none. The file's own name counts before
+    its folder's. A word is what digits, signs and blanks set apart: latest.jsonl is no test."""
+    for part in reversed(name.split("/")):
+        words = set(re.split(r"[^a-z]+", part.lower()))
+        for split, names in SPLITS.items():
+            if words & names:
+                return split
+    return None
+
+
+def configuration_of(name):
+    """The folder of a path within a data set, without the folders that are named for a split."""
+    return "/".join(part for part in name.split("/")[:-1] if not split_of(part)) or "."
 
 
 def visible_files(folder):
@@ -43,20 +97,6 @@ def visible_files(folder):
         if not file.is_dir():
             files.append(file)
     return files
-
-
-def read_and_left(folder, files, most=5):
-    """What of a folder is read (`files`) and what is not, in words: half of the data under a name like
-    b.jsonl.gz, or another split beside them, should be no surprise."""
-    def words(names):
-        more = f" and {len(names) - most} more" if len(names) > most else ""
-        return ", ".join(names[:most]) + more
-
-    read, left = [], []
-    for file in visible_files(folder):
-        names = read if file in files else left
-        names.append(str(file.relative_to(folder)))
-    return f"reads {words(read)}" + (f"; leaves {words(left)} alone" if left else "")
 
 
 def refuse_placeholder(file):

@@ -154,11 +154,12 @@ def fingerprint(file):
     return f"{file.stat().st_size} {digest[:16]}"
 
 
-def snapshot(name, local_files_only=False):
+def snapshot(name, revision=None, local_files_only=False):
     """A model from the Hugging Face hub: the folder of its config, tokenizer and weights. A repository often
     holds its weights two or three times."""
     from huggingface_hub import snapshot_download
-    folder = snapshot_download(name, local_files_only=local_files_only, allow_patterns=BESIDES)
+    folder = snapshot_download(name, revision=revision, local_files_only=local_files_only,
+                               allow_patterns=BESIDES)
     files, _ = named_files(folder)
     # The folder is called after the commit: both turns fetch from the same one.
     return snapshot_download(name, revision=Path(folder).name, local_files_only=local_files_only,

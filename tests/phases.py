@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from support import watch
-from support.processes import fetch, init_distributed
+from support.hub import fetch
+from support.processes import init_distributed
 from support.watch import finish_step_on_signals, hang_watch, phase, set_timeouts
 
 

@@ -31,6 +31,7 @@ from paper.benchmarks import (
     with_options,
 )
 from reward import Grader
+from support import hub
 
 ROOT = Path(benchmarks.__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -143,6 +144,7 @@ FORMATS = {
         ("Mercury_1", "Which?", "B", ["a", "b", "c"], 1)),
     "TIGER-Lab/MMLU-Pro": (MMLU_PRO, ("70", "Which?", "B", ["a", "b", "c"], 1)),
     "Idavidrein/gpqa": (GPQA, ("rec1", "Which,\n\"exactly\"?", "A", ["right", "w1", "w2", "w3"], 0)),
+    "HPT": ({"prompt": "p", "answer": "7", "source": "math", "id": "x"}, ("x", "p", "7", None, None)),
     "plain": ({"id": "a", "problem": " p\n", "answer": " 7 "}, ("a", " p\n", "7", None, None)),
     "plain, no options": ({"problem": "p", "answer": "7", "options": None}, ("", "p", "7", None, None)),
     "plain, letter alone": (
@@ -266,21 +268,29 @@ def test_ids_are_made_unique_and_an_own_file_is_named_by_its_stem_and_has_no_cou
 # ----------------------------------------------------------------------------------------------------------
 # The hub: a stand-in for `datasets`, and the real one without a network.
 
+class Rows(list):
+    cache_files = ()
+
+
 def stand_in(monkeypatch, load_dataset):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(hub, "data_commit", lambda repo, revision: revision or "0123abc")
 
 
-def test_a_name_alone_is_asked_of_the_hub_with_its_configuration_and_split(monkeypatch):
+@pytest.mark.parametrize("source, commit", [("gsm8k", "0123abc"), ("gsm8k@v1.0", "v1.0")])
+def test_a_name_alone_is_asked_of_the_hub_with_its_configuration_split_and_revision(
+        source, commit, monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return [{"question": "p", "answer": "a\n#### 1,000"}] * 1319
+        return Rows([{"question": "p", "answer": "a\n#### 1,000"}] * 1319)
 
     stand_in(monkeypatch, load_dataset)
     said = []
-    name, problems = load_benchmark("gsm8k", 0, limit=2, log=said.append)
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})] and name == "gsm8k" and said == []
+    name, problems = load_benchmark(source, 0, limit=2, log=said.append)
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "revision": commit})]
+    assert name == "gsm8k" and said == []
     assert [(p.id, p.answer) for p in problems] == [("gsm8k/1", "1000"), ("gsm8k/2", "1000")]
 
 
@@ -297,6 +307,15 @@ def test_a_hub_out_of_reach_is_one_message_that_says_what_to_pass(monkeypatch, n
     said = str(caught.value)
     assert BENCHMARKS[name].hub[0] in said and str(error) in said and type(error).__name__ in said
     assert all((word in said) == (name == "gpqa") for word in ("gated", "token", "not republished"))
+
+
+def test_a_cache_of_another_commit_than_the_one_asked_for_is_refused(monkeypatch):
+    rows = Rows([{"question": "p", "answer": "1"}])
+    rows.cache_files = [{"filename": "/cache/openai___gsm8k/main/0.0.0/feed42/gsm8k-test.arrow"}]
+    stand_in(monkeypatch, lambda *_, **__: rows)
+    with pytest.raises(FileNotFoundError, match="has commit feed42, and 0123abc is asked for.*gsm8k=PATH"):
+        load_benchmark("gsm8k", 0)
+    assert load_benchmark("gsm8k@feed42", 0, **quiet)[0] == "gsm8k"
 
 
 def test_without_the_package_the_same_message_names_it(monkeypatch):

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer
 
 import data
 from data import Example, Order, load_examples, render, tokenize
+from support import layouts, readers
+from support.inventory import Inventory
 from tiny import task
 from tiny.task import draw_terms, write_response
 
 GOOD = {"problem": "1+1=?", "answer": "2", "solution": "<think>\n</think>\n\\boxed{2}"}
-quiet = dict(log=lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def parquet(path, *rows):
 # ----------------------------------------------------------------------------------------------------------
 # Readers.
 
-@pytest.mark.parametrize("module", [data, task], ids=["data", "tiny/task"])
+@pytest.mark.parametrize("module", [data, task, layouts, readers], ids=lambda module: module.__name__)
 def test_the_inputs_and_outputs_in_the_docstrings_are_true(module):
     failed, tried = doctest.testmod(module)
     assert tried and not failed
@@ -87,9 +88,9 @@ def test_a_folder_is_read_file_by_file_in_sorted_order_and_other_files_are_left_
     for name in ("c.jsonl", "a.jsonl", "sub/b.jsonl"):
         jsonl(tmp_path / name, GOOD | {"problem": name})
     parquet(tmp_path / "b.parquet", GOOD | {"problem": "b.parquet"})
-    read, said = ["a.jsonl", "b.parquet", "c.jsonl", "sub/b.jsonl"], []
-    assert [e.problem for e in load_examples(tmp_path, log=said.append)] == read
-    assert said == [f"{tmp_path}: reads a.jsonl, b.parquet, c.jsonl, sub/b.jsonl; leaves README.md alone"]
+    read, told = ["a.jsonl", "b.parquet", "c.jsonl", "sub/b.jsonl"], Inventory()
+    assert [e.problem for e in load_examples(tmp_path, inventory=told)] == read
+    assert told.rows == dict.fromkeys(read, 1) and told.left == ["README.md"]
 
 
 def test_of_a_folder_it_is_said_what_is_read_and_what_is_not(tmp_path):
@@ -97,10 +98,11 @@ def test_of_a_folder_it_is_said_what_is_read_and_what_is_not(tmp_path):
         jsonl(tmp_path / name, GOOD | {"problem": name})
     for name in ("C.JSONL", "d.jsonl.gz", "e.json", ".hidden"):
         (tmp_path / name).write_text("x")
-    said = []
-    assert len(load_examples(tmp_path, log=said.append)) == 10
-    assert said == [f"{tmp_path}: reads a.jsonl, b0.jsonl, b1.jsonl, b2.jsonl, b3.jsonl and 5 more; "
-                    "leaves C.JSONL, d.jsonl.gz, e.json alone"]
+    told = Inventory("--data mine")
+    assert len(load_examples(tmp_path, inventory=told)) == 10
+    assert str(told).splitlines()[1] == (
+        "  read: a.jsonl 1, b0.jsonl 1, b1.jsonl 1, b2.jsonl 1, b3.jsonl 1 and 5 more; "
+        "left alone: C.JSONL, d.jsonl.gz, e.json")
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "folder", "."], ids=["", "loop", "itself"])
@@ -115,7 +117,7 @@ def test_a_link_to_a_folder_is_refused_and_not_left_out(tmp_path, target):
     (tmp_path / "other").symlink_to(folder / "a.jsonl")
     (tmp_path / "to it").symlink_to(tmp_path / "elsewhere")                      # the name itself may be one
     jsonl(tmp_path / "elsewhere" / "a.jsonl", GOOD)
-    assert len(load_examples(tmp_path / "to it", **quiet)) == 1
+    assert len(load_examples(tmp_path / "to it")) == 1
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -139,7 +141,7 @@ def test_two_values_of_one_name_are_a_bad_row_or_a_bad_file(tmp_path):
 
 def test_no_two_examples_have_one_id_even_where_one_spells_another_ones_place(tmp_path):
     rows = [GOOD | {"id": "d.jsonl/2"}, GOOD, GOOD | {"id": "d.jsonl/2"}, GOOD | {"id": "d.jsonl/3"}]
-    ids = [e.id for e in load_examples(jsonl(tmp_path / "d.jsonl", *rows), **quiet)]
+    ids = [e.id for e in load_examples(jsonl(tmp_path / "d.jsonl", *rows))]
     assert len(set(ids)) == 4 and ids[0] == "d.jsonl/2"
 
 
@@ -171,13 +173,13 @@ def test_a_link_to_a_file_that_is_gone_is_an_error_and_not_a_smaller_data_set(tm
         load_examples(tmp_path)
 
 
-def test_rows_that_repeat_an_earlier_one_are_kept_and_counted(tmp_path):
-    said, rows = [], [GOOD, GOOD, GOOD | {"solution": "2"}, GOOD | {"id": "own"}]
+def test_rows_that_repeat_an_earlier_one_or_its_problem_are_kept_and_counted(tmp_path):
+    told, rows = Inventory(), [GOOD, GOOD, GOOD | {"solution": "2"}, GOOD | {"id": "own"}]
     jsonl(tmp_path / "a.jsonl", *rows)
     jsonl(tmp_path / "b.jsonl", GOOD)
-    assert len(load_examples(tmp_path, log=said.append)) == 5
-    assert said[1:] == [f"{tmp_path}: 3 of 5 rows repeat an earlier one, with the same problem, answer and "
-                        "demonstration; they are kept"]
+    assert len(load_examples(tmp_path, inventory=told)) == 5
+    assert told.noted == {"repeating an earlier row": 3,
+                          "repeating an earlier problem, with another answer or demonstration": 1}
 
 
 def test_a_parquet_row_whose_text_is_no_utf_8_is_a_bad_row_like_any_other(tmp_path):
@@ -188,7 +190,7 @@ def test_a_parquet_row_whose_text_is_no_utf_8_is_a_bad_row_like_any_other(tmp_pa
     pyarrow.parquet.write_table(table, path)
     with pytest.raises(ValueError, match="d.parquet, row 2: expected text in UTF-8"):
         load_examples(path)
-    examples = load_examples(path, skip_bad_rows=True, **quiet)
+    examples = load_examples(path, skip_bad_rows=True)
     assert [(e.problem, e.answer) for e in examples] == [("p", "0"), ("q", "2")]
 
 
@@ -203,16 +205,17 @@ BAD_ROWS = {
     b'["p", "1"]': "expected an object",
     b'"p"': "expected an object",
     b"null": "expected an object",
-    b'{"answer": "1"}': "'problem' or 'question', found no such column",
-    b'{"problem": "p"}': "'answer', found no such column",
-    b'{"problem": ["p"], "answer": "1"}': "'problem': ['p']",
+    b'{"answer": "1"}': "'problem' or 'question' or 'prompt', found no such column",
+    b'{"problem": "p"}': "'answer' or 'ground_truth' or 'final_answer', found no such column",
+    b'{"problem": ["p"], "answer": "1"}': "{'problem': ['p']}",
     b'{"problem": "p", "answer": {"x": 1}}': "'answer': {'x': 1}",
     b'{"problem": "p", "answer": true}': "'answer': True",
     b'{"problem": " ", "answer": "1"}': "'problem': ' '",
     b'{"problem": "p", "answer": ""}': "'answer': ''",
     json.dumps(openr1() | {"reward_model": None}).encode(): "'reward_model' to hold ground_truth",
     json.dumps(openr1(answer="")).encode(): "'ground_truth': ''",
-    json.dumps(openr1() | {"prompt": "p"}).encode(): "'prompt' to be a list of {role, content}",
+    json.dumps(openr1() | {"prompt": None}).encode(): "or 'prompt', found no such column",
+    json.dumps(openr1() | {"prompt": ["p"]}).encode(): "'prompt' to be a list of {role, content}",
     json.dumps(openr1() | {"prompt": [{"role": "system", "content": "s"}]}).encode():
         "user message in 'prompt'",
     json.dumps(openr1(demo="")).encode(): "message in 'target'",
@@ -229,14 +232,15 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("bad", BAD_ROWS, ids=lambda b: b[:40].decode(errors="replace"))
 def test_a_bad_row_is_named_by_file_and_row_with_what_was_expected_or_skipped_and_counted(tmp_path, bad):
-    path, said = jsonl(tmp_path / "d.jsonl", GOOD, bad, GOOD | {"answer": "3"}, bad), []
+    path, told = jsonl(tmp_path / "d.jsonl", GOOD, bad, GOOD | {"answer": "3"}, bad), Inventory()
     with pytest.raises(ValueError, match=re.escape(f"{path}, row 2: ")) as error:
         load_examples(path)
     assert BAD_ROWS[bad] in str(error.value) and "expected" in str(error.value)
     assert "--skip_bad_rows" in str(error.value)
-    assert len(load_examples(path, skip_bad_rows=True, log=said.append)) == 2
-    assert len(said) == 1
-    assert said[0].startswith(f"{path}: skipped 2 bad rows, 2 remain; the first: {path}, row 2: ")
+    assert len(load_examples(path, skip_bad_rows=True, inventory=told)) == 2
+    [dropped, first] = told.remarks()[:2]
+    assert dropped == "dropped: 2 unreadable"
+    assert first.startswith(f"the first unreadable one: {path}, row 2: ")
 
 
 def test_a_bad_parquet_row_is_named_by_its_number_in_the_file(tmp_path):
@@ -267,13 +271,13 @@ def test_a_path_that_yields_no_example_is_an_error_that_names_it(tmp_path, name,
     table = pyarrow.parquet.read_table(tmp_path / "empty.parquet")
     pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(error, match=re.escape(str(tmp_path / name))):
-        load_examples(tmp_path / name, skip_bad_rows=True, **quiet)
+        load_examples(tmp_path / name, skip_bad_rows=True)
 
 
 def a_folder_with_two_files_of_one_stem(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
-        jsonl(tmp_path / folder / "train.jsonl", GOOD)
+        jsonl(tmp_path / folder / "a.jsonl", GOOD)
     return tmp_path
 
 
@@ -382,18 +386,19 @@ def test_a_prompt_that_opens_the_thought_takes_it_off_the_demonstration(tokenize
 
 @pytest.mark.parametrize("max_prompt, max_response, kept", [(4, 6, 1), (3, 6, 0), (4, 5, 0)])
 def test_limits_include_eos_and_drop_and_count_what_is_over_them(tokenizer, max_prompt, max_response, kept):
-    said, fits = [], Example("fits", "1", "1")
+    told, fits = Inventory(), Example("fits", "1", "1")
     example = Example("a", "1+1=", "2", "12345")                          # 4 tokens; 5 and EOS
-    prompts = tokenize([example, fits], tokenizer, "none", max_prompt, max_response, log=said.append)
+    prompts = tokenize([example, fits], tokenizer, "none", max_prompt, max_response, told)
     assert [p.example.id for p in prompts] == ["a"] * kept + ["fits"]
-    assert len(said) == 1 - kept
+    assert (told.used, told.demonstrations) == (1 + kept, kept)
+    if max_prompt < 4:
+        assert told.dropped == {"with a prompt over 3 tokens (or empty)": 1}
+    if max_response < 6:
+        assert told.dropped == {"with a demonstration over 5 tokens (or empty)": 1}
     if not kept:
-        assert f"dropped {int(max_prompt < 4)} examples with a prompt over {max_prompt}" in said[0]
-        long_demo = int(max_prompt == 4)
-        assert f"{long_demo} with a demonstration over {max_response} (or empty); 1 remain" in said[0]
         limits = f"--max_prompt_tokens {max_prompt} and --max_response_tokens {max_response}"
         with pytest.raises(ValueError, match=limits):
-            tokenize([example], tokenizer, "none", max_prompt, max_response, **quiet)
+            tokenize([example], tokenizer, "none", max_prompt, max_response)
 
 
 # ----------------------------------------------------------------------------------------------------------

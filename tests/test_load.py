@@ -38,14 +38,14 @@ def alone():
     dist.destroy_process_group()
 
 
-def load(tmp_path, rows, *flags, held=(), checker=None, vocab_size=21):
+def load(tmp_path, rows, *flags, held=(), checker=None, vocab_size=21, said=None):
     """What srft.load_data makes of these rows; and what it says."""
     for name, content in (("mine", rows), ("held", held)):
         lines = [json.dumps({"problem": f"{i}+1=?\n"} | row) + "\n" for i, row in enumerate(content)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     flags = ["--preset", "tiny", "--data", str(tmp_path / "mine.jsonl"),
              "--eval_data", str(tmp_path / "held.jsonl") if held else "", *flags]
-    said = []
+    said = [] if said is None else said
     prompts, heldout = srft.load_data(parse_args(flags), make_tokenizer(), vocab_size,
                                       checker or Checker(), said.append)
     return prompts, heldout, "\n".join(said)
@@ -64,6 +64,13 @@ def test_a_method_that_imitates_is_refused_on_data_without_demonstrations(method
         load(tmp_path, rows, "--method", method)
 
 
+def test_what_looks_like_a_demonstration_and_is_not_read_is_told_before_it_is_refused(tmp_path):
+    said = []
+    with pytest.raises(ValueError, match="no example of --data"):
+        load(tmp_path, [BARE | {"r1_response": "so 2"}], said=said)
+    assert "not read, though named like a demonstration: r1_response; " in said[0]
+
+
 def test_it_is_refused_before_minutes_are_spent_on_answers(tmp_path):
     checker = Checker()
     with pytest.raises(ValueError, match="no example of --data"):
@@ -71,12 +78,11 @@ def test_it_is_refused_before_minutes_are_spent_on_answers(tmp_path):
     assert not checker.parts
 
 
-@pytest.mark.parametrize("method, kept, counted", [
-    ("srft", 3, True), ("relift", 3, True), ("sft", 1, True), ("sft_kl", 1, True), ("grpo", 3, False)])
-def test_a_few_examples_without_a_demonstration_are_counted(method, kept, counted, tmp_path):
+@pytest.mark.parametrize("method, kept", [("srft", 3), ("relift", 3), ("sft", 1), ("sft_kl", 1), ("grpo", 3)])
+def test_examples_without_a_demonstration_are_counted_and_have_rollouts_only(method, kept, tmp_path):
     prompts, _, said = load(tmp_path, [BARE, SHOWN, BARE], "--method", method)
     assert len(prompts) == kept
-    assert (f"2 of 3 examples have no demonstration, so --method {method}" in said) is counted
+    assert "3 rows, 3 usable, 1 of them with a demonstration" in said
 
 
 @pytest.mark.parametrize("rows, held, name", [

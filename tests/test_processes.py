@@ -14,12 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
-from huggingface_hub import errors
 
 from conftest import ENV, ROOT, SMALL, free_port, start
 from support import device, processes, watch
@@ -194,23 +191,6 @@ def test_a_path_that_only_one_node_has_is_an_error_on_all_ranks_and_no_hang(tmp_
     assert all("only ranks [0] have this path; put it on every node" in output for output in outputs), outputs
 
 
-@pytest.mark.parametrize("kind, says", [
-    (errors.GatedRepoError, "gated: accept its terms .* `hf auth login` or a token in HF_TOKEN"),
-    (errors.RepositoryNotFoundError, "Check its name; if it is private, run `hf auth login`"),
-    (errors.LocalEntryNotFoundError, "Without network, pass local paths")])
-def test_what_the_hub_does_not_give_is_one_line_with_the_way_out(kind, says, monkeypatch):
-    def download(*_, **__):
-        answer = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid/api"))
-        if kind is errors.LocalEntryNotFoundError:
-            raise kind("offline")
-        raise kind("403 Client Error.\n\nCannot access gated repo", response=answer)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match=f"^--model meta/gated: .*{says}") as error:
-        processes.fetch("meta/gated", "model", "--model")
-    assert "\n" not in str(error.value)
-
-
 def tree(pid):
     """A process and all that descend from it: torchrun's ranks lead sessions of their own."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -347,7 +327,7 @@ print("DONE")
 
 def test_what_differs_between_ranks_or_fails_on_one_is_an_error_on_all():
     code = """
-from support.collectives import agreed, all_or_none, anyone, of_all_ranks
+from support.collectives import agreed, all_or_none, anyone, from_rank_0, of_all_ranks
 from support.processes import init_distributed
 rank, world, *_ = init_distributed("cpu")
 agreed("--seed", 3)
@@ -362,9 +342,21 @@ try:
             raise OSError
 except ValueError as error:
     print("SAID", error)
+def look():
+    if rank == 1:
+        raise AssertionError
+    return "rank 0's"
+def fail():
+    raise FileNotFoundError("gone")
+print("FIRST", from_rank_0(look))
+try:
+    from_rank_0(fail)
+except FileNotFoundError as error:
+    print("SAID", error)
 """
     for process in start(["-c", code], ranks=2):
         output, _ = process.communicate(timeout=60)
         assert "ALL [0, 1] True False" in output, output
         assert "SAID --data: ranks [1] read another one than rank 0; put the same on every node" in output
         assert "SAID OSError()" in output
+        assert "FIRST rank 0's" in output and "SAID gone" in output

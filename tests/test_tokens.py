@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import data
 from data import Example, check_vocabulary, load_examples, tokenize
+from support.inventory import Inventory
 from support.tokens import encode_text, reserved_tokens
 from tiny.task import make_tokenizer
 
@@ -128,20 +129,20 @@ def test_a_tokenizer_without_the_text_of_an_eos_is_refused(eos):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_examples_with_text_that_a_tokenizer_does_not_know_are_counted(name):
-    said, tokenizer = [], TOKENIZERS[name]
+    told, tokenizer = Inventory(), TOKENIZERS[name]
     known, strange = Example("a", "2+2", "4", "2"), Example("b", "2+2", "4", "2\u4e8c")
-    prompts = tokenize([known, strange, strange], tokenizer, "none", 100, 100, log=said.append)
+    prompts = tokenize([known, strange, strange], tokenizer, "none", 100, 100, told)
     has_unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id
     has_unknown = has_unknown and name != "in Python"                                 # ByT5 reads bytes
-    assert len(prompts) == 3 and len(said) == has_unknown
-    assert not said or said[0].startswith("2 of 3 examples hold text that this tokenizer does not know")
+    assert len(prompts) == 3 and list(told.noted.values()) == [2] * has_unknown
 
 
 @pytest.mark.parametrize("demo", ["<eos>", "<eos>\n<eos>"])
 def test_a_demonstration_of_nothing_but_its_end_is_dropped_and_counted(demo):
-    said, rows = [], [Example("a", "1+1=?", "2", demo), Example("b", "1+1=?", "2", "2")]
-    [prompt] = tokenize(rows, make_tokenizer(), "none", 100, 100, log=said.append)
-    assert prompt.example.id == "b" and "1 with a demonstration over 100 (or empty)" in said[0]
+    told, rows = Inventory(), [Example("a", "1+1=?", "2", demo), Example("b", "1+1=?", "2", "2")]
+    [prompt] = tokenize(rows, make_tokenizer(), "none", 100, 100, told)
+    assert prompt.example.id == "b"
+    assert told.dropped == {"with a demonstration over 100 tokens (or empty)": 1}
 
 
 @pytest.mark.parametrize("template", data.TEMPLATES)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import model as M
 from config import TINY
 from support import weights
-from support.processes import fetch
+from support.hub import fetch
 from test_model import CPU, load, mesh, save_model  # noqa: F401 (fixture)
 
 # ruff: noqa: F811        (the fixture `mesh` is imported, and named as an argument)
