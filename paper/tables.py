@@ -66,7 +66,7 @@ def standard_error(values):
 
 def verdict(row, kind):
     """A row's verdict in the view of one verifier; multiple choice has one for both."""
-    return row["verdicts"].get("choice") or row["verdicts"][kind]
+    return row["verdicts"].get(kind) or row["verdicts"]["choice"]
 
 
 def summarize(rows, kinds):
@@ -92,7 +92,7 @@ def summarize(rows, kinds):
             rewards, strict, reasons = [], [], Counter()
             for row in part:
                 # Where the reference needed no repair, or the problem is multiple choice: one for all views.
-                seen = row["verdicts"].get(view) or verdict(row, kinds[0])
+                seen = row["verdicts"].get(view) or verdict(row, view.removesuffix("/repaired"))
                 rewards.append(seen["reward"])
                 strict.append(seen["reward"] and not seen.get("fault"))     # a letter has no faults
                 reasons[seen["reason"]] += 1
@@ -286,6 +286,8 @@ def departures(args, summary):
                          f"{expected.samples}")
     if "gsm8k" in summary:
         notes.append("GSM8K is not a benchmark of the paper")
+    if args.reward:
+        notes.append(f"--reward {args.reward}: that function gave the verdicts of its name")
     if args.grader == "math-verify":
         notes.append("no verdict of the OAT-Grader")
     return notes
