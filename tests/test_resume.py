@@ -320,7 +320,7 @@ def check_same_run(cfg, checkpoint, identity, log):
     ({"data": "e"}, "step-2: --data is not what this run was trained on until now"),
     ({"model": {"config.json": "b"}}, None), ({"eval_data": {"held": "i"}}, None), ({"reward": "s"}, None)],
     ids=str)
-def test_other_data_are_refused_another_model_held_out_set_or_reward_under_the_same_name_is_said(now, refused):
+def test_other_data_are_refused_another_model_held_out_set_or_reward_of_one_name_is_said(now, refused):
     cfg, found, identity = manifest()
     said = []
     if refused:
