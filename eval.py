@@ -15,11 +15,17 @@ response cut off scores 0 there unless --score_unfinished says otherwise.
 """
 import support.startup  # noqa: F401  (before torch)
 
-from config import parse_eval_args as parse
+
+def parse(argv=None):
+    """The command line -> argparse.Namespace."""
+    # Not at the top: srft.py loads this file for `evaluate`, and trains without that room.
+    from paper import protocol
+    return protocol.parse(argv, __doc__)
+
 
 # Before the imports, which take seconds: --help and a misspelt flag are answered at once. main() parses anew.
 if __name__ == "__main__":
-    parse(description=__doc__)
+    parse()
 
 import json
 import math
@@ -333,7 +339,7 @@ def check_finite(rows):
 # The command line.
 
 def main(argv=None):
-    args = parse(argv, __doc__)
+    args = parse(argv)
     with hang_watch(), mistakes_in_one_line("eval.py"):
         measure(args)
 

@@ -792,9 +792,9 @@ def fails(monkeypatch, capfd):
 @pytest.mark.parametrize("flags, says", [
     (["--model", "no/such"], "--model no/such: no such local path"),
     (["--bench", "math500"], "unrecognized arguments: --bench"),
-    (["--samples", "-1"], "--samples -1: must lie in [0, inf)"),
-    (["--max_tokens", "0"], "--max_tokens 0: must lie in [1, inf)"),
-    (["--temperature", "-0.1"], "--temperature -0.1: must lie in [0, inf)"),
+    (["--samples", "-1"], "--samples: -1 must lie in [0, inf)"),
+    (["--max_tokens", "0"], "--max_tokens: 0 must lie in [1, inf)"),
+    (["--temperature", "-0.1"], "--temperature: -0.1 must lie in [0, inf)"),
     (["--grader", "exact"], "choose from 'oat', 'math-verify', 'both'"),
     (["--benchmarks", "math600"], "math600: neither a benchmark nor a file"),
     (["--benchmarks", "math600"], ", ".join(BENCHMARKS)),

@@ -17,7 +17,8 @@ from support.runlog import RunLog, read_rows
 
 V, ROLLOUTS = 21, 16
 HEALTHY = {"step": 3, "reward/mean": 0.0, "grader/timeouts": 0, "grader/reward_error": 0, "grader/no_box": 5,
-           "grader/unclosed": 2, "grader/truncated": 8, "engine/logp_diff_rank": 0.0, "entropy/rollout": 1.0, "entropy/demo": 0.1}
+           "grader/unclosed": 2, "grader/truncated": 8, "engine/logp_diff_rank": 0.0, "entropy/rollout": 1.0,
+           "entropy/demo": 0.1}
 
 
 @pytest.fixture(autouse=True)
