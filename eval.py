@@ -13,6 +13,7 @@ n = 1); pass@k is the chance that one of k responses is correct, by the unbiased
 its standard error. `evaluate` is the same measurement inside a training run, but by Math-Verify alone, and a
 response cut off scores 0 there unless --score_unfinished says otherwise.
 """
+# ruff: noqa: E402      (imports below `parse`)
 import support.startup  # noqa: F401  (before torch)
 
 

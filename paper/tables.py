@@ -266,7 +266,8 @@ def departures(args, summary):
 
     args: eval.py's flags. summary: of `summarize`.
     """
-    notes = []
+    own = f"--reward {args.reward}: that function gave the verdicts of its name"
+    notes = [own] if args.reward else []
     for name, paper in {"temperature": 0.6, "max_tokens": 8192, "template": "paper"}.items():
         if getattr(args, name) != paper:
             notes.append(f"--{name} {getattr(args, name)}, the paper: {paper}")
@@ -286,8 +287,6 @@ def departures(args, summary):
                          f"{expected.samples}")
     if "gsm8k" in summary:
         notes.append("GSM8K is not a benchmark of the paper")
-    if args.reward:
-        notes.append(f"--reward {args.reward}: that function gave the verdicts of its name")
     if args.grader == "math-verify":
         notes.append("no verdict of the OAT-Grader")
     return notes

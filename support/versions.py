@@ -46,7 +46,7 @@ def stack():
     found = {"srft": f"commit {commit() or 'unknown'}", "python": platform.python_version(), **versions()}
     found["system"] = platform.platform()
     if "torch" in found:
-        import torch                                          # its metadata do not say for which CUDA it is
+        import torch  # whose metadata do not say for which CUDA it is
         found["CUDA"] = torch.version.cuda or "none: torch is built for CPUs"
     ask = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     found["card, driver"] = said_by(*ask) or "none"

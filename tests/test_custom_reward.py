@@ -15,7 +15,7 @@ import config
 import eval as E
 import srft
 from conftest import ROOT, SMALL, metrics, run
-from data import Example, Prompt
+from data import Example
 from grading import custom
 from paper import tables
 from reward import Grader
@@ -46,7 +46,7 @@ def write(folder, text=ANY, name="mine.py"):
 @pytest.fixture(scope="module")
 def grader(tmp_path_factory):
     file = write(tmp_path_factory.mktemp("reward"))
-    with Grader(workers=1, deadline_s=2.0, reward=f"{file}:any") as shared:
+    with Grader(workers=1, deadline_s=1.0, reward=f"{file}:any") as shared:
         yield shared
 
 
@@ -181,7 +181,7 @@ def test_whatever_can_be_called_with_three_arguments_will_do(tmp_path, text, mon
 
 def test_the_grader_says_so_when_it_starts(tmp_path):
     file = write(tmp_path, "import no_such_module\n" + GOOD)
-    with Grader(workers=2, reward=f"{file}:mine") as grader:
+    with Grader(workers=1, reward=f"{file}:mine") as grader:
         with pytest.raises(ValueError, match=f"--reward: {file}: .*no_such_module.* .line 1.$"):
             grader.start()
 
@@ -246,6 +246,7 @@ def test_each_view_of_the_summary_is_its_own_verdicts_also_of_multiple_choice():
 
 def test_results_of_another_reward_are_not_mixed_and_the_table_names_it(tmp_path):
     (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"weights")
     file, out = write(tmp_path, GOOD), tmp_path / "out"
     args = E.parse(["--model", "m", "--template", "paper", "--out", str(out), "--reward", f"{file}:mine"])
     E.settle(args, tmp_path / "hf", torch.device("cpu"))

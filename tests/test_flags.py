@@ -76,7 +76,7 @@ def test_a_run_refuses_them_before_it_loads_anything(flags, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The other programs: paper/protocol.py (eval.py), paper/figures.py, reward.py and whatever stands in bench/ and experiments/.
+# The other programs: eval.py (paper/protocol.py), paper/figures.py, reward.py, in bench/, experiments/.
 
 FILES = [ROOT / "reward.py"]
 for room in ("paper", "bench", "experiments"):
@@ -132,7 +132,8 @@ def test_every_number_of_every_other_program_has_its_interval_and_refuses_absurd
 
 
 def test_all_programs_are_walked():
-    assert {"paper/protocol.py", "paper/figures.py", "reward.py", "bench/step.py", "bench/scale.py", "bench/engine.py",
+    assert {"paper/protocol.py", "paper/figures.py", "reward.py", "bench/step.py", "bench/scale.py",
+            "bench/engine.py",
             "bench/packing.py", "bench/logprob.py", "bench/gpu.py", "experiments/tiny_paper.py",
             "experiments/smollm2_gsm8k.py"} <= set(PROGRAMS)
 
