@@ -293,16 +293,17 @@ def test_a_run_is_trained_evaluated_and_resumed_by_a_reward_of_its_own(tmp_path)
     file = write(tmp_path, """
         def digits(response, answer, example):
             assert answer == "no number " + example["id"][1:] and example["problem"].endswith("=?\\n")
-            return 1 / 0 if example["id"] == "p7" else response.strip().isdigit()
+            return 1 / 0 if example["id"] > "p3" else response.strip().isdigit()
         """)
     command = [*SMALL, "--data", tmp_path / "mine.jsonl", "--eval_data", tmp_path / "held.jsonl", "--out",
                tmp_path / "run", "--reward", f"{file}:digits", "--eval_every", "2"]
     output = run([*command, "--steps", "2"], ranks=2)
     assert output.count("reference answers are not checked") == 1 and "no response can match" not in output
-    assert "--reward: digits on problem p7: ZeroDivisionError: division by zero (line 4)" in output
+    told = re.findall(r"--reward: digits on problem p[4-7]: ZeroDivisionError: division by zero .line 4.;", output)
+    assert len(told) == 1                                        # by rank 0
     first, second = metrics(tmp_path / "run")[1:]
-    assert first["reward/demo_mean"] + second["reward/demo_mean"] == pytest.approx(1.75)     # 7 of 8
-    assert first["grader/reward_error"] + second["grader/reward_error"] == 5
+    assert first["reward/demo_mean"] + second["reward/demo_mean"] == 1                   # 4 of 8 are right
+    assert 4 <= first["grader/reward_error"] + second["grader/reward_error"] <= 20
     file.write_text(file.read_text().replace("isdigit()", "isalpha()").replace("1 / 0", "False"))
     output = run(["srft.py", "--resume", "--out", tmp_path / "run", "--steps", "4"])
     assert "--reward holds something else than until now" in output and "with --steps 4" in output
