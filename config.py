@@ -390,8 +390,9 @@ def check_objective(cfg):
     if cfg.method == "sft_kl" and not cfg.kl_coef:
         raise ValueError("--method sft_kl needs --kl_coef; without KL it is --method sft")
     method = METHODS[cfg.method]
+    resumed = " (the method of a run that is resumed cannot change)" if cfg.resume else ""
     for name in sorted(FLAGS_OF_METHODS):
         meant = name in method.heeds
         untouched = getattr(cfg, name) in (getattr(Config, name), method.flags.get(name))
         if not meant and not untouched:
-            raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")
+            raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out{resumed}")

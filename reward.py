@@ -462,7 +462,7 @@ def explain(argv):
         parser.exit(2, f"reward.py: {error}\n")
     if args.reward:
         kinds = [grader.kind]
-    example = {"id": "", "problem": "", "answer": args.answer}
+    example = {"id": args.response, "problem": "", "answer": args.answer}
     with grader:
         for kind in kinds:
             verdict, = grader.grade([response], [args.answer], kind=kind, examples=[example])

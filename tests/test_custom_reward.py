@@ -117,6 +117,7 @@ def test_the_verifiers_are_there_beside_it(grader):
         grader.grade(["True"], ["5"], kind="other")
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_after_the_file_has_changed_loads_what_it_was(tmp_path):
     file = write(tmp_path, "def mine(response, answer, example):\n    return True\n")
     with Grader(workers=1, reward=f"{file}:mine") as grader:
@@ -299,7 +300,7 @@ def test_a_run_is_trained_evaluated_and_resumed_by_a_reward_of_its_own(tmp_path)
                tmp_path / "run", "--reward", f"{file}:digits", "--eval_every", "2"]
     output = run([*command, "--steps", "2"], ranks=2)
     assert output.count("reference answers are not checked") == 1 and "no response can match" not in output
-    told = re.findall(r"--reward: digits on problem p[4-7]: ZeroDivisionError: division by zero .line 4.;", output)
+    told = re.findall(r"--reward: digits on problem p[4-7]: ZeroDivisionError: .* zero .line 4.;", output)
     assert len(told) == 1                                        # by rank 0
     first, second = metrics(tmp_path / "run")[1:]
     assert first["reward/demo_mean"] + second["reward/demo_mean"] == 1                   # 4 of 8 are right

@@ -19,7 +19,7 @@ import torch
 
 import eval
 import srft
-from config import METHODS, PRESETS, Config, check_flags, parse_args, settings
+from config import METHODS, PRESETS, Config, check_config, check_flags, parse_args, settings
 from conftest import ENV, ROOT
 from paper import figures
 from support.flags import as_words, whose_flags
@@ -266,6 +266,13 @@ def test_a_flag_that_is_given_wins_over_the_runs_own_and_that_over_preset_and_me
     cfg = parse_args(["--resume", "--out", str(tmp_path), *given])
     assert (cfg.steps, cfg.lr, cfg.method) == (9, 0.5, "luffy")
     assert (cfg.prompts_per_step, cfg.demo_shaping) == (16, 0.0)
+
+
+def test_another_method_that_has_no_use_for_the_runs_own_flags_is_refused_for_what_it_is(tmp_path):
+    written(tmp_path, ["--preset", "tiny", "--method", "luffy"])
+    cfg = parse_args(["--resume", "--out", str(tmp_path), "--method", "grpo"])
+    with pytest.raises(ValueError, match="--demo_.* has no part in --method grpo.* is resumed cannot change"):
+        check_config(cfg, world=1, window=512)
 
 
 @pytest.mark.parametrize("flags", [["--preset", "tiny", "--lr", "0.5"], ["--method", "grpo"], []], ids=str)
