@@ -475,10 +475,12 @@ def name_unmatchable(grader, tasks, kinds, say):
     for task in tasks:
         if task.sample == 0:
             prompts.setdefault(task.benchmark, []).append(task.prompt)
+    checked = [kind for kind in kinds if kind in KINDS]
+    if checked != kinds:
+        say(f"--reward: whether {kinds[0]} accepts the reference answers is not checked")
     for benchmark, asked in prompts.items():
-        for kind in kinds:
-            if kind in KINDS:                         # what a reward of one's own accepts is its own affair
-                unmatchable(grader, benchmark, asked, say, kind)
+        for kind in checked:
+            unmatchable(grader, benchmark, asked, say, kind)
 
 
 def start_engine(args, config, tokenizer, device, tasks):

@@ -281,7 +281,7 @@ class Grader:
         if fault and self.strict_answer and self._batch[worker.item]["kind"] == "math-verify":
             reason = fault
         if reason == "reward_error" and not self._told:
-            self._tell(self._batch[worker.item]["example"], trace)
+            self._tell(self._batch[worker.item], trace)
         age_ms = 1e3 * worker.age()     # an upper limit: the reply may have waited for us, and may lie
         verdict = Verdict(float(reason == "ok"), reason, min(ms, age_ms), extracted, list(trace), fault)
         self._verdicts[worker.item] = verdict
@@ -289,11 +289,15 @@ class Grader:
         self._failures = 0              # a worker that came as far as a verdict: the installation works
         self._left -= 1
 
-    def _tell(self, example, trace):
+    def _tell(self, item, trace):
         """Say the first error of the user's function: it may well be every response's."""
+        if "example" not in item:           # of another kind, whose process made that up
+            return
         self._told = True
-        print(f"--reward: {self.reward.name} on problem {example.get('id')}: {' '.join(trace)}; such a "
-              "response earns 0, and is counted as reward_error", file=sys.stderr)
+        # repr: a model may have written what a terminal obeys.
+        problem = item["example"].get("id")
+        print(f"--reward: {self.reward.name} on problem {problem}: {' '.join(trace)!r}; such "
+              "a response earns 0, and is counted as reward_error", file=sys.stderr)
 
     def _forget(self):
         """Drop what was submitted. A late reply must not answer an item of the next batch."""
@@ -353,9 +357,9 @@ class Grader:
                 self._discard(worker)
             else:
                 self._discard(worker, failed=not worker.ready)
-        elif "error" in reply:
-            raise ValueError(f"--reward: {reply['error']}")
         elif not worker.ready:
+            if "error" in reply:
+                raise ValueError(f"--reward: {reply['error']}")
             worker.ready = True
             _say_what_is_unfenced(reply["unfenced"])
         else:

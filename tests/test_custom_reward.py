@@ -106,8 +106,8 @@ def test_the_first_error_is_said_once_with_the_problem_and_the_line(grader, capf
     examples = [{"id": "p/1"}, {"id": "p/2"}, {"id": "p/3"}]
     grader.grade(["True", "fail()", "1/0"], ["5"] * 3, examples=examples)
     assert capfd.readouterr().err == (
-        "--reward: any on problem p/2: KeyError: 'no such thing' (line 6); such a response earns 0, and is "
-        "counted as reward_error\n")
+        "--reward: any on problem p/2: \"KeyError: 'no such thing' (line 6)\"; such a response earns 0, "
+        "and is counted as reward_error\n")
 
 
 def test_the_verifiers_are_there_beside_it(grader):
@@ -300,7 +300,7 @@ def test_a_run_is_trained_evaluated_and_resumed_by_a_reward_of_its_own(tmp_path)
                tmp_path / "run", "--reward", f"{file}:digits", "--eval_every", "2"]
     output = run([*command, "--steps", "2"], ranks=2)
     assert output.count("reference answers are not checked") == 1 and "no response can match" not in output
-    told = re.findall(r"--reward: digits on problem p[4-7]: ZeroDivisionError: .* zero .line 4.;", output)
+    told = re.findall(r"--reward: digits on problem p[4-7]: .ZeroDivisionError: .* zero .line 4..;", output)
     assert len(told) == 1                                        # by rank 0
     first, second = metrics(tmp_path / "run")[1:]
     assert first["reward/demo_mean"] + second["reward/demo_mean"] == 1                   # 4 of 8 are right
@@ -309,7 +309,8 @@ def test_a_run_is_trained_evaluated_and_resumed_by_a_reward_of_its_own(tmp_path)
     output = run(["srft.py", "--resume", "--out", tmp_path / "run", "--steps", "4"])
     assert "--reward holds something else than until now" in output and "with --steps 4" in output
     assert [row["reward/demo_mean"] for row in metrics(tmp_path / "run")[3:]] == [0, 0]
-    run(["eval.py", "--model", tmp_path / "run", "--benchmarks", tmp_path / "held.jsonl", "--device", "cpu",
-         "--max_tokens", "60", "--reward", f"{file}:digits", "--grader_workers", "1"])
+    output = run(["eval.py", "--model", tmp_path / "run", "--benchmarks", tmp_path / "held.jsonl", "--device",
+                  "cpu", "--max_tokens", "60", "--reward", f"{file}:digits", "--grader_workers", "1"])
+    assert output.count("whether digits accepts the reference answers is not checked") == 1
     summary = read_json(Path(tmp_path / "run" / "eval" / "summary.json"))["held"]
     assert summary["digits"]["reasons"].keys() <= {"ok", "wrong"} and "oat" not in summary
