@@ -261,7 +261,7 @@ PRESETS = {
 
 # What a run's config.json holds beside its flags; and two flags that are not taken from there: --out may have
 # been moved since.
-NOT_OF_THE_RUN = {"ranks", "machine", "git_commit", "python", "versions", "resume", "out"}
+NOT_OF_THE_RUN = {"ranks", "hub", "machine", "git_commit", "python", "versions", "resume", "out"}
 
 
 def parse_args(argv=None, description=__doc__):
