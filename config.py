@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import TEMPLATES
+from grading import custom
 from reward import TEXTS
+from support.flags import Parser, ShowVersions, flags_of_run, what_sets_what
 from support.intervals import check_interval
 
 
@@ -210,6 +212,9 @@ class Config:
         "sequences a rank decodes at once", within="[1, inf)")
     engine_eager: bool = opt(False, "engine",
         "no CUDA graphs in the engine (on CPU always so)")
+    reward: str = opt("", "engine",
+        "FILE.py:FUNCTION, a reward of one's own in place of Math-Verify: function(response, answer, "
+        "example) -> bool; see docs/data.md")
     grader_workers: int = opt(0, "engine",
         "grading processes a rank; 0: the cores divided by the node's ranks, less one for the engine",
         within="[0, 4096]")
@@ -254,14 +259,21 @@ PRESETS = {
 }
 
 
+# What a run's config.json holds beside its flags; and two flags that are not taken from there: --out may have
+# been moved since.
+NOT_OF_THE_RUN = {"ranks", "hub", "machine", "git_commit", "python", "versions", "resume", "out"}
+
+
 def parse_args(argv=None, description=__doc__):
-    """The command line -> Config. Unknown flags are errors. A flag that is given wins over --preset, and that
-    wins over what --method brings."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"srft.py: {message} (--help lists all flags)\n")
-    parser.add_argument("--preset", choices=PRESETS, default="paper", help="paper: the paper's 7B run; "
-                        "tiny: a built-in task and model for a laptop's CPU")
+    """The command line -> Config. Unknown flags are errors. What is given wins; then, with --resume, what
+    the run has in its config.json; then --preset; then what --method brings."""
+    brought = {f"--preset {name}": flags for name, flags in PRESETS.items()}
+    brought |= {f"--method {name}": method.flags for name, method in METHODS.items() if method.flags}
+    parser = Parser(prog="srft.py", description=description, epilog=what_sets_what(brought))
+    parser.add_argument("--version", action=ShowVersions)
+    parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS,
+                        help="paper: the paper's 7B run; tiny: a built-in task and model for a laptop's CPU; "
+                        "what each sets is below [paper]")
     groups = {}
     for f in dataclasses.fields(Config):
         name, choices = f.metadata["group"], f.metadata["choices"]
@@ -274,7 +286,11 @@ def parse_args(argv=None, description=__doc__):
         # Without a default here, `given` holds only what was on the command line.
         groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
-    preset = PRESETS[given.pop("preset")]
+    preset = PRESETS[given.pop("preset", "paper")]
+    if given.get("resume"):
+        out = given.get("out", preset.get("out", Config.out))
+        own = flags_of_run(parser, out, Config.__dataclass_fields__, leave=NOT_OF_THE_RUN)
+        given = {**own, **given}
     method = METHODS[given.get("method", "srft")]
     return Config(**{**method.flags, **preset, **given})
 
@@ -320,6 +336,8 @@ def check_flags(cfg):
     for name in ("model", "data", "out"):
         if not getattr(cfg, name).strip():        # to Python, the folder that the program is started in
             raise ValueError(f"--{name} is empty: give it a name (was a variable of the shell not set?)")
+    if cfg.reward:
+        custom.read(cfg.reward)                # is it there, and Python?
     if not cfg.out.isprintable():             # a byte that is no UTF-8: the export, at the end, would fail
         raise ValueError(f"--out {cfg.out!r}: has characters that are no text; use another name")
 
@@ -367,11 +385,14 @@ def check_objective(cfg):
         raise ValueError("--warmup needs --lr_schedule linear")
     if cfg.entropy_floor and cfg.entropy_quantile:
         raise ValueError("--entropy_floor or --entropy_quantile, not both")
+    if cfg.reward and not (cfg.strict_box and cfg.strict_answer):
+        raise ValueError("--strict_box and --strict_answer have no part in --reward: leave them out")
     if cfg.method == "sft_kl" and not cfg.kl_coef:
         raise ValueError("--method sft_kl needs --kl_coef; without KL it is --method sft")
     method = METHODS[cfg.method]
+    resumed = " (the method of a run that is resumed cannot change)" if cfg.resume else ""
     for name in sorted(FLAGS_OF_METHODS):
         meant = name in method.heeds
         untouched = getattr(cfg, name) in (getattr(Config, name), method.flags.get(name))
         if not meant and not untouched:
-            raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out")
+            raise ValueError(f"--{name} has no part in --method {cfg.method}: leave it out{resumed}")

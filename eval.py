@@ -13,9 +13,21 @@ n = 1); pass@k is the chance that one of k responses is correct, by the unbiased
 its standard error. `evaluate` is the same measurement inside a training run, but by Math-Verify alone, and a
 response cut off scores 0 there unless --score_unfinished says otherwise.
 """
+# ruff: noqa: E402      (imports below `parse`)
 import support.startup  # noqa: F401  (before torch)
 
-import argparse
+
+def parse(argv=None):
+    """The command line -> argparse.Namespace."""
+    # Not at the top: srft.py loads this file for `evaluate`, and trains without that room.
+    from paper import protocol
+    return protocol.parse(argv, __doc__)
+
+
+# Before the imports, which take seconds: --help and a misspelt flag are answered at once. main() parses anew.
+if __name__ == "__main__":
+    parse()
+
 import json
 import math
 import os
@@ -31,16 +43,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model as M
-from data import TEMPLATES, Prompt, check_vocabulary, grader_digest, tokenize
-from grading import notation
-from reward import TEXTS, Grader
+from data import Prompt, check_vocabulary, grader_digest, tokenize
+from grading import custom, notation
+from grading.answers import KINDS
+from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import checkpoints_in
 from support.claim import claim, lock
 from support.collectives import all_or_none, of_all_ranks
 from support.disk import append_whole, read_json, write_whole
 from support.hub import COMMITS, fetch
-from support.intervals import check_interval, positive
 from support.inventory import Inventory
 from support.processes import init_distributed, mistakes_in_one_line
 from support.runlog import json_line
@@ -92,9 +104,9 @@ class Stopped(Exception):
 def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False, stopping=()):
     """Draw and grade one response for each task -> list of rows (dict), as results.jsonl holds them.
 
-    kinds: the verifiers, of "oat" and "math-verify". Multiple choice (an example with `order`) is graded by
-    its letter instead; an example with a `repaired` reference gets a second verdict of "oat". Raises Stopped
-    as soon as `stopping` is not empty.
+    kinds: the verifiers, of "oat", "math-verify" and the function of --reward. Multiple choice (an example
+    with `order`) gets the verdict of its letter instead of the first two; an example with a `repaired`
+    reference a second one of "oat". Raises Stopped as soon as `stopping` is not empty.
     """
     rows = [None] * len(tasks)
     jobs = []                                         # (row, name of the verdict), as they are submitted
@@ -110,7 +122,7 @@ def answer(engine, grader, tasks, sampling, kinds, version=None, progress=False,
             rows[i] = new_row(tasks[i], rollout)
             for name, kind, reference in wanted_verdicts(example, kinds):
                 jobs.append((rows[i], name))
-                grader.submit([rollout.text], [reference], [rollout.finished], kind)
+                grader.submit([rollout.text], [reference], [rollout.finished], kind, [custom.about(example)])
 
     prompts = [task.prompt.ids for task in tasks]
     seeds = [task.seed(sampling.seed) for task in tasks]
@@ -143,9 +155,11 @@ def new_row(task, rollout):
 
 def wanted_verdicts(example, kinds):
     """[(name in the row, kind of grader, reference answer)] for a response to this example."""
-    # Both verifiers deny that "C)" is C, so a letter has a grader of its own.
-    if getattr(example, "order", None) is not None:
-        return [("choice", "choice", example.answer)]
+    # Both verifiers deny that "C)" is C, so a letter has a grader of its own; a reward of one's own sees all.
+    own = [kind for kind in kinds if kind not in KINDS]
+    letter = getattr(example, "order", None) is not None
+    if letter and len(own) < len(kinds):
+        kinds = [*own, "choice"]
     wanted = [(kind, kind, example.answer) for kind in kinds]
     repaired = getattr(example, "repaired", None)
     if repaired is not None and "oat" in kinds:
@@ -166,9 +180,8 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
     tasks = [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]
     # Dealt like cards: no rank gets one part of the file, such as its hard end, alone.
     try:
-        rows = answer(engine, grader, tasks[rank::world], sampling, ["math-verify"], version,
-                      stopping=stopping)
-        found = [(row["verdicts"]["math-verify"]["reward"], row["tokens"], row["nll"]) for row in rows]
+        rows = answer(engine, grader, tasks[rank::world], sampling, [grader.kind], version, stopping=stopping)
+        found = [(row["verdicts"][grader.kind]["reward"], row["tokens"], row["nll"]) for row in rows]
     except Stopped:
         found = None
     everyone = of_all_ranks(found)                    # three numbers a response, not its text
@@ -328,76 +341,6 @@ def check_finite(rows):
 # ----------------------------------------------------------------------------------------------------------
 # The command line.
 
-def parse(argv=None):
-    """The command line -> argparse.Namespace. Unknown flags and absurd numbers are errors."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"eval.py: {message} (--help lists all flags)\n")
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a run's folder")
-    intervals = add_flags(parser)
-    args = parser.parse_args(argv)
-    for name, interval in intervals.items():
-        try:
-            check_interval(f"--{name}", getattr(args, name), interval)
-        except ValueError as error:
-            parser.error(str(error))
-    return args
-
-
-def add_flags(parser):
-    """All flags that have a default. Returns name -> interval of those that are numbers."""
-    from paper.benchmarks import BENCHMARKS
-    from paper.tables import COLUMNS
-
-    intervals = {}
-
-    def flag(name, default, help, within=None, **how):
-        """Its type is the default's (a bool also gets --no-NAME), and its help ends in the default. within:
-        the interval that a number must lie in, as support.intervals writes it."""
-        if within:
-            intervals[name] = within
-        if isinstance(default, bool):
-            how["action"] = argparse.BooleanOptionalAction
-        elif default is not None and "choices" not in how:
-            how["type"] = type(default)
-        if default is not None:
-            help = f"{help} [{default}]"
-        parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **how)
-
-    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME or NAME@REVISION from the hub, "
-         "NAME=PATH a local copy; or PATH, a file of one's own with problem and answer; separated by commas")
-    flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL", metavar="DIR")
-    flag("template", None, "prompt template (Fig. A3, Fig. A4; Table A1); default: the run's, else paper",
-         choices=tuple(TEMPLATES))
-    flag("grader", "both", "verifier: the paper's final one, its training one, or both (Sec. 5.1)",
-         choices=("oat", "math-verify", "both"))
-    flag("samples", 0, "responses a problem; 0: 32 for AIME24 and AMC, else 1 (Sec. 5.1)", within="[0, inf)")
-    flag("limit", None, "only the first problems of each benchmark", type=positive)
-    flag("temperature", 0.6, "sampling temperature (App. B: 0.6); 0 is greedy", within="[0, inf)")
-    flag("top_p", 1.0, "nucleus sampling; the paper is silent", within="(0, 1]")
-    flag("max_tokens", 8192, "longest response (App. B: 8,192)", within="[1, inf)")
-    flag("seed", 0, "of sampling and of the order of options", within="[0, 4294967295]")
-    flag("rope_theta", 0.0, "RoPE theta; 0 keeps the model's own. App. B, for the base model: 40000",
-         within="[0, inf)")
-    flag("window", 0, "context window in tokens; 0 keeps the model's own. App. B, for the base model: 16384",
-         within="[0, inf)")
-    flag("grade_text", "after_think", "what is graded: after the last </think>, all, or nothing without one",
-         choices=TEXTS)
-    flag("strict_box", True, "Math-Verify grades the last box only, not any number it finds in the text")
-    flag("score_unfinished", True, "a response cut at --max_tokens is graded like any other (public code)")
-    flag("device", "auto", "auto: the GPU if torch is built for one, and an error if it cannot be used; else "
-         "the CPU", choices=("auto", "cuda", "cpu"))
-    flag("engine_memory", 0.9, "share of each GPU for vLLM", within="(0, 1]")
-    flag("engine_sequences", 256, "responses a rank decodes at once", within="[1, inf)")
-    flag("grader_workers", 0, "grading processes a rank; 0: the cores divided by the node's ranks, less "
-         "one for the engine", within="[0, 4096]")
-    flag("grader_deadline", 10.0, "seconds until a grading process is killed, and its reward is 0",
-         within="(0, 86400]")
-    flag("hang_minutes", 30.0, "stop, and name the rank that is behind, if one gets nothing done for longer",
-         within="(0, 525600]")
-    return intervals
-
-
 def main(argv=None):
     args = parse(argv)
     with hang_watch(), mistakes_in_one_line("eval.py"):
@@ -422,11 +365,13 @@ def measure(args):
     settle(args, folder, device, rank)
     dist.barrier()                                    # settings.json is there, before anyone writes results
     tensors = stored_tensors(folder)                  # says now if files are missing, and reads them later
-    kinds = ["oat", "math-verify"] if args.grader == "both" else [args.grader]    # the first one counts
+    kinds = verifiers(args)
     path = Path(args.out) / "results.jsonl"
     with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
                 strict_box=args.strict_box, strict_answer=False,      # told beside the comparable figures
-                score_unfinished=args.score_unfinished) as grader:
+                score_unfinished=args.score_unfinished, reward=args.reward) as grader:
+        with all_or_none():
+            grader.start()                            # a reward of one's own may fail to load
         name_unmatchable(grader, tasks, kinds, say)
         known = known_results(path, tasks)
         if len(known) < len(tasks):                   # else only the table is made again
@@ -445,6 +390,13 @@ def measure(args):
         write_summary(args, tasks, known, kinds)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def verifiers(args):
+    """Whose verdicts are asked for; those of the first one count."""
+    kinds = {"both": ["oat", "math-verify"], "none": []}.get(args.grader, [args.grader])
+    own = [custom.function_name(args.reward)] if args.reward else []
+    return own + kinds
 
 
 def locate(args):
@@ -500,14 +452,15 @@ def prepare(args, tokenizer, window, say):
 # What results of one folder must have in common. Benchmarks, samples and limit may grow; the rest is of the
 # machine.
 SETTINGS = ("weights", "versions", "grading", "template", "grader", "temperature", "top_p", "max_tokens",
-            "seed", "rope_theta", "window", "grade_text", "strict_box", "score_unfinished")
+            "seed", "rope_theta", "window", "grade_text", "strict_box", "score_unfinished", "reward_code")
 
 
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
     settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
     settings = {**vars(args), **environment(device), "weights": fingerprints(folder),
-                "grading": grader_digest(), "hub": COMMITS}
+                "grading": grader_digest(), "hub": COMMITS,
+                "reward_code": custom.read(args.reward).digest if args.reward else None}
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():
@@ -527,8 +480,11 @@ def name_unmatchable(grader, tasks, kinds, say):
     for task in tasks:
         if task.sample == 0:
             prompts.setdefault(task.benchmark, []).append(task.prompt)
+    checked = [kind for kind in kinds if kind in KINDS]
+    if checked != kinds:
+        say(f"--reward: whether {kinds[0]} accepts the reference answers is not checked")
     for benchmark, asked in prompts.items():
-        for kind in kinds:
+        for kind in checked:
             unmatchable(grader, benchmark, asked, say, kind)
 
 

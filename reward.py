@@ -36,6 +36,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from grading import custom
 from grading.answers import KINDS
 from grading.cpus import usable_cpus
 from grading.fence import UNFENCED
@@ -63,6 +64,7 @@ class Verdict:
     parse_fail  a closed box that is no mathematics, or a reference answer that cannot be parsed
     timeout     stopped by a time limit, or killed at the deadline
     killed      twice, the process that graded it died (memory, crash) or answered nonsense
+    reward_error  the function of --reward raised, or returned no truth value; `trace` says what
 
     `extracted` is the answer found in the response (its first 200 characters), `trace` one line for each
     comparison tried, for a person to read. `fault` is "unevaluated" or "ambiguous" where that is so, also
@@ -87,7 +89,9 @@ def graded_text(response, text="after_think"):
 class Grader:
     """Grades responses in worker processes of its own; a context manager.
 
-    kind        "math-verify" (training), "oat" (evaluation) or "choice"; `grade` can ask for another
+    kind        "math-verify" (training; the default), "oat" (evaluation), "choice"; `grade` can ask for any
+    reward      "FILE.py:FUNCTION", a function of one's own (grading/custom.py), as its file is now: another
+                kind, by the name of the function, and then the default
     workers     processes that grade at the same time; default: usable_cpus() / LOCAL_WORLD_SIZE (set by
                 torchrun), less one for the thread that schedules the engine's decoding steps
     deadline_s  the grading of a response is killed after this: "timeout", reward 0.0
@@ -107,10 +111,13 @@ class Grader:
     the fence around a grading lacks on this system, stderr says once.
     """
 
-    def __init__(self, kind="math-verify", workers=None, deadline_s=10.0, memory_mb=1000,
-                 text="after_think", strict_box=True, strict_answer=True, score_unfinished=False):
-        if kind not in KINDS or text not in TEXTS:
-            raise ValueError(f"Grader: kind {kind!r} must be one of {KINDS}, text {text!r} one of {TEXTS}")
+    def __init__(self, kind=None, workers=None, deadline_s=10.0, memory_mb=1000, text="after_think",
+                 strict_box=True, strict_answer=True, score_unfinished=False, reward=None):
+        self.reward = custom.read(reward) if reward else None
+        self.kinds = (*KINDS, self.reward.name) if reward else KINDS
+        kind = kind or (self.reward.name if reward else "math-verify")
+        if kind not in self.kinds or text not in TEXTS:
+            raise ValueError(f"Grader: kind {kind!r} must be one of {self.kinds}, text {text!r} of {TEXTS}")
         if (workers is not None and workers < 1) or not deadline_s > 0:
             raise ValueError(f"Grader: expected a worker and a deadline, found {workers}, {deadline_s} s")
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # of this machine: they share its CPUs
@@ -132,6 +139,7 @@ class Grader:
 
         self._pool = []                 # the workers
         self._dying = []                # processes that were killed, and may not have ended yet
+        self._told = False              # the first error of the user's function has been said
         self._failures = 0              # workers lost in a row before they did anything
         self._closed = False
         self._selector = selectors.DefaultSelector()    # tells which of many sockets has something to read
@@ -155,20 +163,27 @@ class Grader:
             except subprocess.TimeoutExpired:
                 pass                    # stuck in the kernel; SIGKILL is pending, and no one can do more
 
-    def grade(self, responses, answers, finished=None, kind=None):
+    def start(self):
+        """Wait until a worker can grade. Raises ValueError where the user's function cannot be loaded."""
+        while not any(worker.ready for worker in self._pool):
+            self._advance(wait=False)
+            time.sleep(0.02)
+
+    def grade(self, responses, answers, finished=None, kind=None, examples=None):
         """list[str], list[str] -> list[Verdict], in order. No content makes it raise.
 
-        finished: list[bool], False for a response cut at its token limit; default: all True.
+        finished: list[bool], False for a response cut at its token limit; default: all True. examples: list
+        of dict, the third argument of the user's function; default: all {}.
         ValueError: lengths differ, or unknown kind. TypeError: not all str. RuntimeError: workers cannot
         start, it is closed, or verdicts of `submit` must be collected first. After any exception that comes
         from in here, Ctrl-C included, `grade` works again unless it is closed.
         """
         if self._verdicts:
             raise RuntimeError(f"grade: collect the {len(self._verdicts)} verdicts that were submitted first")
-        self.submit(responses, answers, finished, kind)
+        self.submit(responses, answers, finished, kind, examples)
         return self.collect()
 
-    def submit(self, responses=(), answers=(), finished=None, kind=None):
+    def submit(self, responses=(), answers=(), finished=None, kind=None, examples=None):
         """Queue responses, as `grade` takes them, and return at once; `collect` gives the verdicts.
 
         Workers get their next response, and late ones are killed, only in a call of this class: so call it
@@ -178,7 +193,10 @@ class Grader:
             raise RuntimeError("grade: this Grader is closed; make a new one")
         if finished is None:
             finished = [True] * len(responses)
-        items = self._items(responses, answers, finished, kind or self.kind)    # raises before any is queued
+        if examples is None:
+            examples = [{}] * len(responses)
+        # Raises before any is queued.
+        items = self._items(responses, answers, finished, kind or self.kind, examples)
         if not self._left:
             self._failures = 0
             for worker in list(self._pool):
@@ -223,7 +241,7 @@ class Grader:
 
     # ---- Items ----------------------------------------------------------------------------------------
 
-    def _items(self, responses, answers, finished, kind):
+    def _items(self, responses, answers, finished, kind, examples):
         """What workers are sent, one for each response."""
         if not len(responses) == len(answers) == len(finished):
             raise ValueError(f"grade: {len(responses)} responses but {len(answers)} answers and "
@@ -232,12 +250,15 @@ class Grader:
             if not (isinstance(response, str) and isinstance(answer, str)):
                 found = [type(response), type(answer)]
                 raise TypeError(f"grade: item {i}: expected str, str; found {found}")
-        if kind not in KINDS:
-            raise ValueError(f"grade: kind {kind!r} must be one of {KINDS}")
+        if kind not in self.kinds:
+            raise ValueError(f"grade: kind {kind!r} must be one of {self.kinds}")
         items = []
-        for response, answer in zip(responses, answers):
+        for response, answer, example in zip(responses, answers, examples, strict=True):
             text = graded_text(response, self.text)[-MAX_CHARS:]
-            items.append({"kind": kind, "response": text, "answer": answer, "strict_box": self.strict_box})
+            item = {"kind": kind, "response": text, "answer": answer, "strict_box": self.strict_box}
+            if kind not in KINDS:
+                item["example"] = example
+            items.append(item)
         return items
 
     def _ruled_out(self, response, finished):
@@ -259,12 +280,24 @@ class Grader:
             return
         if fault and self.strict_answer and self._batch[worker.item]["kind"] == "math-verify":
             reason = fault
+        if reason == "reward_error" and not self._told:
+            self._tell(self._batch[worker.item], trace)
         age_ms = 1e3 * worker.age()     # an upper limit: the reply may have waited for us, and may lie
         verdict = Verdict(float(reason == "ok"), reason, min(ms, age_ms), extracted, list(trace), fault)
         self._verdicts[worker.item] = verdict
         worker.item = None
         self._failures = 0              # a worker that came as far as a verdict: the installation works
         self._left -= 1
+
+    def _tell(self, item, trace):
+        """Say the first error of the user's function: it may well be every response's."""
+        if "example" not in item:           # of another kind, whose process made that up
+            return
+        self._told = True
+        # repr: a model may have written what a terminal obeys.
+        problem = item["example"].get("id")
+        print(f"--reward: {self.reward.name} on problem {problem}: {' '.join(trace)!r}; such "
+              "a response earns 0, and is counted as reward_error", file=sys.stderr)
 
     def _forget(self):
         """Drop what was submitted. A late reply must not answer an item of the next batch."""
@@ -325,6 +358,8 @@ class Grader:
             else:
                 self._discard(worker, failed=not worker.ready)
         elif not worker.ready:
+            if "error" in reply:
+                raise ValueError(f"--reward: {reply['error']}")
             worker.ready = True
             _say_what_is_unfenced(reply["unfenced"])
         else:
@@ -335,7 +370,7 @@ class Grader:
         """Launch workers until there are as many as shall grade."""
         self._dying = [process for process in self._dying if process.poll() is None]    # poll reaps the dead
         while len(self._pool) < self.workers:
-            worker = Worker(self.memory_mb, self.deadline_s)
+            worker = Worker(self.memory_mb, self.deadline_s, self.reward)
             self._pool.append(worker)
             self._selector.register(worker.sock, selectors.EVENT_READ, data=worker)
 
@@ -402,6 +437,7 @@ def explain(argv):
     parser.add_argument("--response", required=True, help="file that holds the response; -: standard input")
     parser.add_argument("--answer", required=True, help="reference answer")
     parser.add_argument("--grader", choices=KINDS, help="default: both math-verify and oat")
+    parser.add_argument("--reward", metavar="FILE.py:FUNCTION", help="a function of one's own, instead")
     parser.add_argument("--grade_text", choices=TEXTS, default="after_think", help="what is graded")
     parser.add_argument("--strict_box", action=argparse.BooleanOptionalAction, default=True,
                         help="only the last box counts, for math-verify")
@@ -422,10 +458,18 @@ def explain(argv):
     text = graded_text(response, args.grade_text)
     print(f"response   {len(response)} characters; graded are the last {min(len(text), MAX_CHARS)}")
     kinds = [args.grader] if args.grader else ["math-verify", "oat"]
-    with Grader(workers=1, text=args.grade_text, strict_box=args.strict_box,
-                strict_answer=args.strict_answer) as grader:
+    try:
+        grader = Grader(workers=1, text=args.grade_text, strict_box=args.strict_box,
+                        strict_answer=args.strict_answer, reward=args.reward)
+        grader.start()
+    except ValueError as error:
+        parser.exit(2, f"reward.py: {error}\n")
+    if args.reward:
+        kinds = [grader.kind]
+    example = {"id": args.response, "problem": "", "answer": args.answer}
+    with grader:
         for kind in kinds:
-            verdict, = grader.grade([response], [args.answer], kind=kind)
+            verdict, = grader.grade([response], [args.answer], kind=kind, examples=[example])
             print(f"\n{kind}\n  extracted  {verdict.extracted!r}")
             for step in verdict.trace:
                 print(f"  tried      {step}")

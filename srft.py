@@ -23,6 +23,12 @@ Where the paper leaves something open, the defaults do this (docs/decisions.md h
 """
 import support.startup  # noqa: F401  (before torch)
 
+from config import parse_args
+
+# Before the imports, which take seconds: --help and a misspelt flag are answered at once. main() parses anew.
+if __name__ == "__main__":
+    parse_args(description=__doc__)
+
 import math
 import time
 from collections import Counter
@@ -43,19 +49,20 @@ from config import (
     asks_for_the_papers_loss,
     check_config,
     check_flags,
-    parse_args,
     sequences_per_prompt,
     settings,
 )
 from data import Order, check_vocabulary, demo_key, digest, load_examples, tokenize
 from eval import Sampling, evaluate, unmatchable
 from grading.answers import FAILED
+from grading.custom import about
 from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.collectives import agreed, all_or_none, anyone, of_all_ranks
 from support.device import memory_gb, name_the_card, read_once, utilization
 from support.disk import words_if_full
+from support.flags import whose_flags
 from support.health import Health, check_engine
 from support.hub import COMMITS, fetch
 from support.inventory import Inventory
@@ -306,15 +313,15 @@ def sample_and_grade(prompts, places, step, cfg, engine, grader, demo_rewards):
             continue
         key = demo_key(example)
         if key not in demo_rewards and key not in submitted:
-            grader.submit([example.demo], [example.answer])
+            grader.submit([example.demo], [example.answer], examples=[about(example)])
             submitted.append(key)
 
     def grade_finished(ended):
         """The engine calls it after every decoding step. Often nothing has ended; the grader then only hands
         out what waits."""
         for i, k, rollout in ended:
-            place = places[i]
-            grader.submit([rollout.text], [prompts[place].example.answer], [rollout.finished])
+            place, example = places[i], prompts[places[i]].example
+            grader.submit([rollout.text], [example.answer], [rollout.finished], examples=[about(example)])
             submitted.append((place, k))
         grader.submit()
 
@@ -652,6 +659,9 @@ def setup(cfg):
     device = ranks.device
     say = print if ranks.rank == 0 else lambda *_: None
     # What can fail fast comes first: loading 7B takes minutes.
+    if cfg.resume:
+        agreed("the flags of this run, which --resume takes from its folder", settings(cfg))
+        say(whose_flags(cfg.out))
     check_flags(cfg)
     objective = load_objective(cfg)
     check_versions(versions(), say)
@@ -665,12 +675,15 @@ def setup(cfg):
     base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
     tokenizer = M.load_tokenizer(folder)
     # The grader before the model: its processes start while that is loaded.
-    grader = Grader("math-verify", cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
+    grader = Grader(None, cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
                     strict_box=cfg.strict_box, strict_answer=cfg.strict_answer,
-                    score_unfinished=cfg.score_unfinished)
+                    score_unfinished=cfg.score_unfinished, reward=cfg.reward)
+    if cfg.reward:
+        with all_or_none():
+            grader.start()                            # can it be loaded?
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
-    identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout)
+    identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout, grader.reward)
     checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
     check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
@@ -688,7 +701,7 @@ def setup(cfg):
         cfg.engine_memory, cfg.engine_eager or device.type == "cpu", cfg.seed)
     # After the engine, whose start draws from the same generators, and before a checkpoint restores them.
     seed_everything(cfg.seed + ranks.rank)
-    progress = restore(cfg, checkpoint, policy, optimizer, say)
+    progress = restore(cfg, checkpoint, identity, policy, optimizer, say)
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
     log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1)
@@ -714,9 +727,12 @@ def load_data(cfg, tokenizer, vocab_size, grader, say):
             raise ValueError(f"--eval_data: two sets are called {name}; rename one file")
         heldout[name] = load_prompts(source, "--eval_data", tokenizer, vocab_size, cfg, say)
     check_demonstrations(cfg, prompts)                # already here: the next lines may take minutes
-    for name, asked in heldout.items():
-        matchable(grader, f"--eval_data {name}", asked, say)
-    prompts = matchable(grader, "--data", prompts, say)
+    if cfg.reward:
+        say("--reward: reference answers are not checked; what they match is known to the function alone")
+    else:
+        for name, asked in heldout.items():
+            matchable(grader, f"--eval_data {name}", asked, say)
+        prompts = matchable(grader, "--data", prompts, say)
     check_demonstrations(cfg, prompts)
     if not METHODS[cfg.method].rollouts:
         prompts = [prompt for prompt in prompts if prompt.demo]
@@ -770,13 +786,15 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def identify(model, base, prompts, heldout):
+def identify(model, base, prompts, heldout, reward=None):
     """What this run is about: flag -> digests of what it names. By content, since another file may have that
-    name when the run is resumed. model, base: folders, base None where no KL is taken to it. A collective.
+    name when the run is resumed. model, base: folders, base None where no KL is taken to it. reward: of
+    grading.custom, or None. A collective.
     Raises ValueError if ranks (of several nodes) have read different things."""
     identity = {"data": digest(prompts), "model": fingerprints(model),
                 "reference": fingerprints(base) if base else None,
-                "eval_data": {name: digest(held) for name, held in heldout.items()}}
+                "eval_data": {name: digest(held) for name, held in heldout.items()},
+                "reward": reward.digest if reward else None}
     for name, value in identity.items():
         agreed(f"--{name}", value)
     return identity
@@ -794,7 +812,7 @@ def ask_for_room(cfg, checkpoint, config, ranks, say):
                    exported=weights * M.compute_dtype(ranks.device).itemsize, log=say)
 
 
-def restore(cfg, checkpoint, policy, optimizer, say):
+def restore(cfg, checkpoint, identity, policy, optimizer, say):
     """Put weights and optimizer back to where `checkpoint`, (path, manifest), was written -> its Progress.
     None: a new run's. A collective."""
     if checkpoint is None:
@@ -802,11 +820,10 @@ def restore(cfg, checkpoint, policy, optimizer, say):
     phase("load checkpoint")
     path, manifest = checkpoint
     state = load_checkpoint(path, manifest, policy, optimizer)
-    then = state.pop("settings")
-    del state["identity"]
+    then, reward = state.pop("settings"), state.pop("identity").get("reward")
     for group in optimizer.param_groups:                      # flags win over what the checkpoint recorded
         group["weight_decay"] = cfg.weight_decay
-    if any(then.get(name) != getattr(cfg, name) for name in GRADING):
+    if reward != identity["reward"] or any(then.get(name) != getattr(cfg, name) for name in GRADING):
         state["demo_rewards"] = {}                            # they were graded by other rules
     say(f"resumed {path}")
     if 0 < cfg.profile <= state["step"]:

@@ -16,7 +16,8 @@ import time
 from grading import notation, oat, statement, values
 
 KINDS = ("math-verify", "oat", "choice")
-REASONS = ("ok", "wrong", "no_box", "unclosed", "parse_fail", "timeout")    # what `judge` may answer
+REASONS = ("ok", "wrong", "no_box", "unclosed", "parse_fail", "timeout",       # what `judge` may answer,
+           "reward_error")                                                     # or custom.judge
 FAILED = ("timeout", "killed")          # of a verdict; these say nothing about the response
 DENIAL = r"\\(?:neq?|neg|not|equiv)(?![a-z])"      # Math-Verify reads \neq 5 as 5
 

@@ -5,7 +5,7 @@
     worker.send({"id": 0, "kind": "oat", "response": ..., "answer": ..., "strict_box": True})
     worker.receive()                                        # {"id": 0, "reason": "ok", ...}; None: it is lost
 
-    python grading/worker.py FD MEMORY_MB DEADLINE_S        # how Worker launches it; of no use by hand
+    python grading/worker.py FD MEMORY_MB DEADLINE_S [FILE FUNCTION]      # how Worker launches it
 
     run -- Grader (reward.py)
             |-- worker                  loads sympy and warms up once; reads no response itself
@@ -41,8 +41,8 @@ import time
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from grading import fence, warmup  # noqa: E402  (after the line above)
-from grading.answers import REASONS, judge, misstated  # noqa: E402
+from grading import custom, fence, warmup  # noqa: E402  (after the line above)
+from grading.answers import KINDS, REASONS, judge, misstated  # noqa: E402
 from grading.statement import FAULTS  # noqa: E402
 
 MAX_REPLY = 8192        # bytes of a reply; a longer trace is cut
@@ -76,19 +76,27 @@ class Worker:
     since   when it was launched, or when it was given its item (seconds of time.monotonic)
     """
 
-    def __init__(self, memory_mb, deadline_s):
-        """Launch the process, with the limits of `main`, and return at once."""
+    def __init__(self, memory_mb, deadline_s, reward=None):
+        """Launch the process, with the limits of `main`, and return at once. reward: a custom.Reward."""
         self.sock, theirs = socket.socketpair()
         script = os.path.abspath(__file__)
+        command = [sys.executable, script, str(theirs.fileno()), str(memory_mb), str(deadline_s)]
+        stdin = subprocess.DEVNULL
+        if reward is not None:
+            command += [reward.path, reward.name]
+            stdin = os.memfd_create("reward")           # a file in memory; a pipe may be too small
+            os.write(stdin, reward.source)
         # This end of `theirs` is closed as soon as the process has its own: then, when the process dies, the
         # system closes the last one, and our recv returns nothing instead of waiting for ever.
         with theirs:
             self.proc = subprocess.Popen(
-                [sys.executable, script, str(theirs.fileno()), str(memory_mb), str(deadline_s)],
+                command,
                 pass_fds=[theirs.fileno()],             # every other file of ours is closed in the process
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=subprocess.DEVNULL,              # stderr stays: a failed start is to be seen
                 env=_environment())
+        if reward is not None:
+            os.close(stdin)
         self.sock.settimeout(SEND_S)
         self.ready = False
         self.item = None
@@ -122,7 +130,7 @@ class Worker:
             return None
         if self.ready:
             return message if self.busy and well_formed(message, self.item) else None
-        if not isinstance(message, dict) or message.get("ready") is not True:
+        if not isinstance(message, dict) or message.get("ready") is not True and "error" not in message:
             return None
         return message
 
@@ -138,13 +146,14 @@ def _environment():
 
 # ---- In the process -----------------------------------------------------------------------------------
 
-def main(fd, memory_mb, deadline_s):
+def main(fd, memory_mb, deadline_s, reward=None):
     """Have the items that arrive on socket `fd` graded, each in a child, until the parent closes it.
 
     memory_mb   MiB of address space, of the worker and of each child: what needs more ends in a MemoryError,
                 or in a crash
     deadline_s  after which a child is killed. In it, each parse and comparison has an earlier limit (half of
                 it, but 1 to 5 s), so that most end without a kill, and its CPU time a later one
+    reward      a custom.Reward, a kind of grader by its name; if it cannot be loaded, the parent is told why
     SystemExit, with the reason on stderr, if a grader does not work.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM):             # the parent handles them, and kills us
@@ -156,7 +165,14 @@ def main(fd, memory_mb, deadline_s):
     logging.disable(logging.CRITICAL)
     warmup.warm_up()
     sock = socket.socket(fileno=fd)
-    children = _Children(sock)
+    own = None
+    if reward is not None:
+        try:
+            own = custom.load(reward)
+        except ValueError as error:
+            sock.sendall(json.dumps({"error": str(error)[:500]}).encode() + b"\n")
+            return
+    children = _Children(sock, own)
     unfenced = children.try_out()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)                # no stderr: start-up errors were shown
     # A collection of garbage writes to all that it looks at, and a child's first write to a page copies it.
@@ -170,8 +186,9 @@ def main(fd, memory_mb, deadline_s):
 class _Children:
     """Forks a child for each item, waits for its reply, and sees to its end."""
 
-    def __init__(self, sock):
+    def __init__(self, sock, own=None):
         self.sock = sock                # to the parent: not for children
+        self.own = own                  # grades by the user's function
         self.calls, self.missing = fence.call_filter()
         self.ended = []                 # those that were killed, and may not be gone yet
 
@@ -222,7 +239,7 @@ class _Children:
             fence.put_up(self.calls, deadline_s)
             # An int >= 1: a float makes Math-Verify's `parse` return [] in silence, and every reward 0.
             seconds = min(5, max(1, int(deadline_s / 2)))
-            os.write(fence.REPLY_FD, _reply(item, seconds))
+            os.write(fence.REPLY_FD, _reply(item, seconds, self.own))
         finally:
             os._exit(0)                 # not sys.exit: no handlers, no buffers
 
@@ -249,13 +266,16 @@ def _read_line(fd, deadline):
     return line, False
 
 
-def _reply(item, seconds):
+def _reply(item, seconds, own):
     """Grade one item -> its reply, a line of at most MAX_REPLY bytes."""
     start = time.monotonic()
-    reason, extracted, trace = judge(item, seconds)
+    if item["kind"] in KINDS:
+        reason, extracted, trace = judge(item, seconds)
+    else:
+        reason, extracted, trace = own(item)
     reply = {"id": item["id"], "reason": reason, "ms": 1e3 * (time.monotonic() - start)}
     reply["fault"] = ""
-    if reason == "ok" and item["kind"] != "choice":             # a letter has no faults
+    if reason == "ok" and item["kind"] in ("math-verify", "oat"):      # a letter has no faults
         reply["fault"] = misstated(item["response"], item["answer"], extracted) or ""
     reply["extracted"] = extracted[:200]
     reply["trace"] = [step[:300] for step in trace[:20]]
@@ -284,4 +304,7 @@ def _leave_project():
 
 if __name__ == "__main__":
     _leave_project()
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    given = None
+    if len(sys.argv) > 4:
+        given = custom.Reward(sys.argv[4], sys.argv[5], os.pread(0, os.fstat(0).st_size, 0))
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), given)

@@ -24,7 +24,6 @@ models score the very same tokens, token by token, at temperature 1, given promp
 """
 import support.startup  # noqa: F401  (before torch)
 
-import argparse
 import html
 import json
 from pathlib import Path
@@ -39,6 +38,7 @@ from data import TEMPLATES, check_vocabulary, load_examples, tokenize
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import verify_checkpoint
 from support.collectives import of_all_ranks
+from support.flags import Parser
 from support.hub import fetch
 from support.intervals import number_in, positive
 from support.inventory import Inventory
@@ -581,18 +581,10 @@ FIGURES = {"respond": respond, "fig2a": fig2a, "fig2b": fig2b, "fig3": fig3} | d
 
 def parse(argv=None):
     """The command line; --help and FIGURE --help explain it. Exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m paper.figures", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(message):
-        parser.exit(2, f"paper/figures.py: {message} (--help explains each figure)\n")
-
-    parser.error = error
+    parser = Parser(prog="python -m paper.figures", description=__doc__)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, function in FIGURES.items():
-        one = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__,
-                                 allow_abbrev=False)
-        one.error = error
+        one = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
         one.add_argument("--out", default=f"out/figures/{name}",
                          help="path of the files, without suffix [%(default)s]")
         if function is curves:

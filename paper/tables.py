@@ -66,7 +66,7 @@ def standard_error(values):
 
 def verdict(row, kind):
     """A row's verdict in the view of one verifier; multiple choice has one for both."""
-    return row["verdicts"].get("choice") or row["verdicts"][kind]
+    return row["verdicts"].get(kind) or row["verdicts"]["choice"]
 
 
 def summarize(rows, kinds):
@@ -92,7 +92,7 @@ def summarize(rows, kinds):
             rewards, strict, reasons = [], [], Counter()
             for row in part:
                 # Where the reference needed no repair, or the problem is multiple choice: one for all views.
-                seen = row["verdicts"].get(view) or verdict(row, kinds[0])
+                seen = row["verdicts"].get(view) or verdict(row, view.removesuffix("/repaired"))
                 rewards.append(seen["reward"])
                 strict.append(seen["reward"] and not seen.get("fault"))     # a letter has no faults
                 reasons[seen["reason"]] += 1
@@ -266,7 +266,8 @@ def departures(args, summary):
 
     args: eval.py's flags. summary: of `summarize`.
     """
-    notes = []
+    own = f"--reward {args.reward}: that function gave the verdicts of its name"
+    notes = [own] if args.reward else []
     for name, paper in {"temperature": 0.6, "max_tokens": 8192, "template": "paper"}.items():
         if getattr(args, name) != paper:
             notes.append(f"--{name} {getattr(args, name)}, the paper: {paper}")

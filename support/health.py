@@ -159,12 +159,12 @@ def gradings(grading):
 
 def warn_of_grader(metrics, total):
     """Warn of a step whose rewards are all 0 while more than 0.5 % of its `total` gradings were given up."""
-    failed = metrics["grader/timeouts"]
+    failed = metrics["grader/timeouts"] + metrics["grader/reward_error"]
     if metrics["reward/mean"] != 0 or failed <= 0.005 * total:
         return
     warn(f"every reward is 0, and {failed} of {total:.0f} gradings were given up: the grader may be at "
          "fault, not the policy. Look at the reasons in samples.jsonl and at the load of this machine; raise "
-         "--grader_deadline or --grader_workers")
+         "--grader_deadline or --grader_workers, or mend the function of --reward")
 
 
 def warn(text):

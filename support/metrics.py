@@ -110,7 +110,7 @@ def summarize(sequences, n_prompts, grading, updates, clock):
         "response_len/truncated": mean_of(not s.finished for s in rollouts),
         "grader/timeouts": sum(grading[reason] for reason in FAILED),
         "perf/grader_ms": grading["ms"] / max(1, gradings(grading))}
-    for reason in ("no_box", "unclosed", "truncated", "parse_fail", *FAULTS):
+    for reason in ("no_box", "unclosed", "truncated", "parse_fail", "reward_error", *FAULTS):
         metrics[f"grader/{reason}"] = grading[reason]
 
     # With several updates a step, each metric is their mean; of the largest difference, the largest.

@@ -2,15 +2,15 @@
 
     check_versions(versions(), say=print)          # refuses what is too old, names what is untested
     settings |= environment(device)                # machine, commit and versions, beside every figure
+    print("\\n".join(stack()))                      # --version
 
-To copy: this file, with a TESTED of your own. It needs torch and packaging.
+To copy: this file, with a TESTED of your own. It needs packaging, and torch for what it says of cards.
 """
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from packaging.version import Version
 
 # Package: the oldest and the newest version that the tests have passed with.
@@ -41,15 +41,40 @@ def versions():
     return found
 
 
+def stack():
+    """The program and what it runs on, in lines: for --version, and for whoever reports a fault."""
+    found = {"srft": f"commit {commit() or 'unknown'}", "python": platform.python_version(), **versions()}
+    found["system"] = platform.platform()
+    if "torch" in found:
+        import torch  # whose metadata do not say for which CUDA it is
+        found["CUDA"] = torch.version.cuda or "none: torch is built for CPUs"
+    ask = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    found["card, driver"] = said_by(*ask) or "none"
+    lines = []
+    for name, text in found.items():
+        for line in text.splitlines():                        # a line for each card
+            lines.append(f"{name:<13}{line}")
+    return lines
+
+
+def commit():
+    """Of the repository that this file lies in; None without git, or copied out of it."""
+    return said_by("git", "-C", Path(__file__).parent, "rev-parse", "HEAD")
+
+
+def said_by(*command):
+    """What a command prints; None if it fails, or is not there."""
+    try:
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def environment(device):
     """What a figure must be read with: versions, machine, commit. device: torch's, where it was measured."""
-    try:
-        commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], check=True,
-                                text=True, capture_output=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None                                         # no git, or copied out of its repository
     machine = platform.machine() + " CPU"
     if device.type == "cuda":
+        import torch
         machine = torch.cuda.get_device_name(device)
-    return {"machine": machine, "git_commit": commit, "python": platform.python_version(),
+    return {"machine": machine, "git_commit": commit(), "python": platform.python_version(),
             "versions": versions()}

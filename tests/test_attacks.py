@@ -324,6 +324,14 @@ def test_a_reply_of_another_shape_earns_nothing_and_costs_no_worker(survivor, li
     assert survivor._pool == [worker] and run(survivor, "1").extracted == "ran"
 
 
+def test_a_reply_in_the_words_of_another_kind_of_grader_earns_nothing_and_ends_no_run(survivor, capfd):
+    line = (b'{"id": 0, "reason": "reward_error", "ms": 1.0, "extracted": "", "fault": "", '
+            b'"trace": ["\\u001b[2J"], "error": "made up"}\n')
+    verdict = run(survivor, f"os.write(3, {line!r}); os._exit(0)")
+    assert (verdict.reward, verdict.reason) == (0.0, "reward_error") and capfd.readouterr().err == ""
+    assert run(survivor, "1").extracted == "ran"
+
+
 # ---- What a worker knows -------------------------------------------------------------------------
 
 def test_a_worker_has_no_token_in_its_environment_and_finds_its_packages(monkeypatch):

@@ -325,11 +325,12 @@ def test_the_engine_is_asked_as_the_sampling_says_and_a_tasks_seed_does_not_depe
 
 class Exact:
     """Stands where the Grader does: right is what equals the reference letter by letter."""
+    kind = "math-verify"
 
     def __init__(self):
         self.verdicts = []
 
-    def submit(self, responses=(), answers=(), finished=None, kind=None):
+    def submit(self, responses=(), answers=(), finished=None, kind=None, examples=None):
         for response, answer in zip(responses, answers):
             right = response == answer
             self.verdicts.append(Verdict(float(right), "ok" if right else "wrong", 0.0))
@@ -400,7 +401,7 @@ def test_the_accuracy_in_training_is_bit_for_bit_that_of_the_tables(problems, n,
             for reward in right.flat]
     monkeypatch.setattr(E, "answer", lambda *_, **__: rows)
     prompts = [Prompt(Example(f"{i}", "?", "1"), [1], None) for i in range(problems)]
-    found = E.evaluate(None, None, "heldout", prompts, n, E.Sampling(), 1)
+    found = E.evaluate(None, Exact(), "heldout", prompts, n, E.Sampling(), 1)
     assert found["accuracy"] == scores.estimate(right)["accuracy"]
 
 
@@ -791,9 +792,9 @@ def fails(monkeypatch, capfd):
 @pytest.mark.parametrize("flags, says", [
     (["--model", "no/such"], "--model no/such: no such local path"),
     (["--bench", "math500"], "unrecognized arguments: --bench"),
-    (["--samples", "-1"], "--samples -1: must lie in [0, inf)"),
-    (["--max_tokens", "0"], "--max_tokens 0: must lie in [1, inf)"),
-    (["--temperature", "-0.1"], "--temperature -0.1: must lie in [0, inf)"),
+    (["--samples", "-1"], "--samples: -1 must lie in [0, inf)"),
+    (["--max_tokens", "0"], "--max_tokens: 0 must lie in [1, inf)"),
+    (["--temperature", "-0.1"], "--temperature: -0.1 must lie in [0, inf)"),
     (["--grader", "exact"], "choose from 'oat', 'math-verify', 'both'"),
     (["--benchmarks", "math600"], "math600: neither a benchmark nor a file"),
     (["--benchmarks", "math600"], ", ".join(BENCHMARKS)),

@@ -16,8 +16,9 @@ from support.health import LASTING, Health, check_alive
 from support.runlog import RunLog, read_rows
 
 V, ROLLOUTS = 21, 16
-HEALTHY = {"step": 3, "reward/mean": 0.0, "grader/timeouts": 0, "grader/no_box": 5, "grader/unclosed": 2,
-           "grader/truncated": 8, "engine/logp_diff_rank": 0.0, "entropy/rollout": 1.0, "entropy/demo": 0.1}
+HEALTHY = {"step": 3, "reward/mean": 0.0, "grader/timeouts": 0, "grader/reward_error": 0, "grader/no_box": 5,
+           "grader/unclosed": 2, "grader/truncated": 8, "engine/logp_diff_rank": 0.0, "entropy/rollout": 1.0,
+           "entropy/demo": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,13 @@ def test_what_goes_on_in_vain_is_warned_of_once_when_it_has_lasted(name, capsys)
     assert said(capsys, *[trouble] * (LASTING - 1), {}, *[trouble] * (LASTING - 1)) == []
     [warning] = said(capsys, *[trouble] * 3 * LASTING, {}, *[trouble] * LASTING)
     assert re.search(words, warning) and f"for {LASTING} steps" in warning
+
+
+@pytest.mark.parametrize("failed", ["grader/timeouts", "grader/reward_error"])
+def test_a_step_without_rewards_whose_gradings_failed_is_warned_of_at_once(failed, capsys):
+    [warning] = said(capsys, {failed: 1})
+    assert "every reward is 0, and 1 of 1 gradings were given up" in warning
+    assert said(capsys, {failed: 1, "reward/mean": 0.5}) == []
 
 
 @pytest.mark.parametrize("healthy", [{}, {"entropy/rollout": 2.5}, {"entropy/rollout": None}])

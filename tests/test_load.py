@@ -103,6 +103,14 @@ def test_an_unusable_reference_leaves_training_stays_in_the_evaluation_and_a_lat
     assert said.count("no response can match the reference answer 'bad'") == 2
 
 
+def test_with_a_reward_of_ones_own_reference_answers_are_not_checked_which_is_said_once(tmp_path):
+    (tmp_path / "own.py").write_text("def own(response, answer, example):\n    return True\n")
+    checker = Checker()
+    prompts, _, said = load(tmp_path, [SHOWN | {"answer": "bad"}], "--reward", f"{tmp_path}/own.py:own",
+                            held=[BARE | {"answer": "bad"}], checker=checker)
+    assert len(prompts) == 1 and not checker.parts and said.count("reference answers are not checked") == 1
+
+
 def test_each_distinct_answer_is_checked_once_in_parts_under_a_bar_and_all_its_prompts_are_told(
         tmp_path, monkeypatch):
     bars = []

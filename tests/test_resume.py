@@ -241,16 +241,18 @@ def test_a_finished_run_that_has_lost_its_checkpoints_keeps_its_records(whole_ru
 
 
 @pytest.mark.slow
-def test_a_broken_newest_checkpoint_and_an_empty_config_cost_a_resume_nothing(whole_run, tmp_path):
+def test_a_broken_newest_checkpoint_costs_a_resume_nothing_which_needs_no_more_than_the_folder(
+        whole_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole_run, out)
-    (out / "config.json").write_text("")
     shard = out / "checkpoints" / "step-6" / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    output = run([*SMALL, "--out", out, "--steps", "6", "--resume"])
+    output = run(["srft.py", "--resume", "--out", out])
     assert f"refusing a checkpoint: {shard}: damaged" in output and "checkpoints/step-4" in output
+    assert f"--resume: flags that are not given are as in {out}/config.json" in output
+    assert f"  with --out {out}, until now {whole_run}\n" in output and output.count(", until now ") == 1
     assert_same_run(whole_run, out)
     assert json.loads((out / "config.json").read_text())["prompts_per_step"] == 4
 
@@ -303,7 +305,8 @@ def test_the_digest_of_the_grader_is_of_all_its_code(monkeypatch, tmp_path):
 
 def manifest(flags=(), **identity):
     cfg = parse_args(["--preset", "tiny", *flags])
-    known = {"data": "d", "model": {"config.json": "c"}, "reference": None, "eval_data": {"held": "h"}}
+    known = {"data": "d", "model": {"config.json": "c"}, "reference": None, "eval_data": {"held": "h"},
+             "reward": "r"}
     return cfg, ("out/checkpoints/step-2", {"state": {
         "step": 2, "settings": settings(cfg), "identity": known | identity}}), known | identity
 
@@ -315,8 +318,9 @@ def check_same_run(cfg, checkpoint, identity, log):
 
 @pytest.mark.parametrize("now, refused", [
     ({"data": "e"}, "step-2: --data is not what this run was trained on until now"),
-    ({"model": {"config.json": "b"}}, None), ({"eval_data": {"held": "i"}}, None)], ids=str)
-def test_other_data_are_refused_another_model_or_held_out_set_under_the_same_name_is_said(now, refused):
+    ({"model": {"config.json": "b"}}, None), ({"eval_data": {"held": "i"}}, None), ({"reward": "s"}, None)],
+    ids=str)
+def test_other_data_are_refused_another_model_held_out_set_or_reward_of_one_name_is_said(now, refused):
     cfg, found, identity = manifest()
     said = []
     if refused:

@@ -29,7 +29,7 @@ METRICS = """
     grad_norm lr steps_skipped
     engine/logp_diff_mean engine/logp_diff_rank engine/logp_diff_max engine/mismatch tis/capped
     grader/timeouts grader/no_box grader/unclosed grader/truncated grader/parse_fail
-    grader/unevaluated grader/ambiguous
+    grader/unevaluated grader/ambiguous grader/reward_error
     time/rollout time/grade time/train time/sync time/step
     perf/tokens_per_s perf/mfu perf/peak_memory_gb perf/grader_ms""".split()
 TORCHRUN = Path(sys.executable).with_name("torchrun")

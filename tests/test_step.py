@@ -42,7 +42,7 @@ class Grader:
     def __init__(self):
         self.submitted = []
 
-    def submit(self, responses=(), answers=(), finished=None):
+    def submit(self, responses=(), answers=(), finished=None, examples=None):
         self.submitted += zip(responses, answers)
 
     def collect(self):
