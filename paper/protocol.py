@@ -45,7 +45,7 @@ def add_flags(parser):
             help = f"{help} [{default}]"
         parser.add_argument(f"--{name}", default=default, help=help.replace("%", "%%"), **how)
 
-    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME from the hub, NAME=PATH a local "
+    flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME or NAME@REVISION from the hub, "
          "NAME=PATH a local copy; or PATH, a file of one's own with problem and answer; separated by commas")
     flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL", metavar="DIR")
     flag("template", None, "prompt template (Fig. A3, Fig. A4; Table A1); default: the run's, else paper",
