@@ -79,11 +79,11 @@ def test_every_estimate_agrees_with_the_textbook_on_random_rewards(problems, n):
 
     of_samples = math.sqrt(sum(statistics.variance(row) / n for row in rewards)) / problems
     expected = {"accuracy": statistics.fmean(itertools.chain(*rewards)), "stderr": error(shares),
-                "stderr_samples": of_samples}
+                "stderr_samples": of_samples, "accuracy/interval": scores.interval(shares)}
     for k in (2, 4, 8):
         if k <= n:
             passed = [share_of_subsets(row, k) for row in rewards]
-            expected |= {f"pass@{k}": statistics.fmean(passed), f"pass@{k}/stderr": error(passed)}
+            expected |= {f"pass@{k}": statistics.fmean(passed), f"pass@{k}/interval": scores.interval(passed)}
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-12, abs=1e-15), name
@@ -106,18 +106,16 @@ def test_the_error_over_problems_is_that_of_other_problems_of_their_kind():
     # p is uniform: Var p + E p(1-p) / n.
     assert variance == pytest.approx((1 / 12 + 1 / 6 / n) / problems, rel=0.03)
     assert variance == pytest.approx(np.var([one["accuracy"] for one in found]), rel=0.08)
-    assert np.mean([one["pass@2/stderr"] ** 2 for one in found]) == pytest.approx(
-        np.var([one["pass@2"] for one in found]), rel=0.08)
 
 
 def test_one_problem_or_one_sample_leaves_an_error_unknown_rather_than_nan():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one_problem, one_sample, one = (scores.estimate(np.ones(shape)) for shape in ((1, 4), (4, 1), (1, 1)))
-    assert one_problem["stderr"] is one_problem["pass@2/stderr"] is None
-    assert one_problem["stderr_samples"] == 0
+    assert one_problem["stderr"] is None and one_problem["stderr_samples"] == 0
     assert one_sample["stderr_samples"] is None and one_sample["stderr"] == 0
-    assert one == {"accuracy": 1.0, "stderr": None, "stderr_samples": None}
+    assert one == {"accuracy": 1.0, "accuracy/interval": scores.interval([1.0]), "stderr": None,
+                   "stderr_samples": None}
 
 
 @pytest.mark.parametrize("n, ks", [(1, []), (2, [2]), (3, [2]), (4, [2, 4]), (32, [2, 4, 8, 16, 32])])
@@ -547,17 +545,30 @@ def test_an_evaluation_tells_the_fault_of_a_right_answer_and_counts_it_all_the_s
         assert (row["verdicts"][kind]["fault"], plain["verdicts"][kind]["fault"]) == ("unevaluated", "")
 
 
-def test_choice_counts_for_both_verifiers_and_repaired_references_get_a_row_of_their_own():
+def test_choice_and_repaired_references_get_rows_of_their_own_and_choice_none_of_a_verifier():
     minerva = [[{"oat": 0, "math-verify": 1, "oat/repaired": 1}], [dict.fromkeys(BOTH, 0)],
                [dict.fromkeys(BOTH, 1)]]
     text = show(graded("minerva", minerva) + graded("arc_c", [[1], [0], [0], [0]], ["choice"]))
-    (ours, theirs, *_), detail = tables(text)
-    assert (ours["ARC-C"][:4], theirs["ARC-C"][:4]) == ("25.0", "25.0")
-    assert (ours["Minerva"][:4], theirs["Minerva"][:4]) == ("33.3", "66.7")
-    assert [(d["benchmark"], d["verifier"], d["%"][:4]) for d in detail] == [
+    (ours, theirs, letters, *_), detail = tables(text)
+    assert (ours["ARC-C"], theirs["ARC-C"], letters["ARC-C"][:4]) == ("", "", "25.0")
+    assert (ours["Minerva"][:4], theirs["Minerva"][:4], letters["Minerva"]) == ("33.3", "66.7", "")
+    assert letters["model"] == "**mine** (choice)"
+    assert [(d["benchmark"], d["graded by"], d["%"][:4]) for d in detail] == [
         ("Minerva", "oat", "33.3"), ("Minerva", "math-verify", "66.7"), ("Minerva", "oat/repaired", "66.7"),
-        ("ARC-C", "oat", "25.0"), ("ARC-C", "math-verify", "25.0")]
-    assert "graded by its letter" in text and "4.5e33" in text
+        ("ARC-C", "choice", "25.0")]
+    assert "graded by its letter and by no verifier" in text and "4.5e33" in text
+
+
+def test_multiple_choice_alone_has_one_row_with_its_average_and_among_other_problems_counts_for_both():
+    rows = []
+    for name in scores.GROUPS["Avg. of the three"]:
+        rows += graded(name, [[1], [0]], ["choice"])
+    (letters, *paper), _ = tables(show(rows))
+    assert (letters["model"], letters["Avg. of the three"]) == ("**mine** (choice)", "50.0")
+    assert all(line["model"].endswith("(paper)") for line in paper)
+    mixed = graded("own", [[{"choice": 1}], [{"oat": 0, "math-verify": 1}]])
+    (oat, theirs), _ = tables(show(mixed))
+    assert (oat["own"][:4], theirs["own"][:5]) == ("50.0", "100.0")
 
 
 def paper_table_2():
@@ -595,7 +606,7 @@ def test_each_figure_stands_in_its_own_column_and_averages_need_every_one_of_the
     for right, name in enumerate(scores.COLUMNS, 1):                     # aime24 10 %, amc23 20 %, ..., 80 %
         rows[name] = graded(name, [[1]] * right + [[0]] * (10 - right))
     table, _ = tables(show([row for part in rows.values() for row in part], ["oat"]))
-    assert [cell.split(" ±")[0] for cell in table[0].values()] == [
+    assert [cell.split(" [")[0] for cell in table[0].values()] == [
         "**mine** (oat)", "10.0", "20.0", "30.0", "40.0", "50.0", "60.0", "70.0", "80.0", "30.0", "70.0"]
     for lacks, heads in (("olympiad", {"Avg. of the three"}), ("gpqa", {"Avg. of the five"})):
         table, _ = tables(show([row for name in rows if name != lacks for row in rows[name]]))
@@ -615,7 +626,8 @@ def test_another_template_brings_the_rows_of_table_a1():
 
 def test_benchmarks_that_the_paper_lacks_come_last_and_with_empty_cells_or_without_its_rows():
     table, _ = tables(show(graded("mine", [[1]]) + graded("gsm8k", [[1]]) + graded("aime24", [[0] * 32])))
-    assert list(table[0]) == ["model", "AIME24", "mine", "GSM8K"] and table[0]["mine"] == "100.0"
+    assert list(table[0]) == ["model", "AIME24", "mine", "GSM8K"]
+    assert table[0]["mine"] == "100.0 [20.7, 100.0]"
     assert list(table[-1].values()) == ["SRFT (paper)", "35.3", "", ""]
     table, _ = tables(show(graded("mine", [[1]])))
     assert [line["model"] for line in table] == ["**mine** (oat)", "**mine** (math-verify)"]
@@ -628,9 +640,11 @@ def test_the_detail_names_the_metric_the_error_and_every_verdict_and_the_notes_f
     (ours, *_), (aime, math500) = tables(text)
     assert (aime["problems"], aime["metric"]) == ("2", "avg@32")
     assert (aime["truncated %"], aime["tokens"]) == ("1.6", "20")
-    assert aime["%"] == ours["AIME24"] == "12.5 ± 12.5" and aime["pass@n %"] == "pass@32: 50.0 ± 50.0"
+    low, high = scores.interval([0.25, 0.0])
+    assert aime["%"] == ours["AIME24"] == f"12.5 [{100 * low:.1f}, {100 * high:.1f}]"
+    assert aime["pass@n %"] == "pass@32: 50.0 [9.5, 90.5]"
     assert aime["verdicts"] == "8 ok, 56 wrong"
-    assert (math500["metric"], math500["pass@n %"], math500["%"]) == ("pass@1", "", "50.0 ± 28.9")
+    assert (math500["metric"], math500["pass@n %"], math500["%"]) == ("pass@1", "", "50.0 [15.0, 85.0]")
     assert text.endswith("Not as in the paper:\n\n* first\n* second\n")
     assert "Not as" not in show(rows, ["oat"])
 
@@ -791,6 +805,7 @@ def fails(monkeypatch, capfd):
 @pytest.mark.parametrize("flags, says", [
     (["--model", "no/such"], "--model no/such: no such local path"),
     (["--bench", "math500"], "unrecognized arguments: --bench"),
+    (["--compare", "a", "b"], "--compare: not allowed with argument --model"),
     (["--samples", "-1"], "--samples -1: must lie in [0, inf)"),
     (["--max_tokens", "0"], "--max_tokens 0: must lie in [1, inf)"),
     (["--temperature", "-0.1"], "--temperature -0.1: must lie in [0, inf)"),
@@ -949,6 +964,20 @@ def test_kill_nine_and_the_same_command_on_two_ranks_give_the_same_table_and_dra
     assert responses(out) == responses(measured)
     for name in ("summary.json", "summary.md"):
         assert (out / name).read_bytes() == (measured / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_models_are_evaluated_each_by_its_own_weights_in_one_engine_and_compared(
+        trained, measured, tmp_path):
+    out = tmp_path / "both"
+    flags = sampled(trained, "--limit", "30", "--template", "none", "--out", out)[3:]
+    run(["eval.py", "--compare", TINY, trained, *flags], ranks=2)
+    found = json.loads((out / "compare.json").read_text())["benchmarks"]["heldout"]["oat"]
+    assert found["a"] < 0.3 and found["difference/interval"][0] > 0
+    alone, a, b = responses(measured), responses(out / "a"), responses(out / "b")
+    assert a.keys() == b.keys() and len(b) == 60
+    assert sum(alone[key] == b[key] for key in b) >= 55                # decoded beside others: the last bits
+    assert sum(alone[key] == a[key] for key in a) < 30
 
 
 @pytest.mark.slow
