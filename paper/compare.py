@@ -236,9 +236,10 @@ def figures(ids, shares, prompts):
 # ----------------------------------------------------------------------------------------------------------
 # In words.
 
-LEGEND = ("In brackets: 95 % intervals, for problems of this kind; they hold the samples' noise. That of B - A "
-          "is of the differences problem by problem. Of twenty such intervals one misses, so one benchmark of "
-          "many that just leaves 0 out proves little.")
+LEGEND = (
+    "In brackets: 95 % intervals, for problems of this kind; they hold the samples' noise. That of B - A is "
+    "of the differences problem by problem. Of twenty such intervals one misses, so one benchmark of many "
+    "that just leaves 0 out proves little.")
 
 
 def markdown(found, most=None):
