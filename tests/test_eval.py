@@ -35,7 +35,7 @@ from data import Example, Prompt, load_examples
 from paper import tables as scores
 from paper.benchmarks import BENCHMARKS, Problem
 from reward import Grader, Verdict
-from rollout import Rollout
+from rollout import Rollout, check_environment
 from support import collectives
 from test_resume import hold
 
@@ -760,6 +760,7 @@ def test_a_plain_folder_is_loaded_itself_with_the_papers_template(tmp_path):
 @pytest.fixture
 def fails(monkeypatch, capfd):
     """Leave eval.py's main with these flags, in a process of its own; returns the one line that it says."""
+    check_environment(torch.device("cpu"))               # imports vLLM's platform, here and not in each fork
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")                   # or they warn of the fork
 
