@@ -2,6 +2,7 @@
 
     torchrun --local_addr=127.0.0.1 --nproc_per_node=8 eval.py --model out/srft --benchmarks math500,amc23
     python eval.py --model DIR --benchmarks mine.jsonl --max_tokens 512       # one process; on CPU, too
+    python eval.py --compare out/base/eval out/srft/eval       # two folders of results, or two models
 
 A model is a Hugging Face folder or hub name, or the folder of a run. Benchmarks are names (fetched from the
 hub), NAME=FILE (a local copy), or files of one's own. The problems are spread over ranks, one vLLM engine
@@ -10,7 +11,7 @@ evaluation, to the same table. At the end, --out also holds summary.md and summa
 
 The figures: avg@n is the mean over problems of the share of n responses that are correct (pass@1 where
 n = 1); pass@k is the chance that one of k responses is correct, by the unbiased estimator. Each comes with
-its standard error. `evaluate` is the same measurement inside a training run, but by Math-Verify alone, and a
+its 95 % interval. `evaluate` is the same measurement inside a training run, but by Math-Verify alone, and a
 response cut off scores 0 there unless --score_unfinished says otherwise.
 """
 # ruff: noqa: E402      (imports below `parse`)
@@ -30,7 +31,6 @@ if __name__ == "__main__":
 
 import json
 import math
-import os
 import sys
 import warnings
 import zlib
@@ -49,13 +49,13 @@ from grading.answers import KINDS
 from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import checkpoints_in
-from support.claim import claim, lock
+from support.claim import claim
 from support.collectives import all_or_none, of_all_ranks
-from support.disk import append_whole, read_json, write_whole
+from support.disk import read_json, write_whole
 from support.hub import COMMITS, fetch
 from support.inventory import Inventory
 from support.processes import init_distributed, mistakes_in_one_line
-from support.runlog import json_line
+from support.results import append_results, read_results
 from support.versions import check_versions, environment, versions
 from support.watch import alive, hang_watch, phase, set_timeouts, wait_for_all
 from support.weights import fingerprints, stored_tensors
@@ -233,40 +233,7 @@ def unmatchable(grader, name, prompts, say, kind="math-verify"):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# results.jsonl: written by all ranks, read when a killed evaluation continues.
-
-def read_results(path):
-    """The rows of results.jsonl, [] if there is none. Lines that a kill or a full disk cut short are counted
-    and skipped: their responses are drawn again."""
-    if not path.exists():
-        return []
-    rows, torn = [], 0
-    with path.open("rb") as lines:                    # bytes: what was cut may be half a character
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                torn += 1
-    if torn:
-        print(f"{path}: skipped {torn} torn lines")
-    return rows
-
-
-def append_results(path, rows):
-    """One locked write for a chunk, since ranks share the file; what a kill tore ends with its line."""
-    lines = "".join(map(json_line, rows))
-    with path.open("ab+", buffering=0) as file:
-        lock(file)                                    # until the file is closed
-        end = file.seek(0, os.SEEK_END)
-        # A torn line has no newline: without one, the first row to come would be torn with it.
-        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-            lines = "\n" + lines
-        append_whole(file, lines)                     # on the disk, before anyone counts on it
-
+# The work of all ranks: dealt in chunks, each written to results.jsonl at once, so that a kill costs a few.
 
 def chunks(tasks, world, size):
     """Split the tasks into equally mixed chunks of at most `size`, a multiple of `world` of them.
@@ -344,27 +311,61 @@ def check_finite(rows):
 def main(argv=None):
     args = parse(argv)
     with hang_watch(), mistakes_in_one_line("eval.py"):
-        measure(args)
+        if args.compare:
+            from paper.compare import of_both
+            of_both(args, measure)
+        else:
+            measure([args])
 
 
-def measure(args):
-    """The whole evaluation on this rank; rank 0 writes and prints the summary."""
-    rank, world, device, mesh = init_distributed(args.device)
+@dataclass
+class Job:
+    """A model to evaluate."""
+    args: object                  # the flags; those of --compare with --model and --out of this one
+    folder: str                   # of the model
+    config: object                # of transformers, like the tokenizer
+    tokenizer: object
+    tasks: list
+
+
+def measure(models):
+    """The whole evaluation on this rank, of one model or, for --compare, of two, which one engine serves one
+    after the other. models: the flags of each. Rank 0 writes and prints the summaries."""
+    rank, _, device, mesh = init_distributed(models[0].device)
     say = print if rank == 0 else lambda *_: None
     # All mistakes that can be found without the model are found before it is loaded, or anything written.
     check_versions(versions(), say)
     check_environment(device)
-    folder = locate(args)
-    config = M.load_config(folder, args.rope_theta, args.window)
-    tokenizer = M.load_tokenizer(folder)
-    tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
-    check_vocabulary([task.prompt for task in tasks], tokenizer, config.vocab_size)
+    jobs = []
+    for args in models:
+        folder = locate(args)
+        config = M.load_config(folder, args.rope_theta, args.window)
+        tokenizer = M.load_tokenizer(folder)
+        tasks = prepare(args, tokenizer, config.max_position_embeddings, say)
+        check_vocabulary([task.prompt for task in tasks], tokenizer, config.vocab_size)
+        jobs.append(Job(args, folder, config, tokenizer, tasks))
+    if len(jobs) > 1:
+        from paper.compare import check_pair
+        check_pair(jobs)
+    engine = None
+    for job in jobs:
+        engine = measure_one(job, jobs, engine, device, mesh, say)
+    if engine is not None:
+        engine.close()                                # takes the process group with it
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measure_one(job, jobs, engine, device, mesh, say):
+    """Evaluate the model of one of the jobs. engine: that of an earlier one, or None. Returns the engine,
+    None as long as none was needed."""
+    args, tasks, rank = job.args, job.tasks, dist.get_rank()
     with all_or_none():
         if rank == 0:
             claim(args.out)
-    settle(args, folder, device, rank)
+    settle(args, job.folder, device, rank)
     dist.barrier()                                    # settings.json is there, before anyone writes results
-    tensors = stored_tensors(folder)                  # says now if files are missing, and reads them later
+    tensors = stored_tensors(job.folder)              # says now if files are missing, and reads them later
     kinds = verifiers(args)
     path = Path(args.out) / "results.jsonl"
     with Grader(kinds[0], args.grader_workers or None, args.grader_deadline, text=args.grade_text,
@@ -375,21 +376,20 @@ def measure(args):
         name_unmatchable(grader, tasks, kinds, say)
         known = known_results(path, tasks)
         if len(known) < len(tasks):                   # else only the table is made again
-            engine = start_engine(args, config, tokenizer, device, tasks)
-            engine.sync_weights(tensors, version=0)   # the weights never change, so neither does the version
+            if engine is None:
+                engine = start_engine(jobs, device)
+            engine.tokenizer = job.tokenizer
+            engine.sync_weights(tensors, version=0)   # asked for by no version: one model is served at a time
             set_timeouts(mesh, args.hang_minutes)     # all is loaded: no decoding step takes hours
             sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
             # The last responses of a chunk are decoded in a half-empty batch: larger chunks waste less, and
             # a kill costs more.
             run(engine, grader, tasks, known, sampling, kinds, path, chunk_size=4 * args.engine_sequences)
-            # From the file, which has the rows of all ranks. A collective, so before the engine is closed:
-            # that takes the process group with it.
-            known = known_results(path, tasks)
-            engine.close()
+            known = known_results(path, tasks)        # from the file, which has the rows of all ranks
     if rank == 0:
-        write_summary(args, tasks, known, kinds)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        from paper.tables import write_summary
+        write_summary(args, [known[task.key] for task in tasks], kinds)
+    return engine
 
 
 def verifiers(args):
@@ -488,25 +488,14 @@ def name_unmatchable(grader, tasks, kinds, say):
             unmatchable(grader, benchmark, asked, say, kind)
 
 
-def start_engine(args, config, tokenizer, device, tasks):
-    """vLLM with room for the longest prompt and its response, without weights yet."""
-    longest = max(len(task.prompt.ids) for task in tasks)
-    return RolloutEngine(config, tokenizer, M.compute_dtype(device), longest + args.max_tokens,
+def start_engine(jobs, device):
+    """vLLM with room for the longest prompt of any job and its response, without weights yet."""
+    longest, (first, *_) = 0, jobs
+    for job in jobs:                                  # two runs may have templates of their own
+        longest = max(longest, *(len(task.prompt.ids) for task in job.tasks))
+    args = first.args
+    return RolloutEngine(first.config, first.tokenizer, M.compute_dtype(device), longest + args.max_tokens,
                          args.engine_sequences, args.engine_memory, seed=args.seed)
-
-
-def write_summary(args, tasks, known, kinds):
-    """summary.md and summary.json, from the row of every task; prints the table."""
-    from paper.tables import departures, markdown, summarize
-    rows = {}                                         # benchmark -> rows, in the order of --benchmarks
-    for task in tasks:
-        rows.setdefault(task.benchmark, []).append(known[task.key])
-    summary = summarize(rows, kinds)
-    notes = departures(args, summary)
-    table = markdown(summary, args.model, kinds, notes, args.grade_text, args.template)
-    write_whole(Path(args.out) / "summary.md", table)
-    write_whole(Path(args.out) / "summary.json", json.dumps(summary, indent=2))
-    print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ def main():
         last = read_rows(folders[-1] / "metrics.jsonl")[-1]
         print(f"{name:<8} {100 * last['eval/test']:5.1f} %   response {last['eval_len/test']:.0f} tokens",
               flush=True)
+    from paper import figures  # it loads torch, which no run needs here
     for figure in ("fig5", "fig6"):
         curve = [f"{name}={runs}" for name, runs in curves.items()]
-        subprocess.run([sys.executable, "-m", "paper.figures", figure, *curve, "--out", args.out / figure],
-                       check=True, cwd=ROOT)
+        figures.main([figure, *curve, "--out", str(args.out / figure)])
 
 
 def train_stages(args, name, flags, test):

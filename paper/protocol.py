@@ -19,7 +19,10 @@ def parse(argv=None, description=None):
     """The command line -> argparse.Namespace. Unknown flags and absurd numbers are errors."""
     parser = Parser(prog="eval.py", description=description)
     parser.add_argument("--version", action=ShowVersions)
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name, or a run's folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="Hugging Face folder or hub name, or a run's folder")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models, or folders of results: by "
+                      "how much B is better on the same problems, and on which")
     add_flags(parser)
     args = parser.parse_args(argv)
     if args.reward:
@@ -47,7 +50,8 @@ def add_flags(parser):
 
     flag("benchmarks", ",".join(COLUMNS), f"of {', '.join(BENCHMARKS)}: NAME or NAME@REVISION from the hub, "
          "NAME=PATH a local copy; or PATH, a file of one's own with problem and answer; separated by commas")
-    flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL", metavar="DIR")
+    flag("out", None, "folder of the results; default: RUN/eval, or out/eval/MODEL. With --compare: of the "
+         "comparison and, in a/ and b/, of the results; default: out/compare/A-B", metavar="DIR")
     flag("template", None, "prompt template (Fig. A3, Fig. A4; Table A1); default: the run's, else paper",
          choices=tuple(TEMPLATES))
     flag("grader", None, "verifier: the paper's final one, its training one, or both (Sec. 5.1); default: "

@@ -1,16 +1,21 @@
-"""From graded responses to figures: avg@n, pass@k, standard errors, and the table beside the paper's Table 2.
+"""From graded responses to figures: avg@n, pass@k, intervals, and the table beside the paper's Table 2.
 
-    estimate([[1, 0], [1, 1]])      # 2 samples to each of 2 problems
-    # {"accuracy": 0.75, "stderr": 0.25, "stderr_samples": 0.25, "pass@2": 1.0, "pass@2/stderr": 0.0}
+    estimate([[1, 0], [1, 1]])      # 2 samples to each of 2 problems: accuracy 0.75, pass@2 1.0, ...
+    interval([0] * 20)              # none of 20: [0.0, 0.16], not 0 +- 0
 
     summary = summarize({"math500": rows of results.jsonl, ...}, ["oat", "math-verify"])
     print(markdown(summary, "out/srft", ["oat", "math-verify"], departures(args, summary)))
 """
+import json
+import math
 from collections import Counter
+from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
 from paper.benchmarks import BENCHMARKS
+from support.disk import write_whole
 
 # ----------------------------------------------------------------------------------------------------------
 # Estimates.
@@ -30,20 +35,60 @@ def pass_at_k(correct, n, k):
     return 1.0 - float(all_wrong)
 
 
+Z = NormalDist().inv_cdf(0.975)              # 1.96: 95 % of a normal distribution lie within Z deviations
+
+
+def wilson(share, n):
+    """The 95 % interval of a share of n: Wilson's (1927, https://doi.org/10.1080/01621459.1927.10502953).
+
+    It holds every p from which the share is less than Z standard errors away, each by its own p: so it is
+    never of width 0, as share +- Z sqrt(share (1 - share) / n) is for 0 and 1, and never leaves [0, 1].
+
+    >>> low, high = wilson(81 / 263, 263)
+    >>> round(low, 4), round(high, 4)
+    (0.2553, 0.3662)
+    """
+    center = (share + Z ** 2 / (2 * n)) / (1 + Z ** 2 / n)
+    half = Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2) / (1 + Z ** 2 / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def interval(values):
+    """The 95 % interval of the mean of one value in [0, 1] a problem, for problems of this kind.
+
+    Wilson's, where each value is 0 or 1. The shares of several samples vary less, so they count as more
+    problems: as many as would have the variance of their mean, were each 0 or 1. (Surveys call that the
+    effective sample size: Korn and Graubard 1998, Survey Methodology 24.) The variance is taken with
+    Z^2 / 2 = 1.9 further problems of value 0 and as many of 1, which are the ones that Wilson's centre has
+    (Agresti and Coull 1998): that equal values have none says little of the problems that were not asked.
+    """
+    values = np.asarray(values, np.float64)
+    more = Z ** 2 / 2
+    n = len(values) + 2 * more
+    mean = (values.sum() + more) / n
+    variance = ((values ** 2).sum() + more) / n - mean ** 2
+    effective = len(values) * mean * (1 - mean) / variance           # len(values), for zeros and ones
+    return list(wilson(float(values.mean()), float(effective)))
+
+
 def estimate(rewards):
-    """(P, n) rewards of n samples to each of P problems -> accuracy, pass@k and their standard errors.
+    """(P, n) rewards of n samples to each of P problems -> accuracy, pass@k and how sure they are.
 
     accuracy        avg@n: the mean of all rewards
     stderr          of accuracy as an estimate for problems of this kind: standard deviation of the
                     problems' means / sqrt(P). It holds the samples' noise, too. None if P = 1
     stderr_samples  of accuracy on exactly these problems: sqrt(sum_i p_i (1 - p_i) / (n - 1)) / P, the
                     noise of sampling alone. None if n = 1
-    pass@k, pass@k/stderr   for k = 2, 4, 8, ... up to n
+    pass@k          for k = 2, 4, 8, ... up to n
+    accuracy/interval, pass@k/interval   of each as an estimate for problems of this kind: `interval`
     """
     rewards = np.asarray(rewards, np.float64)
     problems, n = rewards.shape
     share = rewards.mean(1)                                # (P,): p_i, of each problem's samples
-    found = {"accuracy": float(share.mean()), "stderr": standard_error(share), "stderr_samples": None}
+    found = {"accuracy": float(share.mean()), "accuracy/interval": interval(share),
+             "stderr": None, "stderr_samples": None}
+    if problems > 1:
+        found["stderr"] = float(np.std(share, ddof=1) / np.sqrt(problems))
     if n > 1:
         # n zeros and ones with mean p have the unbiased variance p (1 - p) n / (n - 1), their mean an n-th.
         variance = (share * (1 - share)).sum() / (n - 1)
@@ -52,21 +97,37 @@ def estimate(rewards):
     while k <= n:
         passed = [pass_at_k(correct, n, k) for correct in rewards.sum(1)]
         found[f"pass@{k}"] = float(np.mean(passed))
-        found[f"pass@{k}/stderr"] = standard_error(passed)
+        found[f"pass@{k}/interval"] = interval(passed)
         k *= 2
     return found
 
 
-def standard_error(values):
-    """Of the mean of one value a problem: standard deviation / sqrt(P); None for a single problem."""
-    if len(values) < 2:
-        return None
-    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
-
+# ----------------------------------------------------------------------------------------------------------
+# Verdicts, and their sums.
 
 def verdict(row, kind):
     """A row's verdict in the view of one verifier; multiple choice has one for both."""
     return row["verdicts"].get(kind) or row["verdicts"]["choice"]
+
+
+def views(rows, kinds):
+    """The names under which a benchmark's figures are shown: the verifiers (kinds), "choice" where each row
+    was graded by its letter instead, and, where a row has it, "oat/repaired"."""
+    names = set()
+    for row in rows:
+        names |= row["verdicts"].keys()
+    shown = [kind for kind in kinds if kind in names]
+    if "choice" in names and not names & {"oat", "math-verify"}:
+        shown.append("choice")
+    if "oat/repaired" in names:
+        shown.append("oat/repaired")
+    return shown
+
+
+def seen(row, view):
+    """A row's verdict in one of `views`: where the reference needed no repair, or a problem among others is
+    multiple choice, that of the verifier or the letter."""
+    return row["verdicts"].get(view) or verdict(row, view.removesuffix("/repaired"))
 
 
 def summarize(rows, kinds):
@@ -75,7 +136,8 @@ def summarize(rows, kinds):
     is the accuracy if an answer must also be worked out, and be the one that its box states.
 
     kinds: the verifiers, the first of which counts for the paper's table. "oat/repaired", where a row of the
-    benchmark has it, is a view of its own: OAT's verdict by either spelling of the reference.
+    benchmark has it, is a view of its own: OAT's verdict by either spelling of the reference. Multiple choice
+    has the view "choice" alone.
     """
     summary = {}
     for name, part in rows.items():
@@ -85,17 +147,13 @@ def summarize(rows, kinds):
         one = {"problems": len(part) // n, "samples": n,
                "truncated": float(np.mean([not row["finished"] for row in part])),
                "response_len": float(np.mean([row["tokens"] for row in part]))}
-        views = list(kinds)
-        if any("oat/repaired" in row["verdicts"] for row in part):
-            views.append("oat/repaired")
-        for view in views:
+        for view in views(part, kinds):
             rewards, strict, reasons = [], [], Counter()
             for row in part:
-                # Where the reference needed no repair, or the problem is multiple choice: one for all views.
-                seen = row["verdicts"].get(view) or verdict(row, view.removesuffix("/repaired"))
-                rewards.append(seen["reward"])
-                strict.append(seen["reward"] and not seen.get("fault"))     # a letter has no faults
-                reasons[seen["reason"]] += 1
+                found = seen(row, view)
+                rewards.append(found["reward"])
+                strict.append(found["reward"] and not found.get("fault"))     # a letter has no faults
+                reasons[found["reason"]] += 1
             one[view] = estimate(np.reshape(rewards, (-1, n)))
             one[view]["strict"] = float(np.mean(strict))
             one[view]["reasons"] = dict(reasons)
@@ -159,17 +217,15 @@ def title(name):
 
 
 def percent(estimates, name="accuracy"):
-    """A share with its standard error, in percent: "59.5 ± 1.2"."""
-    error = estimates["stderr" if name == "accuracy" else f"{name}/stderr"]
-    cell = f"{100 * estimates[name]:.1f}"
-    if error is not None:
-        cell += f" ± {100 * error:.1f}"
-    return cell
+    """A share with its 95 % interval, in percent: "59.5 [55.2, 63.7]"."""
+    low, high = estimates[f"{name}/interval"]
+    return f"{100 * estimates[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def beside_table_2(summary, shown, label, kinds, template):
-    """Lines of a table: this model by each verifier, then the paper's rows. A column for each benchmark in
-    `shown`, and an average of each of GROUPS all of whose benchmarks were measured."""
+    """Lines of a table: this model by each verifier and, for multiple choice, by the letter, then the paper's
+    rows. A column for each benchmark in `shown`, and an average of each of GROUPS all of whose benchmarks
+    were measured."""
     groups = [group for group in GROUPS if all(name in summary for name in GROUPS[group])]
     heads = ["model"]
     for name in shown:
@@ -177,14 +233,17 @@ def beside_table_2(summary, shown, label, kinds, template):
     heads += groups
     lines = [table_row(heads), "|---" * len(heads) + "|"]
 
-    # This model: a row for each verifier.
-    for kind in kinds:
-        cells = [f"**{label}** ({kind})"]
+    # This model: a row for each way of grading, with empty cells under what was graded in another one.
+    for view in (*kinds, "choice"):
+        graded = [name for name in shown if view in summary[name]]
+        if not graded:
+            continue
+        cells = [f"**{label}** ({view})"]
         for name in shown:
-            cells.append(percent(summary[name][kind]))
+            cells.append(percent(summary[name][view]) if name in graded else "")
         for group in groups:
-            accuracies = [summary[name][kind]["accuracy"] for name in GROUPS[group]]
-            cells.append(f"{100 * np.mean(accuracies):.1f}")
+            whole = set(GROUPS[group]) <= set(graded)
+            cells.append(f"{100 * average(summary, group, view):.1f}" if whole else "")
         lines.append(table_row(cells))
 
     # The paper's rows, with empty cells under one's own problems; none if there are no others.
@@ -203,6 +262,10 @@ def beside_table_2(summary, shown, label, kinds, template):
     return lines
 
 
+def average(summary, group, view):
+    return np.mean([summary[name][view]["accuracy"] for name in GROUPS[group]])
+
+
 def paper_rows(template):
     """{name of a row: its figures in the order of COLUMNS}: Table 2 and, for another template than the
     paper's, what Table A1 has of that one and of the paper's."""
@@ -216,14 +279,14 @@ def paper_rows(template):
 
 
 def detail(summary, shown, kinds):
-    """Lines of a table with a row for each benchmark and verifier."""
-    heads = ["benchmark", "problems", "metric", "verifier", "%", "strict %", "pass@n %", "truncated %",
+    """Lines of a table with a row for each benchmark and way of grading."""
+    heads = ["benchmark", "problems", "metric", "graded by", "%", "strict %", "pass@n %", "truncated %",
              "tokens", "verdicts"]
     lines = [table_row(heads), "|---" * len(heads) + "|"]
     for name in shown:
         one = summary[name]
         n = one["samples"]
-        for view in (*kinds, "oat/repaired"):
+        for view in (*kinds, "oat/repaired", "choice"):
             if view not in one:
                 continue
             metric, passed = "pass@1", ""
@@ -246,15 +309,16 @@ GRADED = {"whole": "all of a response.",
 
 def footnote(summary, text):
     """How to read the two tables."""
-    said = (f"± is the standard error over problems, the samples' noise included. Graded was {GRADED[text]} "
+    said = ("In brackets: the 95 % interval, for problems of this kind; it holds the samples' noise. "
+            f"Graded was {GRADED[text]} "
             "math-verify is the reward of training: Math-Verify with its known slips repaired "
             "(grading/answers.py). % counts what a verifier finds equal; strict %, as the reward of training "
             "does, only what is also worked out as far as the reference, and the one answer that its box "
             "states (grading/statement.py).")
     if "amc23" in summary:
         said += " The paper gives SRFT's AMC as 74.3 in Table 2, as 72.2 in Table 3."
-    if any(name in summary for name in COLUMNS[5:]):
-        said += " Multiple choice is graded by its letter, whatever the verifier."
+    if any("choice" in one for one in summary.values()):
+        said += " choice: multiple choice, graded by its letter and by no verifier."
     if any("oat/repaired" in one for one in summary.values()):
         said += (" oat/repaired also accepts references such as 4.5e33 written as LaTeX; the paper's "
                  "figure is probably plain oat's.")
@@ -290,3 +354,20 @@ def departures(args, summary):
     if args.grader == "math-verify":
         notes.append("no verdict of the OAT-Grader")
     return notes
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The files.
+
+def write_summary(args, results, kinds):
+    """summary.md and summary.json in --out, from all rows of results.jsonl that count, benchmark by benchmark
+    in the order of --benchmarks; prints the table. args: eval.py's flags."""
+    rows = {}
+    for row in results:
+        rows.setdefault(row["benchmark"], []).append(row)
+    summary = summarize(rows, kinds)
+    notes = departures(args, summary)
+    table = markdown(summary, args.model, kinds, notes, args.grade_text, args.template)
+    write_whole(Path(args.out) / "summary.md", table)
+    write_whole(Path(args.out) / "summary.json", json.dumps(summary, indent=2))
+    print(f"\n{table}\n{args.out}: summary.md, summary.json, results.jsonl")

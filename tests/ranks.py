@@ -4,6 +4,7 @@
 """
 import dataclasses
 import errno
+import json
 import os
 import pickle
 import signal
@@ -41,9 +42,21 @@ def made_up_sequences():
     return sequences
 
 
-def gradients(out, budget, count, *overrides):
-    """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
-    rank, world, device, mesh = init_distributed("cpu")
+def gradients(out, jobs):
+    """Gradients and metrics of one update for each job, {"budget": tokens, "count": sequences, "flags": []}.
+    jobs: by name, as JSON. Rank 0 writes what was found to `out`, by name."""
+    ranks, found = init_distributed("cpu"), {}
+    for name, job in json.loads(jobs).items():
+        found[name] = one_update(ranks, job["budget"], job["count"], job["flags"])
+    if ranks.rank == 0:
+        torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def one_update(ranks, budget, count, overrides):
+    """Gradients and metrics of one update on the first `count` sequences."""
+    rank, world, device, mesh = ranks
     cfg = parse_args(["--preset", "tiny", *overrides])
     policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False, offload=cfg.offload)
     got = {}
@@ -62,9 +75,9 @@ def gradients(out, budget, count, *overrides):
         with torch.no_grad():
             for p in reference.parameters():
                 p.mul_(1.1)
-    sequences = made_up_sequences()[:int(count)]
+    sequences = made_up_sequences()[:count]
     cfg.grad_clip = 1e9
-    packs = M.pack(sequences, int(budget), world)[rank::world]
+    packs = M.pack(sequences, budget, world)[rank::world]
     last, accumulate = [], M.accumulate
 
     def noted(policy, **kwargs):
@@ -75,11 +88,8 @@ def gradients(out, budget, count, *overrides):
     measured = dataclasses.replace(cfg, term_gradients=1)
     stats = whole_update(policy, Keep(), packs, sequences, measured, device, reference, measure_terms=True)
     stats |= whole_update(policy, Keep(), packs, sequences, cfg, device, reference)
-    last = last[-len(packs):]
-    if rank == 0:
-        torch.save({"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last}, out)
-    dist.barrier()
-    dist.destroy_process_group()
+    M.accumulate = accumulate
+    return {"gradients": got, "stats": stats, "micro_batches": len(packs), "last": last[-len(packs):]}
 
 
 def engine(out):

@@ -42,9 +42,10 @@ def reasons(grader, boxes, answers):
 
 
 def assert_reasons(grader, table, allowed):
-    """table: (box, reference). Each earns 0 unless "ok" is allowed."""
+    """table: (box, reference). Each earns 0 unless "ok" is allowed. Returns the reasons."""
     found = reasons(grader, [box for box, _ in table], [answer for _, answer in table])
     assert [(row, reason) for row, reason in zip(table, found) if reason not in allowed] == []
+    return found
 
 
 # ---- Restating the problem ---------------------------------------------------------------------
@@ -81,8 +82,7 @@ UNEVALUATED = [
 
 
 def test_an_answer_must_be_worked_out_as_far_as_the_reference(grader):
-    assert_reasons(grader, UNEVALUATED, {"unevaluated", "wrong", "parse_fail"})
-    found = reasons(grader, [box for box, _ in UNEVALUATED], [answer for _, answer in UNEVALUATED])
+    found = assert_reasons(grader, UNEVALUATED, {"unevaluated", "wrong", "parse_fail"})
     assert found.count("unevaluated") > 0.8 * len(found)        # the others were never equal to Math-Verify
 
 
@@ -178,8 +178,7 @@ AMBIGUOUS = [
 
 
 def test_a_box_states_one_answer(grader):
-    assert_reasons(grader, AMBIGUOUS, {"ambiguous", "unevaluated", "wrong", "parse_fail"})
-    found = reasons(grader, [box for box, _ in AMBIGUOUS], [answer for _, answer in AMBIGUOUS])
+    found = assert_reasons(grader, AMBIGUOUS, {"ambiguous", "unevaluated", "wrong", "parse_fail"})
     assert found.count("ambiguous") > 0.6 * len(found)          # equal, then, to Math-Verify
 
 
@@ -364,6 +363,7 @@ def test_both_are_counted_at_the_start(grader, monkeypatch):
     assert "2 of 5 reference answers cannot be matched by math-verify, 2 of them because they" in said[-1]
 
 
+@pytest.mark.slow
 def test_the_command_line_says_how_an_answer_is_stated():
     verdicts = {"--strict_answer": "unevaluated, reward 0", "--no-strict_answer": "ok, reward 1"}
     for flag, verdict in verdicts.items():
