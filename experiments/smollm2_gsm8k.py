@@ -50,7 +50,8 @@ def main():
               flush=True)
     for figure in ("fig5", "fig6"):
         curve = [f"{name}={runs}" for name, runs in curves.items()]
-        subprocess.run([sys.executable, "-m", "paper.figures", figure, *curve, "--out", args.out / figure],
+        subprocess.run([sys.executable, "-m", "paper.figures", figure, *curve, "--overwrite",
+                        "--out", args.out / figure],
                        check=True, cwd=ROOT)
 
 
