@@ -107,7 +107,8 @@ def facts(settings, papers):
     differences = "<p>Nothing.</p>"
     if differing:
         differences = table(["flag", "here", "paper"], differing)
-    return (f"{table(['', ''], shown)}<h3>What differs from the paper's run of this method</h3>{differences}"
+    return (f'<div class="two"><div>{table(["", ""], shown)}</div>'
+            f"<div><h3>What differs from the paper's run of this method</h3>{differences}</div></div>"
             f"<details><summary>All settings</summary>{everything}</details>")
 
 
@@ -166,7 +167,8 @@ def accuracy(rows):
                                    for step, value in (points[0], best, points[-1])]])
     if not of_sets:
         return "<p>No evaluation yet; --eval_data names the sets.</p>"
-    return table(["set", "first", "best", "last"], lines) + charts([chart("accuracy", of_sets)])
+    found = table(["set", "first", "best", "last"], lines)
+    return f'<div class="two"><div>{found}</div>{chart("accuracy", of_sets)}</div>'
 
 
 def curves(rows):
@@ -241,13 +243,21 @@ def chart(title, of_names):
             for place in places:
                 x, y = place.split(",")
                 parts.append(f'<circle class="{colour}" cx="{x}" cy="{y}" r="2.5"/>')
-        ends = f"{curve[0][1]:.3g} \u2192 {curve[-1][1]:.3g}"
+        ends = f"{short(curve[0][1])} \u2192 {short(curve[-1][1])}"
         shown = ends if name == title else f"{name} {ends}"
         keys.append(f'<span class="key"><i class="{colour}"></i>{html.escape(shown)}</span> ')
     label = html.escape(title)
     return (f"<figure><figcaption><b>{label}</b>{''.join(keys)}</figcaption>"
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
             "</figure>")
+
+
+def short(value):
+    """
+    >>> short(0.08344), short(3203.4), short(12345.6), short(3e-7)
+    ('0.0834', '3,203', '12,346', '3e-07')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def thinned(points):

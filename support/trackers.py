@@ -52,6 +52,7 @@ class Tracker:
         """Metrics of a step: name -> value; what is no number is left out."""
         if not self.over:
             numbers = {name: x for name, x in metrics.items() if isinstance(x, (int, float))}
+            numbers.pop("step", None)
             self.calls.put(("log", step, numbers))
 
     def show(self, step, samples):
@@ -132,6 +133,9 @@ class Wandb:
     WANDB_MODE=offline it writes to wandb/ in the run's folder, for `wandb sync`."""
 
     def __init__(self, run, settings, step):
+        # It asks at a terminal for an account, and waits for its server: not for ever.
+        for name, seconds in (("LOGIN", 1), ("INIT", 30), ("FINISH", CLOSE_SECONDS - 10)):
+            os.environ.setdefault(f"WANDB_{name}_TIMEOUT", str(seconds))
         import wandb
         self.wandb, self.curves, name = wandb, run / "curves.png", run_name(run, step)
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=name, name=name, dir=run,

@@ -2,6 +2,7 @@
 
     pytest tests/test_report.py
 """
+import doctest
 import html
 import json
 import re
@@ -151,6 +152,11 @@ def test_lines_of_samples_that_a_kill_or_a_hand_has_spoilt_are_passed_over(text,
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample(1, 1)) + "\n" + text)
     found, _ = report.read_samples(tmp_path / "samples.jsonl")
     assert found == [{"step": 1, "rows": [sample(1, 1)]}]
+
+
+def test_the_examples_of_the_docstrings_are_what_the_code_does():
+    failed, tried = doctest.testmod(report)
+    assert tried and not failed
 
 
 def test_a_page_without_samples_evaluations_and_settings_is_a_page(tmp_path):

@@ -4,6 +4,7 @@
 """
 import importlib.util
 import json
+import struct
 import sys
 import threading
 import warnings
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import srft
-from support import trackers
+from support import runlog, trackers
 from support.processes import Ranks
 from support.runlog import RunLog
 from support.trackers import Tracker, check_tracker
@@ -36,6 +37,7 @@ def a_run(folder, name, steps=(0, 1, 2), resumed=-1):
 # ----------------------------------------------------------------------------------------------------------
 # By each library's own reader.
 
+@pytest.mark.slow
 def test_tensorboards_reader_finds_metrics_settings_samples_and_curves_also_of_a_resumed_run(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     a_run(tmp_path, "tensorboard")
@@ -56,6 +58,7 @@ def test_tensorboards_reader_finds_metrics_settings_samples_and_curves_also_of_a
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_metrics_settings_samples_and_curves_of_one_run_over_a_resume(
         tmp_path, monkeypatch):
     pytest.importorskip("wandb")
@@ -80,34 +83,48 @@ def test_wandb_offline_keeps_metrics_settings_samples_and_curves_of_one_run_over
     rewards = [(row["step"], row["reward/mean"]) for row in history if "reward/mean" in row]
     assert rewards == [(0, 0.0), (1, 0.5), (2, 1.0), (2, 1.0), (3, 1.5)]
     assert [row["eval/held"] for row in history if "eval/held" in row] == [0.0, 0.5, 0.5]
-    shown = [row for row in history if "samples" in row]
-    assert shown[-1]["samples"]["_type"] == "table-file" and shown[-1]["curves"]["_type"] == "image-file"
-    [table] = list(files[0].parent.glob(f"files/{shown[1]['samples']['path']}"))
+    shown = [row for row in history if "samples/_type" in row]
+    assert shown[-1]["samples/_type"] == "table-file" and shown[-1]["curves/_type"] == "image-file"
+    [table] = files[0].parent.glob(f"files/{shown[1]['samples/path']}")
     assert json.loads(table.read_text())["data"][0][:4] == ["a", "1+1=?", "2", "*three*"]
 
 
 def wandb_records(file):
+    """The records of a .wandb file: a log of LevelDB's kind after 7 bytes, in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-    store = DataStore()
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
-        yield record
+    data, place, content = file.read_bytes(), 7, b""
+    while place + 7 < len(data):
+        left = 32_768 - place % 32_768
+        if left < 7:                                                       # too short for a header
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place:place + 7])
+        content += data[place + 7:place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):                                                 # a whole record, or its last part
+            yield Record.FromString(content)
+            content = b""
 
 
-READ_TRACKIO = """
-import json, sys
-import trackio
-[run] = trackio.Api().runs("srft")
-from trackio.sqlite_storage import SQLiteStorage
-print("FOUND", json.dumps([run.name, run.config, SQLiteStorage.get_logs("srft", run.name)], default=str))
-"""
-
-
-def test_trackios_store_has_metrics_settings_samples_and_curves_of_one_run_over_a_resume(tmp_path):
+@pytest.mark.slow
+def test_trackios_store_has_metrics_settings_samples_and_curves_of_one_run_over_a_resume(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))             # read when it is imported
     pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="--track")
+        a_run(tmp_path / "run", "trackio")
+        a_run(tmp_path / "run", "trackio", steps=[2, 3], resumed=1)
+    name = (tmp_path / "run" / "tracker.txt").read_text().strip()
+    assert SQLiteStorage.get_runs("srft") == [name]
+    assert SQLiteStorage.get_run_config("srft", name)["lr"] == 0.5
+    rows = SQLiteStorage.get_logs("srft", name)
+    rewards = [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row]
+    assert rewards == [(0, 0.0), (1, 0.5), (2, 1.0), (2, 1.0), (3, 1.5)]
+    shown = [row for row in rows if "samples" in row]
+    assert shown[1]["samples"]["_value"][0]["response"] == "*three*"
+    assert shown[-1]["curves"]["_type"] == "trackio.image"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -132,6 +149,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
+    monkeypatch.setattr(runlog, "draw_curves", str)                        # takes a second each time
     monkeypatch.setattr(Recorder, "told", [])
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Recorder)
     return Recorder
@@ -140,8 +158,8 @@ def recorder(monkeypatch):
 def test_a_tracker_gets_numbers_only_samples_as_text_and_its_end(recorder, tmp_path):
     a_run(tmp_path, "wandb", steps=[1, 2])
     shown = ["a", "1+1=?", "2", "*three*", "0.0", "wrong"]
-    assert recorder.told == ["begin", {"step": 1, "reward/mean": 0.5},
-                             {"step": 2, "reward/mean": 1.0, "eval/held": 0.5}, [shown], "close"]
+    assert recorder.told == ["begin", {"reward/mean": 0.5},
+                             {"reward/mean": 1.0, "eval/held": 0.5}, [shown], "close"]
 
 
 def test_an_evaluation_after_a_resume_reaches_the_tracker_too(recorder, tmp_path):
