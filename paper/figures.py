@@ -127,12 +127,12 @@ class Scorer:
     def __call__(self, sequences):
         """Sequences -> a float32 array of log p of the response's tokens (nats, temperature 1) for each, in
         order. A collective: each rank scores its share of the micro-batches."""
-        rank, world = dist.get_rank(), dist.get_world_size()
         longest = max(map(len, sequences), default=0)
         if longest > self.window:            # positions that the model has never seen: p would mean nothing
             raise ValueError(f"a prompt with its response has {longest} tokens, over the window of "
                              f"{self.window} tokens of {self.folder}: lower --max_prompt_tokens or "
                              "--max_response_tokens, or raise --window")
+        rank, world = dist.get_rank(), dist.get_world_size()
         # pack() deals the sequences out in an order of its own; each is found again by its identity.
         place = {id(sequence): i for i, sequence in enumerate(sequences)}
         mine = {}

@@ -353,7 +353,7 @@ def test_respond_ends_in_silence_on_two_ranks_and_refuses_what_exceeds_the_windo
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and "Traceback" not in "".join(outputs), outputs
     assert (tmp_path / "r.jsonl").read_text().count("\n") == 5
-    output = run([*command, "--max_response_tokens", "8192"], ok=False)
+    output = run([*command, "--overwrite", "--max_response_tokens", "8192"], ok=False)
     assert "over the window of 512 tokens" in output and "Traceback" not in output, output
 
 
