@@ -136,6 +136,7 @@ class Wandb:
         # It asks at a terminal for an account, and waits for its server: not for ever.
         for name, seconds in (("LOGIN", 1), ("INIT", 30), ("FINISH", CLOSE_SECONDS - 10)):
             os.environ.setdefault(f"WANDB_{name}_TIMEOUT", str(seconds))
+        os.environ.setdefault("WANDB_CONSOLE", "off")      # what the run prints stays where it was printed
         import wandb
         self.wandb, self.curves, name = wandb, run / "curves.png", run_name(run, step)
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), id=name, name=name, dir=run,
