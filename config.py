@@ -99,6 +99,10 @@ class Config:
         "a rank that spends more than this in one phase (rollout, train, checkpoint, ...) or waits "
         "that long for another ends the run, and the rank behind is named; until the first step is "
         "done, 120", within="(0, 525600]")
+    track: str = opt("auto", "run",
+        "also send metrics, samples and curves to this tracker (pip install NAME); auto: TensorBoard "
+        "where it is installed",
+        choices=("auto", "none", "tensorboard", "wandb", "trackio"))
     profile: int = opt(0, "run",
         "write a torch profiler trace of this step to profile/ in --out, with every token's decoding: "
         "open it in Perfetto or chrome://tracing; 0: none", within="[0, inf)")
@@ -298,6 +302,11 @@ def parse_args(argv=None, description=__doc__):
 def settings(cfg):
     """All flags but --resume, as a dictionary: what config.json and every checkpoint hold."""
     return dataclasses.asdict(dataclasses.replace(cfg, resume=False))
+
+
+def papers_settings(method):
+    """The settings of the paper's run of a method."""
+    return settings(Config(method=method, **METHODS[method].flags))
 
 
 def sequences_per_prompt(cfg):

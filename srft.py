@@ -49,6 +49,7 @@ from config import (
     asks_for_the_papers_loss,
     check_config,
     check_flags,
+    papers_settings,
     sequences_per_prompt,
     settings,
 )
@@ -71,6 +72,7 @@ from support.processes import Ranks, init_distributed, mistakes_in_one_line, see
 from support.profiler import start_profiler, write_profile
 from support.resume import check_room, check_same_run, open_run
 from support.runlog import RunLog, print_accuracy
+from support.trackers import check_tracker
 from support.versions import check_versions, environment, versions
 from support.watch import finish_step_on_signals, hang_watch, phase, set_timeouts
 from support.weights import fingerprints
@@ -390,21 +392,24 @@ def augmented_groups(prompts, step, cfg, engine, grader, demo_rewards, ranks):
 def sample_rows(prompts, rollouts, verdicts, step, count):
     """Rows for samples.jsonl: `count` rollouts, the first of each prompt before the second of any; and every
     demonstration that was just graded wrong: it is kept, but a person should know."""
-    def row(example, response, verdict, demo):
+    def row(example, response, verdict, finished, demo):
         return {"step": step, "id": example.id, "demo": demo, "prompt": example.problem,
                 "answer": example.answer, "response": response, "reward": verdict.reward,
-                "reason": verdict.reason}
+                "reason": verdict.reason, "finished": finished,
+                "demonstration": None if demo else example.demo}
 
     rows, examples = [], {prompts[place].example.id: prompts[place].example for place in rollouts}
     n_rollouts = max((len(group) for group in rollouts.values()), default=0)
     for k in range(n_rollouts):
         for place, group in rollouts.items():
             if len(rows) < count:
-                rows.append(row(prompts[place].example, group[k].text, verdicts[place, k], demo=False))
+                rollout = group[k]
+                rows.append(row(prompts[place].example, rollout.text, verdicts[place, k], rollout.finished,
+                                demo=False))
     for example in examples.values():
         verdict = verdicts.get(demo_key(example))
         if verdict and not verdict.reward:
-            rows.append(row(example, example.demo, verdict, demo=True))
+            rows.append(row(example, example.demo, verdict, finished=True, demo=True))
     return rows
 
 
@@ -534,10 +539,11 @@ def train(cfg, run):
             measured = evaluation(cfg, run, step, stopping)
             progress.unevaluated = measured is None
             metrics |= measured or {}
-        run.log.write(metrics, answered.samples, last=step == cfg.steps)
+        run.log.write(metrics, answered.samples)
         bar.set_postfix(shown_on_the_bar(metrics), refresh=False)
         bar.update()
         if trouble:
+            run.log.close()
             raise RuntimeError(trouble)
         phase("checkpoint", step)
         stop = anyone(bool(stopping))                     # the signal may have come since
@@ -663,6 +669,9 @@ def setup(cfg):
         agreed("the flags of this run, which --resume takes from its folder", settings(cfg))
         say(whose_flags(cfg.out))
     check_flags(cfg)
+    with all_or_none():
+        if ranks.rank == 0:                             # which alone has a tracker
+            check_tracker(cfg.track)
     objective = load_objective(cfg)
     check_versions(versions(), say)
     check_environment(device)
@@ -704,7 +713,8 @@ def setup(cfg):
     progress = restore(cfg, checkpoint, identity, policy, optimizer, say)
     phase("sync")
     engine.sync_weights(M.full_parameters(policy, dtype), progress.step)
-    log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1)
+    log = RunLog(cfg.out, ranks.rank == 0, progress.step if checkpoint else -1, cfg.track,
+                 papers_settings(cfg.method))
     log.write_settings({**settings(cfg), "ranks": ranks.world, "hub": COMMITS, **environment(device)})
     return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
                policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
@@ -834,6 +844,7 @@ def restore(cfg, checkpoint, identity, policy, optimizer, say):
 def finish(cfg, run, stopped):
     """Export the model, unless the run was stopped; close everything; tell a person where things are, and how
     far held-out accuracy has come. A collective."""
+    run.log.close()
     if not stopped:
         phase("export", cfg.steps)
         device, folder = run.ranks.device, Path(cfg.out) / "hf"
@@ -851,7 +862,7 @@ def finish(cfg, run, stopped):
         print(f"stopped; what is done is in {cfg.out}, continue with --resume")
         return
     print_accuracy(cfg.out)
-    print(f"curves: {cfg.out}/curves.png   model for transformers and vllm: {cfg.out}/hf")
+    print(f"report: {cfg.out}/report.html   model for transformers and vllm: {cfg.out}/hf")
 
 
 def main():

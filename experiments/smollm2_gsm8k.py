@@ -51,7 +51,7 @@ def main():
     from paper import figures  # it loads torch, which no run needs here
     for figure in ("fig5", "fig6"):
         curve = [f"{name}={runs}" for name, runs in curves.items()]
-        figures.main([figure, *curve, "--out", str(args.out / figure)])
+        figures.main([figure, *curve, "--overwrite", "--out", str(args.out / figure)])
 
 
 def train_stages(args, name, flags, test):

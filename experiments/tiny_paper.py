@@ -118,7 +118,8 @@ class Bench:
 
     def figures(self, figure, *args):
         """python -m paper.figures FIGURE ..."""
-        self.start(["-m", "paper.figures", figure, *args], self.out / f"{figure}-{time.time_ns()}.log")
+        log = self.out / f"{figure}-{time.time_ns()}.log"
+        self.start(["-m", "paper.figures", figure, *args, "--overwrite"], log)
 
     def train(self, name, seed, lr, evaluation, folder):
         """One run of srft.py, whole or not at all. Raises RuntimeError if it failed, or was stopped."""

@@ -1,6 +1,7 @@
 """The paper's measurements and figures, from models and run folders. Each writes a PNG and a JSON of what it
 shows.
 
+    python -m paper.figures report out/srft                                     # out/srft/report.html, anew
     python -m paper.figures respond --model BASE --data FILE --out base.jsonl   # responses, for the others
     python -m paper.figures fig2a --base BASE --tuned out/srft --data FILE      # one response, by tokens (A1)
     python -m paper.figures fig2b --base BASE --tuned SFT=out/sft RL=out/grpo SRFT=out/srft --data FILE,FILE
@@ -11,22 +12,31 @@ shows.
     python -m paper.figures figA2 RL=out/grpo truncated=out/grpo-q80
     python -m paper.figures terms SRFT=out/srft                                 # gradient norm of each term
 
+From another folder than the project's: python .../paper/figures.py ...
+
 A model is a Hugging Face folder, a hub name, or a run's folder. A curve, LABEL=RUN+RUN,RUN+RUN, is a run or a
 sequence of runs (each started from the one before), with more seeds after commas: their mean is drawn, and
 their range. Models of any size are read through FSDP2, which spreads them over eight cards by
 
     torchrun --local_addr=127.0.0.1 --nproc_per_node=8 -m paper.figures ...
 
+Template, limits, RoPE theta and window are those that the runs were trained with, by their config.json: with
+others, the probabilities would be of something else. A flag that is given wins.
+
 What the paper leaves open about Fig. 2, and its reviewers ask: whose response it is (--responses: the
 demonstrations of --data, or what `respond` sampled from the base or the tuned model), which log-probs (both
 models score the very same tokens, token by token, at temperature 1, given prompt and prefix), and the colours
 (--scale: the change of probability p_tuned - p_base, in [-1, 1], or of log p in nats).
 """
+import sys
+from pathlib import Path
+
+if not __package__:                                    # started as a file: then this folder is on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import support.startup  # noqa: F401  (before torch)
 
-import html
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,18 +44,54 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import model as M
+from config import METHODS, papers_settings
 from data import TEMPLATES, check_vocabulary, load_examples, tokenize
+from paper.curves import PANELS, curves, named
+from paper.pictures import draw_distributions, draw_heatmap, draw_trajectories, heatmap, share
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import verify_checkpoint
-from support.collectives import of_all_ranks
+from support.collectives import all_or_none, of_all_ranks
+from support.disk import read_json
 from support.flags import Parser
 from support.hub import fetch
 from support.intervals import number_in, positive
 from support.inventory import Inventory
 from support.processes import init_distributed, mistakes_in_one_line
-from support.runlog import read_rows
+from support.report import write_report
 from support.versions import check_versions, versions
 from support.weights import stored_tensors
+
+# ----------------------------------------------------------------------------------------------------------
+# How the runs were trained.
+
+# Flags that a run's config.json has, too, and what they are where no run is among the models.
+OF_RUNS = {"template": "paper", "max_prompt_tokens": 1024, "max_response_tokens": 8192, "rope_theta": 0.0,
+           "window": 0}
+
+
+def is_run(name):
+    return (Path(name) / "metrics.jsonl").exists()
+
+
+def take_from_runs(args):
+    """Set the flags of OF_RUNS that were not given to what the runs among the models were trained with.
+    Raises ValueError where these differ."""
+    names = [path for _, path in named(getattr(args, "tuned", []))]
+    for _, stages in named(getattr(args, "runs", [])):
+        names += stages.split("+")
+    names += [name for name in (getattr(args, "base", None), getattr(args, "model", None)) if name]
+    runs = [name for name in names if is_run(name)]
+    for flag, default in OF_RUNS.items():
+        if getattr(args, flag, default) is not None:           # given, or no flag of this figure
+            continue
+        found = {run: read_json(Path(run) / "config.json").get(flag, default) for run in runs}
+        if len(set(found.values())) > 1:
+            differing = ", ".join(f"{value} in {run}" for run, value in found.items())
+            raise ValueError(f"--{flag}: the runs were not trained with the same one ({differing}); pass one")
+        setattr(args, flag, next(iter(found.values()), default))
+        if runs and getattr(args, flag) != default:
+            say(f"--{flag} {getattr(args, flag)}, as {runs[0]} was trained")
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Models, and the probabilities that they give to responses.
@@ -53,7 +99,7 @@ from support.weights import stored_tensors
 
 def model_folder(name):
     """A Hugging Face folder, hub name or run's folder -> the folder to load."""
-    if (Path(name) / "metrics.jsonl").exists():
+    if is_run(name):
         if not (Path(name) / "hf").is_dir():
             raise ValueError(f"{name}: this run has no hf/ yet; it is written when training ends")
         return str(Path(name) / "hf")
@@ -70,6 +116,7 @@ class Scorer:
         # Sequences packed into one row must not see each other; an architecture may break that in silence.
         M.check_packing(self.policy, device, config.vocab_size)
         self.device, self.tokens = device, args.micro_batch_tokens
+        self.folder, self.window = folder, config.max_position_embeddings
 
     def load_checkpoint(self, path):
         """The weights of checkpoints/step-N, without its optimizer."""
@@ -82,6 +129,11 @@ class Scorer:
     def __call__(self, sequences):
         """Sequences -> a float32 array of log p of the response's tokens (nats, temperature 1) for each, in
         order. A collective: each rank scores its share of the micro-batches."""
+        longest = max(map(len, sequences), default=0)
+        if longest > self.window:            # positions that the model has never seen: p would mean nothing
+            raise ValueError(f"a prompt with its response has {longest} tokens, over the window of "
+                             f"{self.window} tokens of {self.folder}: lower --max_prompt_tokens or "
+                             "--max_response_tokens, or raise --window")
         rank, world = dist.get_rank(), dist.get_world_size()
         # pack() deals the sequences out in an order of its own; each is found again by its identity.
         place = {id(sequence): i for i, sequence in enumerate(sequences)}
@@ -133,178 +185,90 @@ def respond(args, mesh, device):
     return {"jsonl": "".join(lines)}
 
 
-def read_responses(file):
-    """What `respond` wrote -> (Sequences, log p of their tokens under the model that sampled them)."""
+def read_responses(file, example=None):
+    """What `respond` wrote -> (Sequences, log p of their tokens under the model that sampled them). example:
+    an id, of whose problem alone."""
     sequences, logp = [], []
     try:
         for line in Path(file).read_text().splitlines():
             row = json.loads(line)
-            sequences.append(M.Sequence(row["prompt"], row["response"]))
-            logp.append(np.array(row["logp"], np.float32))
+            if example in (None, row["id"]):
+                sequences.append(M.Sequence(row["prompt"], row["response"]))
+                logp.append(np.array(row["logp"], np.float32))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a file of `python -m paper.figures respond` ({error!r})") from None
     return sequences, logp
 
 
-def read_prompts(args, tokenizer, need_demo=False):
-    """The prompts of --data (files, folders or tiny:NAME, separated by commas), at most --limit of each."""
+def read_prompts(args, tokenizer, need_demo=False, example=None):
+    """The prompts of --data (files, folders or tiny:NAME, separated by commas), at most --limit of each; or
+    the one whose id is `example`."""
     if not args.data:
         raise ValueError("--data: which problems? A file, a folder or tiny:NAME")
     prompts = []
     for source in args.data.split(","):
         name = source if source.startswith("tiny:") else fetch(source, "dataset", "--data")
         inventory = Inventory(f"--data {source}")
-        examples = load_examples(name, inventory=inventory)
-        found = [example for example in examples if example.demo or not need_demo]
+        found = [one for one in load_examples(name, inventory=inventory) if one.demo or not need_demo]
         if not found:
             raise ValueError(f"--data {source}: no example has a demonstration; "
                              "pass --responses FILE, of `respond`")
-        prompts += tokenize(found[:args.limit], tokenizer, args.template, args.max_prompt_tokens,
-                            args.max_response_tokens, inventory)
+        if example is not None:
+            found = [one for one in found if one.id == example]
+        if found:
+            prompts += tokenize(found[:args.limit], tokenizer, args.template, args.max_prompt_tokens,
+                                args.max_response_tokens, inventory)
         for remark in inventory.remarks():
-            print(f"--data {source}: {remark}")
+            say(f"--data {source}: {remark}")
     return prompts
 
 
-def responses(args, source, tokenizer):
+def responses(args, source, tokenizer, example=None):
     """The sequences that fig2a and fig2b look at: demonstrations of --data, or those of a file."""
     if source != "demo":
-        sequences, _ = read_responses(source)
+        sequences, _ = read_responses(source, example)
         return sequences[:args.limit]
-    return [M.Sequence(prompt.ids, prompt.demo) for prompt in read_prompts(args, tokenizer, need_demo=True)]
+    prompts = read_prompts(args, tokenizer, need_demo=True, example=example)
+    return [M.Sequence(prompt.ids, prompt.demo) for prompt in prompts]
 
 
-def share(base, tuned, more_than):
-    """The share of tokens whose probability changed by more than `more_than`. base, tuned: log p of each."""
-    if not len(base):
-        return 0.0
-    return float(np.mean(np.abs(np.exp(tuned) - np.exp(base)) > more_than))
+def whose(args, source):
+    """What a figure says about its responses."""
+    if source != "demo":
+        return f"responses in {Path(source).stem}"
+    return "demonstrations of " + ", ".join(Path(name).stem for name in args.data.split(","))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Fig. 2(a), A1: one response as a heat map.
 
-COLOURS = {"up": (33, 102, 172), "down": (178, 24, 43)}          # more, and less probable than before
-
-
 def fig2a(args, mesh, device):
-    """A heat map of the first response that --data and --responses give."""
+    """A heat map of one response that --data or --responses give: the first, or --example."""
     label, name = named(args.tuned)[0]
     base, tuned = model_folder(args.base), model_folder(name)
     tokenizer = M.load_tokenizer(base)
     args.limit = 1
-    sequence = responses(args, args.responses[0], tokenizer)[0]
+    found = responses(args, args.responses[0], tokenizer, args.example)
+    if not found:
+        raise ValueError(f"--example {args.example}: no response is to a problem of this id; samples.jsonl "
+                         "and the files of `respond` name ids")
+    sequence = found[0]
     # log p of each token of the response, the same tokens under both models.
     [before] = Scorer(base, mesh, device, args)([sequence])
     [after] = Scorer(tuned, mesh, device, args)([sequence])
     tokens = [tokenizer.decode([token]) for token in sequence.response]
-    title = f"{label} against base, response: {args.responses[0]}"
+    which = "first" if args.example is None else args.example
+    title = f"{label} against base, the {which} of the {whose(args, args.responses[0])}"
 
     def draw(file):
         draw_heatmap(file, tokens, before, after, args.scale, title)
 
-    return {"json": {"tokens": tokens, "logp_base": before.tolist(), "logp_tuned": after.tolist(),
+    return {"json": {"title": title, "tokens": tokens,
+                     "logp_base": before.tolist(), "logp_tuned": after.tolist(),
                      "changed by more than 0.1": share(before, after, 0.1),
                      "changed by more than 0.5": share(before, after, 0.5)},
             "html": heatmap(tokens, before, after, args.scale, title),
             "png": draw}
-
-
-def changes(base, tuned, scale):
-    """(change of each token, the widest of the colour scale) of log probs, by --scale."""
-    if scale == "probability":
-        return np.exp(tuned) - np.exp(base), 1.0
-    return tuned - base, max(1.0, float(np.abs(tuned - base).max()))
-
-
-def colour(change, widest):
-    """rgba of a change in [-widest, widest]: blue for up, red for down, the darker the larger."""
-    r, g, b = COLOURS["up" if change > 0 else "down"]
-    return r, g, b, min(1.0, abs(change) / widest)
-
-
-def css(change, widest):
-    """The same as a style: the background, and letters that can be read on it."""
-    r, g, b, alpha = colour(change, widest)
-    return f"background:rgba({r},{g},{b},{alpha:.3f});color:{'#fff' if alpha > 0.6 else '#111'}"
-
-
-def heatmap(tokens, base, tuned, scale, title):
-    """A self-contained HTML page: the response's tokens, coloured by how their probability changed.
-
-    tokens: list of str; base, tuned: log p of each under the two models; scale: "probability" or "log".
-    """
-    change, widest = changes(base, tuned, scale)
-    spans = []
-    for i, token in enumerate(tokens):
-        # A model wrote this text: it must reach the page as text. A newline and nothing at all get a sign.
-        shown = html.escape(token).replace("\n", "\u21b5\n") or "\u2205"
-        hint = f"{html.escape(repr(token))}: base {np.exp(base[i]):.4f}, tuned {np.exp(tuned[i]):.4f}"
-        spans.append(f'<span style="{css(change[i], widest)}" title="{hint}">{shown}</span>')
-    unit = "p_tuned - p_base" if scale == "probability" else "log p_tuned - log p_base, nats"
-    legend = []                                            # the scale, by a few of its colours
-    for part in (-1, -0.5, -0.1, 0.1, 0.5, 1):
-        style = f"{css(part * widest, widest)};padding:0 .8em"
-        legend.append(f'<span style="{style}">{part * widest:+.2g}</span>')
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>
-body{{font:16px/1.7 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em}}
-body{{color:#111;background:#fff}}
-pre{{white-space:pre-wrap;overflow-wrap:anywhere;font:inherit}}
-pre span{{border-radius:2px}} p{{font-family:sans-serif}}
-</style>
-</head><body><h1 style="font:600 1.2em sans-serif">{html.escape(title)}</h1>
-<p>Colour: {unit}, from {"".join(legend)}. Point at a token for its two probabilities.
-Changed by more than 0.1: {share(base, tuned, 0.1):.1%} of {len(tokens)} tokens;
-by more than 0.5: {share(base, tuned, 0.5):.1%}.</p>
-<pre>{"".join(spans)}</pre></body></html>
-"""
-
-
-def draw_heatmap(file, tokens, base, tuned, scale, title):
-    """The same as a picture, of its first 60 lines."""
-    change, widest = changes(base, tuned, scale)
-    lines = wrapped(tokens, change)[:60]
-    columns = max([48, *map(width, lines)])
-    figure = new_figure(0.12 * columns, 0.6 + 0.26 * len(lines))
-    axes = figure.subplots()
-    axes.set(xlim=(0, columns + 1), ylim=(len(lines), 0), title=title)         # a unit a letter; y goes down
-    axes.axis("off")
-    for y, line in enumerate(lines):
-        x = 0
-        for token, token_change in line:
-            *rgb, alpha = colour(token_change, widest)
-            ground = [part / 255 for part in rgb] + [alpha]
-            axes.add_patch(rectangle((x, y), len(token), 0.92, color=ground, linewidth=0))
-            ink = "white" if alpha > 0.6 else "black"
-            for k, letter in enumerate(token):
-                # To matplotlib, text between two $ is a formula.
-                axes.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=9,
-                          ha="center", va="center", color=ink)
-            x += len(token)
-    save_figure(figure, file)
-
-
-def wrapped(tokens, change):
-    """Tokens with their changes -> lines, each a list of (token, change), broken at newlines and before the
-    91st letter."""
-    lines, line = [], []
-    for token, token_change in zip(tokens, change):
-        if width(line) + len(token) > 90:
-            lines.append(line)
-            line = []
-        line.append((token.replace("\n", "\u21b5"), token_change))
-        if "\n" in token:
-            lines.append(line)
-            line = []
-    lines.append(line)
-    return lines
-
-
-def width(line):
-    """Letters of a line of (token, change)."""
-    return sum(len(token) for token, _ in line)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -333,7 +297,7 @@ def fig2b(args, mesh, device):
             f"over 0.5: {row['changed by more than 0.5']:6.1%}")
 
     def draw(file):
-        draw_distributions(file, found, args.responses)
+        draw_distributions(file, found, [whose(args, source) for source in args.responses])
 
     return {"json": found, "png": draw}
 
@@ -346,22 +310,6 @@ def distribution(before, after):
             "changed by more than 0.1": share(before, after, 0.1),
             "changed by more than 0.5": share(before, after, 0.5),
             "share of each bin": (counts / max(1, len(change))).tolist(), "edges": edges.tolist()}
-
-
-def draw_distributions(file, found, sources):
-    """Fig. 2(b): the changes as histograms, one for each tuned model."""
-    figure = new_figure(7, 4)
-    axes = figure.subplots()
-    for label, row in found.items():
-        over = (f"{row['changed by more than 0.1']:.1%} over 0.1, "
-                f"{row['changed by more than 0.5']:.1%} over 0.5")
-        axes.stairs(row["share of each bin"], row["edges"], label=f"{label}: {over}")
-    # Most tokens hardly change: without a logarithm, the middle bin is all that one sees.
-    axes.set(yscale="log", xlabel="p_tuned - p_base of a response's token", ylabel="share of tokens")
-    axes.set_title("responses: " + ", ".join(Path(source).stem for source in sources), fontsize=9)
-    axes.legend()
-    save_figure(figure, file)
-
 
 # ----------------------------------------------------------------------------------------------------------
 # Fig. 3, App. E: trajectories in the space of distances to reference models.
@@ -418,143 +366,20 @@ def distances(scorer, references):
     return found
 
 
-def draw_trajectories(file, found):
-    """The space of the three distances, and its three sides. A star is where a run ends."""
-    figure = new_figure(12, 9)
-    plots = [(figure.add_subplot(2, 2, 1, projection="3d"), (0, 1, 2))]
-    for number, pair in enumerate([(0, 1), (0, 2), (1, 2)], 2):
-        plots.append((figure.add_subplot(2, 2, number), pair))
-    for axes, dimensions in plots:
-        for label, path in found["runs"].items():
-            points = np.array([point["distances"] for point in path])[:, dimensions]
-            axes.plot(*points.T, marker="o", markersize=3, label=label)
-            axes.plot(*points[-1:].T, marker="*", markersize=11, color=axes.lines[-1].get_color())
-        for axis, dimension in zip("xyz", dimensions):
-            axes.set(**{f"{axis}label": f"distance to {found['references'][dimension]}"})
-    space, _ = plots[0]
-    space.legend()
-    save_figure(figure, file)
-
-
 # ----------------------------------------------------------------------------------------------------------
-# Fig. 4, 5, 6, A2, and the gradients of the loss terms: what runs logged, one curve a paradigm.
+# The command line.
 
-TERMS = {"sft_demo": "Eq. 8", "rl_demo": "Eq. 9", "rl_pos": "Eq. 12, left", "rl_neg": "Eq. 12, right"}
-PANELS = {
-    "fig4": ["accuracy", "entropy"],
-    "fig5": ["accuracy", "length", "entropy"],
-    "fig6": ["reward", "length", "entropy", "accuracy"],
-    "figA2": ["accuracy", "reward", "entropy"],
-    "terms": list(TERMS),
-}
-METRICS = {                             # panel: how its metrics begin in metrics.jsonl, its title
-    "accuracy": ("eval/", "held-out accuracy"),
-    "entropy": ("eval_entropy/", "entropy, nats a token"),
-    "length": ("eval_len/", "response, tokens"),
-    "reward": ("reward/mean", "training reward"),
-}
-for term, equation in TERMS.items():
-    METRICS[term] = (f"grad_norm/{term}", f"gradient norm, {term} ({equation})")
-
-
-def curves(args, *_):
-    """Fig. 4, 5, 6, A2 and the terms' gradients: mean over seeds, shaded from the least to the most."""
-    found = {}                                              # panel -> label -> curve
-    for panel in PANELS[args.figure]:
-        prefix, _ = METRICS[panel]
-        found[panel] = {}
-        for label, runs in named(args.curves):
-            steps, mean, least, most = read_curves(runs, prefix)
-            found[panel][label] = {"step": steps, "mean": mean, "least": least, "most": most}
-
-    # SFT has no rewards, and a run without --eval_data no accuracy: a panel needs one curve, not all.
-    measured, empty = [], []                                # panels, titles
-    for panel, of_label in found.items():
-        if any(curve["step"] for curve in of_label.values()):
-            measured.append(panel)
-        else:
-            empty.append(METRICS[panel][1])
-    flag = "--term_gradients" if args.figure == "terms" else "--eval_data"
-    if not measured:
-        raise ValueError(f"no run has any of {', '.join(empty)}: these are measured where srft.py gets "
-                         f"{flag}")
-    if empty:
-        say(f"left out, since no run has it (train with {flag}): {', '.join(empty)}")
-    for label, _ in named(args.curves):
-        ends = []
-        for panel in measured:
-            mean = found[panel][label]["mean"]
-            if mean:
-                ends.append(f"{panel} {mean[-1]:.3f}")
-        say(f"{label:<16} " + "   ".join(ends))
-
-    def draw(file):
-        draw_curves(file, {panel: found[panel] for panel in measured})
-
-    return {"json": found, "png": draw}
-
-
-def read_curves(seeds, prefix):
-    """Runs of several seeds, "RUN+RUN,RUN+RUN" -> (steps, mean, least, most) over the steps that all of them
-    have."""
-    of_seeds = [dict(read_curve(run, prefix)) for run in seeds.split(",")]                  # step -> value
-    # Seeds may have been evaluated at different steps; a mean over some of them would jump.
-    steps = sorted(set.intersection(*map(set, of_seeds)))
-    rows = []
-    for curve in of_seeds:
-        rows.append([curve[step] for step in steps])
-    values = np.array(rows)                                                                 # (seeds, steps)
-    return steps, values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist()
-
-
-def read_curve(run, prefix):
-    """[(step, value)] of a run or a sequence of runs RUN+RUN, steps counted through; metrics that begin with
-    `prefix` are averaged (the paper's average over benchmarks)."""
-    points, first = [], 0
-    for part in run.split("+"):
-        rows = read_rows(Path(part) / "metrics.jsonl")
-        if not rows:
-            raise ValueError(f"{part}: no metrics.jsonl with a row; expected a run's folder")
-        for row in rows:
-            values = [row[key] for key in row if key.startswith(prefix) and row[key] is not None]
-            # Step 0 of a later stage is the end of the stage before it, measured twice.
-            if values and (row["step"] or not first):
-                points.append((first + row["step"], float(np.mean(values))))
-        first += rows[-1]["step"]
-    return points
-
-
-def draw_curves(file, panels):
-    """panels: {panel: {label: curve}}, a subplot for each."""
-    figure = new_figure(4.6 * len(panels), 4)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for i, (label, curve) in enumerate(panels[panel].items()):      # one colour a label in all panels
-            if curve["step"]:
-                axes.plot(curve["step"], curve["mean"], color=f"C{i}", marker="o", markersize=3, label=label)
-                axes.fill_between(curve["step"], curve["least"], curve["most"], alpha=0.15, color=f"C{i}")
-        axes.set(xlabel="step", title=METRICS[panel][1])
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
-    save_figure(figure, file)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pictures and the command line.
-
-def new_figure(width, height):
-    # No pyplot: no display, no global state.
-    from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def rectangle(*args, **kwargs):
-    from matplotlib.patches import Rectangle
-    return Rectangle(*args, **kwargs)
-
-
-def save_figure(figure, file):
-    figure.savefig(file, dpi=110)
+def report(args, *_):
+    """The page that a run writes into its folder, from what is there by now."""
+    settings = {}
+    if (Path(args.run) / "config.json").exists():
+        settings = read_json(Path(args.run) / "config.json")
+    method = settings.get("method", "srft")
+    if method not in METHODS:
+        raise ValueError(f"{args.run}/config.json: knows no --method {method}")
+    write_report(args.run, papers_settings(method))
+    print(f"wrote {args.run}/report.html")
+    return {}
 
 
 def say(text):
@@ -563,20 +388,9 @@ def say(text):
         print(text, flush=True)
 
 
-def named(items):
-    """["A=x", "B=y"] -> [("A", "x"), ("B", "y")]; a bare path is its own label."""
-    pairs = []
-    for item in items:
-        label, equals, path = item.rpartition("=")
-        if not equals:
-            label = Path(item).name
-        pairs.append((label, path))
-    if len({label for label, _ in pairs}) < len(pairs):
-        raise ValueError(f"two of {', '.join(items)} have one label: name them LABEL=PATH")
-    return pairs
-
-
-FIGURES = {"respond": respond, "fig2a": fig2a, "fig2b": fig2b, "fig3": fig3} | dict.fromkeys(PANELS, curves)
+MODELS = {"respond": respond, "fig2a": fig2a, "fig2b": fig2b, "fig3": fig3}       # figures that read models
+FIGURES = {"report": report, **MODELS, **dict.fromkeys(PANELS, curves)}
+SUFFIXES = {"report": [], "respond": ["jsonl"], "fig2a": ["json", "html", "png"]}      # of others json, png
 
 
 def parse(argv=None):
@@ -585,8 +399,12 @@ def parse(argv=None):
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, function in FIGURES.items():
         one = figures.add_parser(name, help=function.__doc__.split("\n")[0], description=function.__doc__)
+        if function is report:
+            one.add_argument("run", metavar="DIR", help="the run's folder, where report.html is written")
+            continue
         one.add_argument("--out", default=f"out/figures/{name}",
                          help="path of the files, without suffix [%(default)s]")
+        one.add_argument("--overwrite", action="store_true", help="replace the figure that is there")
         if function is curves:
             one.add_argument("curves", nargs="+", metavar="LABEL=RUN",
                              help="RUN, RUN+RUN (a sequence), with more seeds after commas")
@@ -614,6 +432,7 @@ def add_figure_flags(flag, name):
         flag("--responses", nargs=several, default=["demo"], help="whose responses are scored: the "
              "demonstrations of --data, or a file of `respond`; for fig2b also one for each model [demo]")
     if name == "fig2a":
+        flag("--example", metavar="ID", help="the id of the problem whose response is shown [the first]")
         flag("--scale", choices=("probability", "log"), default="probability",
              help="colour: the change of p, or of log p [%(default)s]")
     if name != "fig3":
@@ -621,21 +440,24 @@ def add_figure_flags(flag, name):
              help="problems (and demonstrations): files, folders, tiny:NAME, by commas")
         flag("--limit", type=positive, default=1024,
              help="problems of each file (App. E: 1,024) [%(default)s]")
-        flag("--template", choices=tuple(TEMPLATES), default="paper", help="prompt template [%(default)s]")
+        flag("--template", choices=tuple(TEMPLATES),
+             help=f"prompt template [the run's, else {OF_RUNS['template']}]")
 
 
 def add_common_flags(flag):
     """What all figures that read models ask."""
     flag("--device", choices=("auto", "cuda", "cpu"), default="auto",
          help="auto: the GPU if torch is built for one, else the CPU [%(default)s]")
-    for option, default, within, meaning in (
-            ("max_prompt_tokens", 1024, "[1, inf)", "longer prompts are dropped"),
-            ("max_response_tokens", 8192, "[1, inf)", "longer demonstrations are dropped, responses cut"),
-            ("micro_batch_tokens", 16_384, "[1, inf)", "packed tokens per forward"),
-            ("rope_theta", 0.0, "[0, inf)", "RoPE theta; 0 keeps the model's own"),
-            ("window", 0, "[0, inf)", "context window; 0 keeps the model's own")):
-        flag(f"--{option}", type=number_in(type(default), within), default=default,
-             help=f"{meaning} [%(default)s]")
+    flag("--micro_batch_tokens", type=number_in(int, "[1, inf)"), default=16_384,
+         help="packed tokens per forward [%(default)s]")
+    for option, within, meaning in (
+            ("max_prompt_tokens", "[1, inf)", "longer prompts are dropped"),
+            ("max_response_tokens", "[1, inf)", "longer demonstrations are dropped, responses cut"),
+            ("rope_theta", "[0, inf)", "RoPE theta; 0 keeps the model's own"),
+            ("window", "[0, inf)", "context window; 0 keeps the model's own")):
+        default = OF_RUNS[option]
+        flag(f"--{option}", type=number_in(type(default), within),
+             help=f"{meaning} [the run's, else {default}]")
 
 
 def main(argv=None):
@@ -644,10 +466,13 @@ def main(argv=None):
     figure = FIGURES[args.figure]
     try:
         with mistakes_in_one_line("paper/figures.py"):
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)       # now, not after hours of responses
-            if figure is not curves:                           # which reads no model
+            if args.figure in MODELS:
                 *_, device, mesh = init_distributed(args.device)
-                check_versions(versions(), print)
+                check_versions(versions(), say)
+                take_from_runs(args)
+            with all_or_none():                            # now, not after hours of responses
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    make_room(args)
             contents = figure(args, mesh, device)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 for suffix, content in contents.items():
@@ -657,9 +482,22 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
+def make_room(args):
+    """The folder of --out. Raises ValueError where another figure is there that nobody said may go."""
+    for suffix in SUFFIXES.get(args.figure, ["json", "png"]):
+        file = path_of(args.out, suffix)
+        if file.exists() and not args.overwrite:
+            raise ValueError(f"{file}: is there already; pass another --out, or --overwrite to replace it")
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def path_of(out, suffix):
+    return Path(out if out.endswith(suffix) else f"{out}.{suffix}")
+
+
 def write(out, suffix, content):
     """content: a function that draws into a file, a text, or what becomes JSON."""
-    file = Path(out if out.endswith(suffix) else f"{out}.{suffix}")
+    file = path_of(out, suffix)
     file.parent.mkdir(parents=True, exist_ok=True)
     if callable(content):
         content(file)

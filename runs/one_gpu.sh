@@ -22,7 +22,7 @@
 #          else), 300 GB of disk.
 # Takes:   days: more than eight times what docs/benchmarks.md models for eight cards. Neither measured nor
 #          modelled for one. --prompts_per_step 16 is an eighth of the work, and another experiment.
-# Writes:  out/one_gpu: metrics.jsonl, samples.jsonl, curves.png, checkpoints/ (91 GB each, three at a time),
+# Writes:  out/one_gpu: metrics.jsonl, samples.jsonl, curves.png, report.html, checkpoints/ (91 GB each, three at a time),
 #          and hf/, the trained model. The same command goes on where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -12,7 +12,7 @@
 #          GPQA-Diamond accepted there.
 # Takes:   modelled, not measured: on 8 x H100, 19 hours where responses have 2,000 tokens on average, 69
 #          where all are as long as they may be; docs/benchmarks.md has the assumptions.
-# Writes:  $OUT: metrics.jsonl, samples.jsonl, curves.png, checkpoints/ (91 GB each, three at a time), hf/,
+# Writes:  $OUT: metrics.jsonl, samples.jsonl, curves.png, report.html, checkpoints/ (91 GB each, three at a time), hf/,
 #          the trained model, and eval/ with results.jsonl, summary.json and summary.md.
 #
 # Not yet run on a GPU.

@@ -7,7 +7,7 @@
 #
 # Needs:   2 cores; no GPU, no network. TORCHRUN=DIR/torchrun is that of another environment.
 # Takes:   two to four minutes.
-# Writes:  out/tiny: metrics.jsonl, samples.jsonl, curves.png, checkpoints/, and hf/, the trained model.
+# Writes:  out/tiny: metrics.jsonl, samples.jsonl, curves.png, report.html, checkpoints/, and hf/, the trained model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

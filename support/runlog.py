@@ -1,14 +1,15 @@
-"""A run's folder: metrics.jsonl, samples.jsonl and curves.png, written while it trains.
+"""A run's folder: metrics.jsonl, samples.jsonl, curves.png and report.html, written while it trains.
 
     log = RunLog("out/run", active=rank == 0, step=50)        # resumed at step 50: later rows are cut off
     log.write({"step": 51, "reward/mean": 0.4}, samples=[{"step": 51, "response": "..."}])
+    log.close()
     rows = read_rows("out/run/metrics.jsonl")
 
 One JSON object a line, so that a run of days is a file which any tool reads while it grows, and which a kill
 spoils by one line at most. What is not a finite number is null. curves.png has the panels of Fig. 6.
 
-To copy: this file with support/claim.py and support/disk.py, and PANELS named anew. It needs matplotlib;
-tensorboard is used where it is installed.
+To copy: this file with support/claim.py, support/disk.py, support/trackers.py, support/report.py and its
+report.html, and PANELS named anew. It needs matplotlib.
 """
 import json
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from support.claim import claim, is_claimed
 from support.disk import append_whole, write_whole
+from support.trackers import Tracker
 
 PANELS = [                     # title; metrics drawn in it, or how all of them begin
     ("reward (Fig. 6a)", ["reward/mean", "reward/demo_mean"]),
@@ -28,7 +30,6 @@ PANELS = [                     # title; metrics drawn in it, or how all of them 
     ("loss terms of Eq. 13", "loss/"),
     ("held-out accuracy", "eval/"),
 ]
-PARTIAL_CURVES = ".curves.partial.png"
 
 
 def read_rows(file):
@@ -94,34 +95,36 @@ def draw_curves(run):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    partial = Path(run) / PARTIAL_CURVES
-    figure.savefig(partial, dpi=90)
-    partial.rename(Path(run) / "curves.png")       # a viewer never sees half a picture
+    partial = Path(run) / ".curves.partial.png"
+    try:
+        figure.savefig(partial, dpi=90)
+        partial.rename(Path(run) / "curves.png")       # a viewer never sees half a picture
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class RunLog:
-    """Writes metrics.jsonl (one object a step), samples.jsonl and curves.png of a run, and TensorBoard
-    events where tensorboard is installed. Every rank may hold one; only an `active` one writes."""
+    """Writes metrics.jsonl (one object a step), samples.jsonl, curves.png and report.html of a run, and hands
+    all to its tracker. Every rank may hold one; only an `active` one writes."""
 
-    def __init__(self, run, active, step):
-        """Rows after `step`, which a resumed run is about to write again, are cut off first. -1: all rows."""
-        self.run, self.active, self.drawn, self.board = Path(run), active, 0.0, None
-        self.step, self.settings = step, None
+    def __init__(self, run, active, step, track="none", papers=None):
+        """Rows after `step`, which a resumed run is about to write again, are cut off first. -1: all rows.
+        track: a name of support.trackers. papers: the settings that the report compares the run's with."""
+        self.run, self.active, self.step = Path(run), active, step
+        self.track, self.papers, self.settings = track, papers or {}, None
+        self.tracker = Tracker("none", self.run, {}, step)          # until it is known what is run
+        self.drawn = 0.0                                            # when the curves were, by the clock
+        self.unshown = None                                         # (step, samples) since the last report
         if not active:
             return
         claim(self.run)
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in read_rows(self.run / name) if row["step"] <= step]
             write_whole(self.run / name, "".join(map(json_line, rows)))
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.run, purge_step=step + 1)
-        except ImportError:
-            pass
 
     def write_settings(self, settings):
-        """Write `settings` to config.json. If a resume has changed any, the file of before becomes
-        config-until-STEP.json. An infinity, such as --grad_clip inf, becomes the text "inf"."""
+        """Write `settings` to config.json, and begin tracking. If a resume has changed any, the file of
+        before becomes config-until-STEP.json. An infinity, such as --grad_clip inf, becomes "inf"."""
         if not self.active:
             return
         for name, value in settings.items():
@@ -132,6 +135,7 @@ class RunLog:
         if self.step >= 0 and file.exists() and file.read_bytes() != self.settings.encode():
             file.replace(self.run / f"config-until-{self.step}.json")
         write_whole(file, self.settings)
+        self.tracker = Tracker(self.track, self.run, settings, self.step)
 
     def amend(self, step, metrics):
         """Add to the row of `step`, the last one, what was not yet known when it was written."""
@@ -142,27 +146,49 @@ class RunLog:
             rows.append({"step": step})
         rows[-1].update(metrics)
         write_whole(self.run / "metrics.jsonl", "".join(map(json_line, rows)))
+        self.tracker.log(step, metrics)
+        self.unshown = (step, [])
+        self._show()
 
-    def write(self, metrics, samples=(), last=False):
-        """Append one step; redraw the curves at most twice a minute, and at the `last` step."""
+    def write(self, metrics, samples=()):
+        """Append one step; write the report after an evaluation, redraw the curves at most twice a minute."""
         if not self.active:
             return
         for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
             with self._open(name, metrics["step"]) as f:
                 append_whole(f, "".join(map(json_line, rows)))
-        if self.board:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, metrics["step"])
-        if last and self.board:
-            self.board.close()
-        if last or time.monotonic() - self.drawn > 30:
-            try:
-                draw_curves(self.run)
-            except Exception as error:         # a picture (fonts, a full disk) is not worth a run of days
-                warnings.warn(f"could not draw {self.run}/curves.png: {error}")
-                (self.run / PARTIAL_CURVES).unlink(missing_ok=True)
-            self.drawn = time.monotonic()
+        self.tracker.log(metrics["step"], metrics)
+        self.unshown = (metrics["step"], samples)
+        if any(name.startswith("eval/") for name in metrics):
+            self._show()
+        elif time.monotonic() - self.drawn > 30:
+            self._draw()
+
+    def close(self):
+        """Curves and report of all that was written; the tracker's end."""
+        if not self.active:
+            return
+        if self.unshown:
+            self._show()
+        self.tracker.close()
+
+    def _draw(self):
+        try:
+            draw_curves(self.run)
+        except Exception as error:             # a picture (fonts, a full disk) is not worth a run of days
+            warnings.warn(f"could not draw {self.run}/curves.png: {error}")
+        self.drawn = time.monotonic()
+
+    def _show(self):
+        """Curves and report, and with the last step's samples to the tracker."""
+        from support.report import write_report  # here: it imports this module
+        self._draw()
+        try:
+            write_report(self.run, self.papers)
+        except Exception as error:
+            warnings.warn(f"could not write {self.run}/report.html: {error}")
+        self.tracker.show(*self.unshown)
+        self.unshown = None
 
     def _open(self, name, step):
         """A file of the run, to append to."""

@@ -62,7 +62,8 @@ def run(args, ranks=1, per_node=None, timeout=240, ok=True):
 
 # A whole run in seconds: 4 prompts x 4 rollouts of the tiny task.
 SMALL = ["srft.py", "--preset", "tiny", "--device", "cpu", "--prompts_per_step", "4", "--n_rollouts", "4",
-         "--save_every", "2", "--eval_data", "", "--engine_sequences", "32", "--grader_workers", "1"]
+         "--save_every", "2", "--eval_data", "", "--engine_sequences", "32", "--grader_workers", "1",
+         "--track", "none"]
 
 
 def metrics(out):

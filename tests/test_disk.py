@@ -300,7 +300,8 @@ def test_it_does_not_go_on_where_another_run_has_taken_its_place(tmp_path):
 @pytest.mark.parametrize("rows, expected", [
     ([1, 2], {1: None, 2: 0.5}), ([1], {1: None, 2: 0.5}), ([], {2: 0.5}), ([1, 2, 3], {1: None, 2: 0.5})])
 def test_an_evaluation_that_is_made_after_a_resume_stands_in_the_row_of_its_step_alone(
-        tmp_path, rows, expected):
+        tmp_path, rows, expected, monkeypatch):
+    monkeypatch.setattr(runlog, "draw_curves", str)                          # takes a second
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in rows))
     RunLog(tmp_path, active=True, step=2).amend(2, {"eval/held": 0.5})
     found = {row["step"]: row.get("eval/held") for row in read_rows(tmp_path / "metrics.jsonl")}

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import TINY
-from conftest import run, start
+from conftest import ENV, ROOT, run, start
 from data import load_examples
+from paper import curves as C
 from paper import figures as A
+from paper import pictures as P
 from support.runlog import read_rows
 from tiny.task import make_tokenizer
 
@@ -33,7 +36,7 @@ HOSTILE = ["</span><script>document.title='owned'</script>", "\n", "", "$x_1$", 
 def page(scale="probability", tokens=HOSTILE, title="<b>t</b>"):
     rng = np.random.default_rng(0)
     base, tuned = (np.log(rng.uniform(0.01, 1, len(tokens))) for _ in range(2))
-    return A.heatmap(tokens, base, tuned, scale, title), base, tuned
+    return P.heatmap(tokens, base, tuned, scale, title), base, tuned
 
 
 @pytest.mark.parametrize("scale", ["probability", "log"])
@@ -47,18 +50,18 @@ def test_a_page_holds_every_token_as_text_with_both_probabilities(scale):
 
 def test_the_darker_the_larger_the_change_blue_for_more_and_red_for_less():
     base, tuned = np.log([0.1, 0.5, 0.9, 0.5]), np.log([1.0, 0.6, 0.1, 0.5])
-    text = A.heatmap(list("abcd"), base, tuned, "probability", "t")
+    text = P.heatmap(list("abcd"), base, tuned, "probability", "t")
     span = r"<span style=\"background:rgba\((\d+),(\d+),(\d+),([\d.]+)\);color:#\w+\" title"
     found = [tuple(map(float, rgba)) for rgba in re.findall(span, text)]
     (up, small, down, same) = found
-    assert up[:3] == small[:3] == A.COLOURS["up"] and down[:3] == A.COLOURS["down"]
+    assert up[:3] == small[:3] == P.COLOURS["up"] and down[:3] == P.COLOURS["down"]
     assert [rgba[3] for rgba in found] == pytest.approx([0.9, 0.1, 0.8, 0.0])
 
 
 def test_shares_count_changes_of_either_sign():
     base, tuned = np.log([0.1, 0.9, 0.5, 0.5]), np.log([0.25, 0.3, 0.55, 0.5])
-    assert A.share(base, tuned, 0.1) == 0.5 and A.share(base, tuned, 0.5) == 0.25
-    assert A.share(base[:0], tuned[:0], 0.1) == 0
+    assert P.share(base, tuned, 0.1) == 0.5 and P.share(base, tuned, 0.5) == 0.25
+    assert P.share(base[:0], tuned[:0], 0.1) == 0
 
 
 @pytest.mark.skipif(not BROWSER, reason="no chromium or chrome on this machine")
@@ -84,6 +87,85 @@ def test_a_browser_shows_the_page_and_hostile_tokens_stay_text(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# How the runs were trained.
+
+def trained(folder, **settings):
+    """A run's folder that says how it was trained."""
+    write_run(folder, [{"step": 0}])
+    defaults = {"template": "paper", "max_prompt_tokens": 1024, "max_response_tokens": 8192,
+                "rope_theta": 40_000.0, "window": 16_384}
+    (folder / "config.json").write_text(json.dumps(defaults | settings))
+    return str(folder)
+
+
+def settled(*arguments):
+    args = A.parse(list(map(str, arguments)))
+    A.take_from_runs(args)
+    return {flag: getattr(args, flag) for flag in A.OF_RUNS if hasattr(args, flag)}
+
+
+def test_a_figure_takes_template_limits_and_window_from_the_run_that_it_is_of(tmp_path, capsys):
+    run = trained(tmp_path / "run", template="luffy", max_response_tokens=99, window=200)
+    expected = {"template": "luffy", "max_prompt_tokens": 1024, "max_response_tokens": 99,
+                "rope_theta": 40_000.0, "window": 200}
+    for arguments in (["fig2a", "--base", TINY, "--tuned", run], ["fig2a", "--base", run, "--tuned", TINY],
+                      ["fig2b", "--base", TINY, "--tuned", f"A={run}", f"B={TINY}"],
+                      ["respond", "--model", run]):
+        assert settled(*arguments) == expected
+    assert f"--template luffy, as {run} was trained" in capsys.readouterr().out
+    fig3 = settled("fig3", "--references", "a", "b", "c", "--runs", f"x={run}+{run}")
+    assert fig3 == {name: value for name, value in expected.items() if name != "template"}
+
+
+def test_a_flag_that_is_given_wins_over_the_run_and_without_a_run_the_defaults_stand(tmp_path):
+    run = trained(tmp_path / "run", template="luffy")
+    given = settled("fig2a", "--base", TINY, "--tuned", run, "--template", "none", "--rope_theta", 0,
+                    "--window", 0)
+    assert (given["template"], given["rope_theta"], given["window"]) == ("none", 0, 0)
+    assert settled("respond", "--model", TINY) == A.OF_RUNS
+
+
+def test_runs_that_were_trained_unlike_each_other_are_refused_until_the_flag_is_given(tmp_path):
+    a, b = trained(tmp_path / "a"), trained(tmp_path / "b", template="none")
+    command = ["fig2b", "--base", TINY, "--tuned", f"A={a}", f"B={b}"]
+    with pytest.raises(ValueError, match=f"--template: .* with the same one .paper in {a}, none in"):
+        settled(*command)
+    assert settled(*command, "--template", "none")["template"] == "none"
+
+
+def test_a_prompt_with_a_response_over_the_window_is_refused(monkeypatch):
+    scorer = A.Scorer.__new__(A.Scorer)
+    scorer.window, scorer.folder = 5, "out/base"
+    with pytest.raises(ValueError, match="has 6 tokens, over the window of 5 tokens of out/base: lower"):
+        scorer([A.M.Sequence([1, 2], [3]), A.M.Sequence([1, 2, 3, 4], [5, 6])])
+
+
+def test_fig2a_shows_the_example_that_is_asked_for_by_its_id(tmp_path):
+    tokenizer, examples = make_tokenizer(), load_examples("tiny:train")
+    args = A.parse(["fig2a", "--base", TINY, "--tuned", TINY, "--data", "tiny:train", *map(str, SCALE)])
+
+    def responses(source, example):
+        return [tokenizer.decode(s.response) for s in A.responses(args, source, tokenizer, example)]
+
+    assert responses("demo", examples[7].id) == [examples[7].demo + "<eos>"]
+    assert responses("demo", None)[0] == examples[0].demo + "<eos>" and responses("demo", "other") == []
+    rows = [{"id": f"id{k}", "prompt": [1], "response": tokenizer(str(k))["input_ids"], "logp": [0.0]}
+            for k in range(3)]
+    (tmp_path / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert responses(tmp_path / "base.jsonl", "id2") == ["2"]
+    assert responses(tmp_path / "base.jsonl", "other") == []
+
+
+@pytest.mark.slow
+def test_figures_are_made_from_any_folder(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 1, "reward/mean": 0.5}])
+    environment = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
+    command = [sys.executable, ROOT / "paper" / "figures.py", "fig6", f"RL={run}", "--out", "here"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "here.png").exists(), done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Models.
 
 def by_transformers(folder, sequences):
@@ -106,12 +188,14 @@ def test_fig2a_and_2b_show_the_probabilities_that_transformers_computes(whole_ru
         demo = tokenizer(example.demo)["input_ids"] + [tokenizer.eos_token_id]
         sequences.append((tokenizer(example.problem)["input_ids"], demo))
     before, after = by_transformers(TINY, sequences), by_transformers(whole_run / "hf", sequences)
-    run(["-m", "paper.figures", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train",
-         "--out", tmp_path / "a", *SCALE])
+    # Template and limits are those of the run: this command names none.
+    said = run(["-m", "paper.figures", "fig2a", "--base", TINY, "--tuned", whole_run, "--data", "tiny:train",
+                "--example", examples[3].id, "--out", tmp_path / "a", "--device", "cpu"])
+    assert f"--template none, as {whole_run} was trained" in said
     found = json.loads((tmp_path / "a.json").read_text())
-    np.testing.assert_allclose(found["logp_base"], before[0], atol=1e-4)
-    np.testing.assert_allclose(found["logp_tuned"], after[0], atol=1e-4)
-    assert "".join(found["tokens"]) == examples[0].demo + "<eos>"
+    np.testing.assert_allclose(found["logp_base"], before[3], atol=1e-4)
+    np.testing.assert_allclose(found["logp_tuned"], after[3], atol=1e-4)
+    assert "".join(found["tokens"]) == examples[3].demo + "<eos>" and examples[3].id in found["title"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "</html>" in (tmp_path / "a.html").read_text()
 
@@ -166,22 +250,22 @@ def test_a_sequence_counts_its_steps_through_and_seeds_give_mean_and_range(tmp_p
 
     first = write_run(tmp_path / "first", [row(0, 0.1), {"step": 1, "reward/mean": 0.7}, row(2, 0.3)])
     second = write_run(tmp_path / "second", [row(0, 0.3), row(1, 0.5)])
-    assert A.read_curve(f"{first}+{second}", "eval/") == [
+    assert C.read_curve(f"{first}+{second}", ["eval/a", "eval/b"]) == [
         (0, pytest.approx(0.2)), (2, pytest.approx(0.4)), (3, pytest.approx(0.6))]
-    assert A.read_curve(first, "reward/mean") == [(1, 0.7), (2, 0.3)]
+    assert C.read_curve(first, ["reward/mean"]) == [(1, 0.7), (2, 0.3)]
     other = write_run(tmp_path / "other", [row(0, 0.5), row(2, 0.9), row(9, 0.0)])
-    steps, mean, least, most = A.read_curves(f"{first},{other}", "eval/")
+    steps, mean, least, most = C.read_curves(f"{first},{other}", ["eval/a", "eval/b"])
     assert steps == [0, 2] and mean == pytest.approx([0.4, 0.7])
     assert least == pytest.approx([0.2, 0.4]) and most == pytest.approx([0.6, 1.0])
 
 
-@pytest.mark.parametrize("figure", A.PANELS)
+@pytest.mark.parametrize("figure", C.PANELS)
 def test_every_figure_of_curves_is_drawn_also_for_runs_without_rollouts(figure, tmp_path, capsys):
     rows = []
     for step in range(4):
         rows.append({"step": step, "eval/x": step / 4, "eval_len/x": 9.0, "eval_entropy/x": 0.5,
                      "reward/mean": step / 3 if step else None})
-        for term in A.TERMS:
+        for term in C.TERMS:
             rows[-1][f"grad_norm/{term}"] = step / 4
     sft = [row | {"reward/mean": None} for row in rows]
     runs = [write_run(tmp_path / name, r) for name, r in (("rl", rows), ("sft", sft))]
@@ -197,11 +281,42 @@ def test_a_curve_has_one_colour_in_all_panels(tmp_path, monkeypatch):
     sft = write_run(tmp_path / "sft", [{"step": s, "eval/x": 0.5} for s in range(3)])       # has no rewards
     rl = write_run(tmp_path / "rl", [{"step": s, "eval/x": 0.5, "reward/mean": 0.5} for s in range(3)])
     drawn = []
-    monkeypatch.setattr(A, "save_figure", lambda figure, file: drawn.extend(
+    monkeypatch.setattr(P, "save_figure", lambda figure, file: drawn.extend(
         {line.get_label(): line.get_color() for line in axes.lines} for axes in figure.axes))
     A.main(["fig6", f"SFT={sft}", f"RL={rl}", "--out", str(tmp_path / "f")])
     reward, accuracy = drawn
     assert set(reward) == {"RL"} and reward["RL"] == accuracy["RL"] != accuracy["SFT"]
+
+
+def test_a_mean_over_held_out_sets_names_them_and_takes_only_those_that_all_runs_have(
+        tmp_path, capsys, monkeypatch):
+    both = write_run(tmp_path / "both", [{"step": 0, "eval/a": 0.1, "eval/b": 0.5},
+                                         {"step": 1, "eval/a": 0.2}])
+    three = write_run(tmp_path / "three", [{"step": 0, "eval/a": 0.3, "eval/b": 0.5, "eval/c": 1.0}])
+    without = write_run(tmp_path / "without", [{"step": 0, "reward/mean": 1.0}])
+    titles = []
+    monkeypatch.setattr(P, "save_figure", lambda figure, file: titles.extend(
+        axes.get_title() for axes in figure.axes))
+    A.main(["fig4", f"A={both}", f"B={three}", f"C={without}", "--out", str(tmp_path / "f")])
+    found = json.loads((tmp_path / "f.json").read_text())["accuracy"]
+    assert titles == ["held-out accuracy (mean of a, b)"]
+    assert "left out, since not all runs have it: eval/c" in capsys.readouterr().out
+    assert found["A"]["metrics"] == ["eval/a", "eval/b"] and found["A"]["mean"] == [pytest.approx(0.3)]
+    assert found["B"]["mean"] == [pytest.approx(0.4)] and found["C"]["mean"] == []
+    other = write_run(tmp_path / "other", [{"step": 0, "eval/d": 0.3}])
+    with pytest.raises(SystemExit, match="no held-out set is in all runs .eval/a, eval/b, eval/d"):
+        A.main(["fig4", f"A={both}", f"B={other}", "--out", str(tmp_path / "g")])
+
+
+def test_a_figure_that_is_there_is_replaced_only_where_that_is_asked_for(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 0, "reward/mean": 0.5}])
+    command = ["fig6", f"RL={run}", "--out", str(tmp_path / "f")]
+    (tmp_path / "f.png").write_text("another")
+    with pytest.raises(SystemExit, match="f.png: is there already; pass another --out, or --overwrite"):
+        A.main(command)
+    assert (tmp_path / "f.png").read_text() == "another" and not (tmp_path / "f.json").exists()
+    A.main([*command, "--overwrite"])
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_panels_that_no_run_has_are_named_and_left_out_and_a_figure_without_any_is_refused(tmp_path, capsys):
@@ -238,7 +353,7 @@ def test_respond_ends_in_silence_on_two_ranks_and_refuses_what_exceeds_the_windo
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and "Traceback" not in "".join(outputs), outputs
     assert (tmp_path / "r.jsonl").read_text().count("\n") == 5
-    output = run([*command, "--max_response_tokens", "8192"], ok=False)
+    output = run([*command, "--overwrite", "--max_response_tokens", "8192"], ok=False)
     assert "over the window of 512 tokens" in output and "Traceback" not in output, output
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from conftest import SMALL, metrics, run
+from support import runlog
 from support.health import LASTING, Health, check_alive
 from support.runlog import RunLog, read_rows
 
@@ -107,14 +108,16 @@ def strict(path):
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_metrics_and_samples_are_strict_json_and_readers_and_curves_go_on(number, tmp_path):
     log = RunLog(tmp_path, active=True, step=-1)
-    log.write({"step": 1, "w_sft": 0.5, "grad_norm": number}, [{"step": 1, "reward": number}], last=True)
+    log.write({"step": 1, "w_sft": 0.5, "grad_norm": number}, [{"step": 1, "reward": number}])
+    log.close()
     assert strict(tmp_path / "metrics.jsonl") == [{"step": 1, "w_sft": 0.5, "grad_norm": None}]
     assert strict(tmp_path / "samples.jsonl") == [{"step": 1, "reward": None}]
     assert read_rows(tmp_path / "metrics.jsonl")[0]["grad_norm"] is None
     assert (tmp_path / "curves.png").exists()
 
 
-def test_what_is_added_to_a_row_later_is_strict_json_too(tmp_path):
+def test_what_is_added_to_a_row_later_is_strict_json_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "draw_curves", str)                          # takes a second
     log = RunLog(tmp_path, active=True, step=-1)
     log.write({"step": 1})
     log.amend(1, {"eval/heldout": 0.5, "eval_entropy/heldout": math.nan})

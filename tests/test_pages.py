@@ -23,7 +23,7 @@ SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
 # Code of others that stands in backticks in the form name.name.
 NOT_OURS = {"GRPOTrainer", "LLM"}
-DATA_FILES = {"json", "jsonl", "md", "png", "txt"}
+DATA_FILES = {"html", "json", "jsonl", "md", "png", "txt"}
 FLAGS_OF_TORCHRUN = {"local_addr", "master_addr", "master_port", "max_restarts", "nnodes", "node_rank",
                      "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "standalone", "shutdown-timeout"}
 FLAGS_OF_SBATCH = {"time"}

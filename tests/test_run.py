@@ -80,6 +80,8 @@ def test_a_run_leaves_the_folder_that_the_readme_promises(whole_run):
     assert config["prompts_per_step"] == 4 and config["versions"]["torch"]
     sample = read_jsonl(whole_run / "samples.jsonl")[0]
     assert {"step", "id", "prompt", "response", "reward", "reason"} <= set(sample)
+    assert {"finished", "demonstration"} <= set(sample)
+    assert sample["id"] in (whole_run / "report.html").read_text()
     assert (whole_run / "hf" / "model.safetensors").stat().st_mode & 0o444 == 0o444    # others may serve it
     assert (whole_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step-4", "step-6"]
