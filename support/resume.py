@@ -72,7 +72,7 @@ def check_same_run(checkpoint, settings, identity, same_flags, same_content, log
                              "start another run from a model of its own, --model DIR")
         log(f"  with --{name} {now}, until now {then}")
     for name, now in identity.items():
-        then = state["identity"][name]
+        then = state["identity"].get(name)                # None: noted since then
         if then == now or then is None or now is None:
             continue
         if name in same_content:

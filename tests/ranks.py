@@ -45,7 +45,7 @@ def gradients(out, budget, count, *overrides):
     """Gradients and metrics of one update on the first `count` sequences, written by rank 0 to `out`."""
     rank, world, device, mesh = init_distributed("cpu")
     cfg = parse_args(["--preset", "tiny", *overrides])
-    policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False, offload=cfg.offload)
+    policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, recompute=0, offload=cfg.offload)
     got = {}
 
     class Keep:                                        # stands where the optimizer does: keeps the gradients
