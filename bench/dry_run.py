@@ -153,8 +153,8 @@ def lines_of_time(config, cfg, memory, cards):
             f"  (modelled, not measured, about a fifth too short beside published steps); {cfg.steps} steps "
             f"{hours * typical['step']:,.0f} to {hours * worst:,.0f} hours",
             f"  seconds, typical: {split}",
-            f"  assumed: {m.name}; bf16 {m.flops / 1e12:g} TFLOP/s, {m.mfu:.0%} of it in training, recomputed "
-            "FLOPs counted; GB/s:",
+            f"  assumed: {m.name}; {m.flops / 1e12:g} TFLOP/s in bf16, {m.mfu:.0%} of it in training, with "
+            "what is recomputed; GB/s:",
             f"  {speeds(m)}",
             "  all else as bench/scale.py prints it"]
 
@@ -173,14 +173,16 @@ def speeds(m):
 
 def advice(config, cfg, memory, cards):
     """The lines that name better flags: those that fit, or are faster. memory: of `cfg`."""
-    fits, found = search.fits(config, cfg, cards, memory), search.propose(config, cfg, cards, memory)
+    fits = search.fits(config, cfg, cards, memory)
+    activations = search.Activations(config, cfg, cards.number)
+    found = search.propose(config, cfg, cards, memory, activations)
     if fits and (found is None or found[0] == cfg):
         return ["It fits as it is, and none of the flags that were searched makes a step faster "
                 f"({', '.join('--' + name for name in search.SEARCHED)})."]
     if found:
         why = "It fits as it is. A step is modelled to be faster with" if fits else "It fits with"
         return proposal(why, config, cfg, found, cards)
-    found = search.propose_shorter(config, cfg, cards, memory)
+    found = search.propose_shorter(config, cfg, cards, memory, activations)
     if found:
         return proposal(
             "No flags make it fit as it is. With shorter responses it fits; that changes what is learned,\n"

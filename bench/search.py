@@ -2,8 +2,9 @@
 
     cards = read_cards("8x80")
     memory = plan.simulate(config, cfg, cards.number)
-    proposed, memory = propose(config, cfg, cards, memory)             # or None
-    print(flags(cfg, proposed))                                        # --recompute 9 --engine_memory 0.8
+    activations = Activations(config, cfg, cards.number)
+    proposed, memory = propose(config, cfg, cards, memory, activations)       # or None
+    print(flags(cfg, proposed))                                               # --recompute 9 --offload
 
 Searched are --micro_batch_tokens, --recompute, --engine_memory and --offload, none of which changes what is
 learned. Memory is bench/plan.py's, time is bench/steptime.py's at typical lengths.
@@ -19,6 +20,7 @@ from rollout import kv_bytes
 
 SEARCHED = ("offload", "engine_memory", "micro_batch_tokens", "recompute")
 MICRO_BATCHES = (16_384, 32_768, 65_536)         # tried, beside the longest sequence, which one must hold
+FEW, MANY = 4096, 32_768  # tokens of the simulated micro-batches; no smaller one is tried
 ENGINE_SHARES = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)
 ENOUGH = 1.02            # a flag stays as it was asked for where that costs less than 2 % of the step
 BLOCKS = 4               # of the model whose activations are simulated
@@ -57,10 +59,11 @@ class Activations:
         activations = constant + tokens (shared + input x recomputed blocks + kept x other blocks)
 
     input: what a recomputed block keeps, its input in bf16. kept: what another one keeps for its backward.
-    Where all are recomputed, shared is larger: the last block runs again before any memory was freed.
+    Where all are recomputed, constant and shared are others: the head works before a block is run again. The
+    peak is the highest of several such lines, so between the two micro-batches it lies below, if anything.
     """
 
-    def __init__(self, config, cfg, world, few, many):
+    def __init__(self, config, cfg, world, few=FEW, many=MANY):
         self.blocks, self.few, self.many = config.num_hidden_layers, few, many
         self.input = 2 * config.hidden_size                                                  # bytes a token
         fields = config.to_dict() | {"num_hidden_layers": BLOCKS}
@@ -97,14 +100,15 @@ def fits(config, cfg, cards, memory):
 # The search.
 
 class Search:
-    """Candidates for one run on its cards. memory: of the run as asked, from plan.simulate."""
+    """Candidates for one run on its cards. memory: of the run as asked, from plan.simulate; of it, what does
+    not depend on the flags that are searched."""
 
-    def __init__(self, config, cfg, cards, memory):
+    def __init__(self, config, cfg, cards, memory, activations):
         self.config, self.cfg, self.cards, self.memory = config, cfg, cards, memory
-        longest = cfg.max_prompt_tokens + cfg.max_response_tokens
-        larger = [tokens for tokens in (*MICRO_BATCHES, cfg.micro_batch_tokens) if tokens > longest]
-        self.micro_batches = sorted({longest, *larger})
-        self.activations = Activations(config, cfg, cards.number, longest, max([2 * longest, *larger]))
+        self.activations = activations
+        smallest = max(FEW, cfg.max_prompt_tokens + cfg.max_response_tokens)
+        larger = [tokens for tokens in (*MICRO_BATCHES, cfg.micro_batch_tokens) if tokens > smallest]
+        self.micro_batches = sorted({smallest, *larger})
         self.counts = plan.counts(config, memory)
         self.sampled, self.times = {}, {}
 
@@ -156,10 +160,10 @@ class Search:
         return best
 
 
-def propose(config, cfg, cards, memory):
+def propose(config, cfg, cards, memory, activations):
     """(Config, memory) of the fastest flags that fit, simulated as they are; None if none do. memory: of cfg,
     from plan.simulate."""
-    search = Search(config, cfg, cards, memory)
+    search = Search(config, cfg, cards, memory, activations)
     for spare in (1.0, 1.03, 1.1):                # the formula is no simulation: it may be a little too low
         best = search.fastest(spare)
         if best is None:
@@ -170,11 +174,11 @@ def propose(config, cfg, cards, memory):
     return None
 
 
-def propose_shorter(config, cfg, cards, memory):
+def propose_shorter(config, cfg, cards, memory, activations):
     """The same with responses half as long, or a quarter, ..., as long as they can be; None if none fit."""
     response = cfg.max_response_tokens // 2
     while response >= SHORTEST:
-        found = propose(config, replace(cfg, max_response_tokens=response), cards, memory)
+        found = propose(config, replace(cfg, max_response_tokens=response), cards, memory, activations)
         if found:
             return found
         response //= 2

@@ -196,46 +196,54 @@ def deeper(small):
     return small
 
 
-@pytest.mark.parametrize("world", [1, 8])
-def test_activations_of_any_flags_follow_from_five_small_simulations(deeper, world):
+@pytest.mark.slow
+def test_activations_of_any_flags_follow_from_five_small_simulations(deeper):
     config, _ = plan.read_config(deeper.model)
-    formula = search.Activations(config, deeper, world, 512, 8192)
-    for tokens, recomputed in ((512, 7), (512, 3), (2048, 6), (2048, 7), (8192, 0), (8192, 5)):
-        found = simulate(deeper, world, micro_batch_tokens=tokens, recompute=str(recomputed))
+    formula = search.Activations(config, deeper, 8, 2048, 8192)
+    for tokens, recomputed in ((2048, 6), (4096, 3), (8192, 7), (8192, 0)):
+        found = simulate(deeper, micro_batch_tokens=tokens, recompute=str(recomputed))
         assert formula(tokens, recomputed) == pytest.approx(found["activations"], rel=0.03)
+    # In between the peak may pass from the head to a block: then it lies below the line, not above.
+    found = simulate(deeper, micro_batch_tokens=4096, recompute="all")["activations"]
+    assert found < formula(4096, 7) < 1.2 * found
 
 
-def wide_and_small():
-    """A Qwen2.5-0.5B of 5 blocks: seconds to plan, and too much for small cards."""
-    return plan.SHAPES["Qwen/Qwen2.5-0.5B"] | dict(num_hidden_layers=5)
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(folder with the config.json of a Qwen2.5-0.5B of 5 blocks and few words, Activations on a card)."""
+    folder = tmp_path_factory.mktemp("wide")
+    fields = plan.SHAPES["Qwen/Qwen2.5-0.5B"] | dict(num_hidden_layers=5, vocab_size=16_384)
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder, search.Activations(plan.read_config(str(folder))[0], Config(), 1)
 
 
 def planned(model, text, *flags):
-    """(the Config asked for, whether it fits, the advice) on the cards `text`."""
-    cfg = parse_args(["--model", str(model), "--dry_run_cards", text, *flags])
-    cards_, (config, _) = search.read_cards(text), plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
-    check_config(cfg, cards_.number, config.max_position_embeddings)
-    memory = plan.simulate(config, cfg, cards_.number)
-    return search.fits(config, cfg, cards_, memory), "\n".join(dry_run.advice(config, cfg, memory, cards_))
+    """(the model's config, Config, cards, memory) as srft.py --dry_run makes them of its command line."""
+    cfg, cards = parse_args(["--model", str(model), *flags]), search.read_cards(text)
+    config, _ = plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
+    check_config(cfg, cards.number, config.max_position_embeddings)
+    return config, cfg, cards, plan.simulate(config, cfg, cards.number)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text, flags, fitted, says", [
-    ("8x80", [], True, "none of the flags"),
-    ("1x24", [], True, "faster with"),
-    ("1x8", ["--max_response_tokens", "3072"], False, "It fits with"),
-    ("1x6", [], False, "yours to decide"),
+    ("1x24", ["--engine_memory", "0.25"], True, "faster with"),
+    ("1x8", [], False, "It fits with"),
+    ("1x7", ["--max_response_tokens", "30000", "--window", "32768", "--micro_batch_tokens", "32768"], False,
+     "yours to decide"),
     ("1x3", [], False, "No flags make it fit these cards")])
 def test_every_line_that_is_proposed_is_accepted_and_fits_when_it_is_planned_again(
-        tmp_path, text, flags, fitted, says):
-    (tmp_path / "config.json").write_text(json.dumps(wide_and_small()))
-    fits, advice = planned(tmp_path, text, *flags)
-    assert fits is fitted and says in advice
-    lines = [line.strip() for line in advice.splitlines() if line.startswith("    --")]
-    assert len(lines) == ("faster with" in advice or "t fits" in advice and not fitted)
+        wide, monkeypatch, text, flags, fitted, says):
+    model, activations = wide
+    monkeypatch.setattr(search, "Activations", lambda *_: activations)
+    config, cfg, cards, memory = planned(model, text, *flags)
+    assert search.fits(config, cfg, cards, memory) is fitted
+    advice = dry_run.advice(config, cfg, memory, cards)
+    assert says in "\n".join(advice)
+    lines = [line for line in advice if line.startswith("    --")]
+    assert len(lines) == ("with" in advice[0])
     for line in lines:
-        again, advice = planned(tmp_path, text, *flags, *line.split())
-        assert again and "It fits as it is" in advice, line
+        assert search.fits(*planned(model, text, *flags, *line.split())), line
 
 
 def test_flags_are_those_that_differ_and_can_be_parsed():
