@@ -399,7 +399,7 @@ def build_policy(config, mesh, device, recompute=None, bf16=None, offload=False)
         recompute = len(blocks)
     if recompute:
         # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB; all that
-        # backward needs of one block is KEPT7B. The price is a second forward. Nothing in a block is random,
+        # backward needs of one block is 3.7 GB. The price is a second forward. Nothing in a block is random,
         # so no generator's state need be saved. The first blocks, as backward comes to them last: when one of
         # them is run again, what the others had kept is free.
         lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

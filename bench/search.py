@@ -7,7 +7,8 @@
     print(flags(cfg, proposed))                                               # --recompute 9 --offload
 
 Searched are --micro_batch_tokens, --recompute, --engine_memory and --offload, none of which changes what is
-learned. Memory is bench/plan.py's, time is bench/steptime.py's at typical lengths.
+learned; --offload only where nothing fits without, as it takes host memory and its time is the least certain.
+Memory is bench/plan.py's, time is bench/steptime.py's at typical lengths.
 """
 import dataclasses
 import itertools
@@ -141,14 +142,20 @@ class Search:
                 return candidate
         return None
 
+    def candidates(self, offload, spare):
+        """The best of each micro-batch."""
+        found = []
+        for tokens in self.micro_batches:
+            placed = replace(self.cfg, offload=offload, micro_batch_tokens=tokens)
+            found.append(self.first_that_fits(placed, spare))
+        return list(filter(None, found))
+
     def fastest(self, spare):
         """The candidate with the shortest step, and as many flags as asked for as that allows; None if none
         fits."""
-        candidates = []
-        for offload, tokens in itertools.product((False, True), self.micro_batches):
-            placed = replace(self.cfg, offload=offload, micro_batch_tokens=tokens)
-            candidates.append(self.first_that_fits(placed, spare))
-        candidates = list(filter(None, candidates))
+        candidates = self.candidates(False, spare)
+        if self.cfg.offload or not candidates:
+            candidates += self.candidates(True, spare)
         if not candidates:
             return None
         best = min(candidates, key=self.seconds)
@@ -160,25 +167,26 @@ class Search:
         return best
 
 
-def propose(config, cfg, cards, memory, activations):
+def propose(config, cfg, cards, memory, activations, simulate=plan.simulate):
     """(Config, memory) of the fastest flags that fit, simulated as they are; None if none do. memory: of cfg,
-    from plan.simulate."""
+    from `simulate`."""
     search = Search(config, cfg, cards, memory, activations)
     for spare in (1.0, 1.03, 1.1):                # the formula is no simulation: it may be a little too low
         best = search.fastest(spare)
         if best is None:
             return None
-        simulated = plan.simulate(config, best, cards.number)
+        simulated = simulate(config, best, cards.number)
         if fits(config, best, cards, simulated):
             return best, simulated
     return None
 
 
-def propose_shorter(config, cfg, cards, memory, activations):
+def propose_shorter(config, cfg, cards, memory, activations, simulate=plan.simulate):
     """The same with responses half as long, or a quarter, ..., as long as they can be; None if none fit."""
     response = cfg.max_response_tokens // 2
     while response >= SHORTEST:
-        found = propose(config, replace(cfg, max_response_tokens=response), cards, memory, activations)
+        shorter = replace(cfg, max_response_tokens=response)
+        found = propose(config, shorter, cards, memory, activations, simulate)
         if found:
             return found
         response //= 2

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from bench import dry_run, plan, search, steptime
+from bench import cards, dry_run, plan, search, steptime
 from config import Config, check_config, parse_args
 
 ROOT = Path(plan.__file__).resolve().parents[1]
@@ -163,6 +163,12 @@ def test_cards_are_their_number_and_size(text, number, memory):
     assert search.read_cards(text) == search.Cards(number, pytest.approx(memory))
 
 
+@pytest.mark.slow
+def test_a_row_of_the_table_of_cards_is_what_its_command_prints():
+    row = cards.row("Qwen/Qwen2.5-0.5B", "1x24")
+    assert "| " + " | ".join(row) + " |" in (ROOT / "docs" / "running.md").read_text()
+
+
 @pytest.mark.parametrize("text", ["8", "x80", "8x", "0x80", "8x0", "12x80", "8x80GB", "-8x80", "8 80", ""])
 def test_what_are_no_cards_or_no_whole_nodes_is_refused_with_an_example(text, small):
     small.dry_run_cards = text
@@ -219,10 +225,10 @@ def wide(tmp_path_factory):
 
 def planned(model, text, *flags):
     """(the model's config, Config, cards, memory) as srft.py --dry_run makes them of its command line."""
-    cfg, cards = parse_args(["--model", str(model), *flags]), search.read_cards(text)
+    cfg, there = parse_args(["--model", str(model), *flags]), search.read_cards(text)
     config, _ = plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
-    check_config(cfg, cards.number, config.max_position_embeddings)
-    return config, cfg, cards, plan.simulate(config, cfg, cards.number)
+    check_config(cfg, there.number, config.max_position_embeddings)
+    return config, cfg, there, plan.simulate(config, cfg, there.number)
 
 
 @pytest.mark.slow
@@ -236,12 +242,12 @@ def test_every_line_that_is_proposed_is_accepted_and_fits_when_it_is_planned_aga
         wide, monkeypatch, text, flags, fitted, says):
     model, activations = wide
     monkeypatch.setattr(search, "Activations", lambda *_: activations)
-    config, cfg, cards, memory = planned(model, text, *flags)
-    assert search.fits(config, cfg, cards, memory) is fitted
-    advice = dry_run.advice(config, cfg, memory, cards)
+    config, cfg, there, memory = planned(model, text, *flags)
+    assert search.fits(config, cfg, there, memory) is fitted
+    advice = dry_run.advice(config, cfg, memory, there)
     assert says in "\n".join(advice)
     lines = [line for line in advice if line.startswith("    --")]
-    assert len(lines) == ("with" in advice[0])
+    assert len(lines) == (not says.startswith("No flags"))
     for line in lines:
         assert search.fits(*planned(model, text, *flags, *line.split())), line
 
