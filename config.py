@@ -63,7 +63,8 @@ FLAGS_OF_METHODS = set().union(*(method.heeds for method in METHODS.values()))
 # What a resumed run must not change: these flags, and the content of what these name. --model may change,
 # since the checkpoint has the weights, unless a KL is taken to it.
 SAME_FLAGS = ("method", "template", "seed", "rope_theta")
-SAME_CONTENT = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)"}
+SAME_CONTENT = {"data": "--data", "reference": "the base model of the KL (--reference, else --model)",
+                "rope": "the RoPE theta of --model"}
 GRADING = ("grade_text", "strict_box", "strict_answer", "score_unfinished")    # what a reward depends on
 
 
@@ -107,10 +108,11 @@ class Config:
         "write a torch profiler trace of this step to profile/ in --out, with every token's decoding: "
         "open it in Perfetto or chrome://tracing; 0: none", within="[0, inf)")
     dry_run: bool = opt(False, "run",
-        "print parameters, memory and tokens a step of this configuration, then stop")
-    dry_run_ranks: int = opt(8, "run",
-        "GPUs that --dry_run plans for, 8 a node; a run itself takes those that torchrun starts",
-        within="[1, inf)")
+        "print whether this configuration fits --dry_run_cards, which flags make it fit or faster, memory, "
+        "disk, and the time of a step; then stop")
+    dry_run_cards: str = opt("8x80", "run",
+        "cards that --dry_run plans for, their number x the GB of each, 8 a node: 1x24, 64x80; a run itself "
+        "takes those that torchrun starts")
 
     # Prompts and demonstrations (Sec. 5.1, App. B).
     template: str = opt("paper", "data",
@@ -203,8 +205,9 @@ class Config:
         "gradient norm clip", within="(0, inf]")
     micro_batch_tokens: int = opt(16_384, "optimization",
         "packed tokens per forward and rank, a hard limit", within="[1, inf)")
-    activation_checkpointing: bool = opt(True, "optimization",
-        "recompute each block in backward")
+    recompute: str = opt("all", "optimization",
+        "decoder blocks that run forward a second time in backward instead of keeping what backward needs: "
+        "all, none, or a number, the first so many")
     offload: bool = opt(False, "optimization",
         "fp32 weights, gradients and AdamW's moments in host memory instead of the GPU's: slower, for "
         "few cards")
@@ -255,11 +258,12 @@ class Config:
 TINY = str(Path(__file__).resolve().parent / "tiny")
 PRESETS = {
     "paper": {},
+    "one_gpu": dict(model="Qwen/Qwen2.5-Math-1.5B", out="out/one_gpu", hang_minutes=120.0,
+                    dry_run_cards="1x80"),
     "tiny": dict(model=TINY, data="tiny:train", out="out/tiny", template="none", steps=80,
                  prompts_per_step=16, max_prompt_tokens=48, max_response_tokens=160, rope_theta=0.0,
-                 window=0, lr=3e-4, save_every=20, micro_batch_tokens=4096,
-                 activation_checkpointing=False, engine_sequences=128, eval_every=20,
-                 eval_data="tiny:heldout,tiny:long"),
+                 window=0, lr=3e-4, save_every=20, micro_batch_tokens=4096, recompute="none",
+                 engine_sequences=128, eval_every=20, eval_data="tiny:heldout,tiny:long"),
 }
 
 
@@ -276,8 +280,8 @@ def parse_args(argv=None, description=__doc__):
     parser = Parser(prog="srft.py", description=description, epilog=what_sets_what(brought))
     parser.add_argument("--version", action=ShowVersions)
     parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS,
-                        help="paper: the paper's 7B run; tiny: a built-in task and model for a laptop's CPU; "
-                        "what each sets is below [paper]")
+                        help="paper: the paper's 7B run; one_gpu: a 1.5B model on one card of 80 GB; tiny: a "
+                        "built-in task and model for a laptop's CPU; what each sets is below [paper]")
     groups = {}
     for f in dataclasses.fields(Config):
         name, choices = f.metadata["group"], f.metadata["choices"]
@@ -321,6 +325,16 @@ def sequences_per_prompt(cfg):
     return cfg.n_rollouts, demos
 
 
+def recomputed_blocks(cfg, blocks):
+    """How many of the model's decoder blocks --recompute means. Raises ValueError if it has fewer."""
+    number = {"all": blocks, "none": 0}.get(cfg.recompute)
+    if number is None:
+        number = int(cfg.recompute)
+    if number > blocks:
+        raise ValueError(f"--recompute {number}: the model has {blocks} decoder blocks; give no more, or all")
+    return number
+
+
 def asks_for_the_papers_loss(cfg):
     """Do the flags ask for srft.srft_loss and nothing else?"""
     return cfg.method == "srft" and all(getattr(cfg, name) == getattr(Config, name) for name in READINGS)
@@ -342,6 +356,8 @@ def check_flags(cfg):
     for f in dataclasses.fields(cfg):
         if f.metadata["within"]:
             check_interval(f"--{f.name}", getattr(cfg, f.name), f.metadata["within"])
+    if cfg.recompute not in ("all", "none") and not cfg.recompute.isdecimal():
+        raise ValueError(f"--recompute {cfg.recompute}: must be all, none, or a number of decoder blocks")
     for name in ("model", "data", "out"):
         if not getattr(cfg, name).strip():        # to Python, the folder that the program is started in
             raise ValueError(f"--{name} is empty: give it a name (was a variable of the shell not set?)")

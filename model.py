@@ -327,8 +327,8 @@ def load_config(path, rope_theta=0.0, window=0):
 
     RoPE turns pairs of a head's numbers by position x theta^(-2i/d). Qwen2.5-Math-7B has seen 4,096 positions
     at theta 10,000; at 40,000 its slow pairs turn up to four times slower, so that they meet angles they know
-    at 16,384. Raises ValueError where the override is not that and would quietly break the model, and for a
-    model that would train on wrong numbers.
+    at 16,384. A model of another theta keeps its own RoPE where that change is asked for. Raises ValueError
+    where another override would quietly break the model, and for one that would train on wrong numbers.
     """
     eos = stored_generation(path).get("eos_token_id")
     try:
@@ -345,6 +345,9 @@ def load_config(path, rope_theta=0.0, window=0):
     if reason:
         raise ValueError(f"{path}: {reason}; use a dense full-attention model of the Qwen2, Qwen3, Llama, "
                          f"Mistral or OLMo-2 kind (this one is {config.model_type})")
+    if rope_theta == 40_000 and own not in (10_000, rope_theta):
+        # App. B changes 10,000, which is Qwen2.5-Math's. Another RoPE stays, and the window within its own.
+        rope_theta, window = 0.0, min(window, config.max_position_embeddings)
     if window:
         if window > config.max_position_embeddings and rope_theta in (0, own):
             raise ValueError(f"{path}: --window {window} is over its {config.max_position_embeddings} "
@@ -381,19 +384,27 @@ def compute_dtype(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def build_policy(config, mesh, device, checkpointing=True, bf16=None, offload=False):
+def build_policy(config, mesh, device, recompute=None, bf16=None, offload=False):
     """The sharded policy with uninitialized weights: fp32 master weights and gradient reduction everywhere;
     compute in compute_dtype(device), unless `bf16` says otherwise. mesh: 1-D, or for HSDP (replicate, shard).
 
-    checkpointing: keep each decoder block's input alone, and recompute the block in backward. offload:
-    shards, their gradients and so the optimizer's state lie in host memory; each block's shard crosses to the
-    GPU when it is gathered. Raises ValueError for a model whose numbers are not all in its weights.
+    recompute: the first so many decoder blocks (None: all) keep their input alone, and run again in backward.
+    offload: shards, their gradients and so the optimizer's state lie in host memory; each block's shard
+    crosses to the GPU when it is gathered. Raises ValueError for a model whose numbers are not all in its
+    weights.
     """
     lm = empty_model(config)
-    if checkpointing:
-        # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB. The
-        # price is a second forward. Nothing in a block is random, so no generator's state need be saved.
+    blocks = lm.base_model.layers
+    if recompute is None:
+        recompute = len(blocks)
+    if recompute:
+        # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB; all that
+        # backward needs of one block is 3.7 GB. The price is a second forward. Nothing in a block is random,
+        # so no generator's state need be saved. The first blocks, as backward comes to them last: when one of
+        # them is run again, what the others had kept is free.
         lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for block in blocks[recompute:]:
+            block.gradient_checkpointing = False
     policy = Policy(lm.train())               # transformers recomputes in training mode only
     if bf16 is None:
         bf16 = compute_dtype(device) == torch.bfloat16
@@ -450,12 +461,12 @@ def shard(policy, mesh, device, bf16, offload):
             module.set_force_sum_reduction_for_comms(True)     # a plain sum, which gloo knows too
 
 
-def load_policy(path, config, mesh, device, checkpointing=True, offload=False):
+def load_policy(path, config, mesh, device, recompute=None, offload=False):
     """build_policy, with the weights read from the safetensors of `path` (support/weights.py): each rank
     reads only its own shards. Raises FileNotFoundError if there are none, ValueError if they do not fit the
     config."""
     reader = WeightsReader(path)              # says now if files are missing, before anything is built
-    policy = build_policy(config, mesh, device, checkpointing, offload=offload)
+    policy = build_policy(config, mesh, device, recompute, offload=offload)
     # A config of fewer layers, or without biases, would make another model of the same files.
     own = {name for name, _ in policy.lm.named_parameters(remove_duplicate=False)}
     others = sorted(reader.names - own)

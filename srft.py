@@ -2,7 +2,7 @@
 
     torchrun --local_addr=127.0.0.1 --nproc_per_node=8 srft.py                # the paper's 7B run
     torchrun --local_addr=127.0.0.1 --nproc_per_node=2 srft.py --preset tiny  # a laptop's CPU, in minutes
-    python srft.py --dry_run                                                  # the memory plan, nothing else
+    python srft.py --dry_run                                                  # will it fit? Nothing else
 
 Read it from the top: the objective (group_advantage, srft_loss), one optimizer update (backward_micro_batch,
 update_policy), the sequences of a step (augmented_groups), and the loop that joins them (train). Then come
@@ -50,6 +50,7 @@ from config import (
     check_config,
     check_flags,
     papers_settings,
+    recomputed_blocks,
     sequences_per_prompt,
     settings,
 )
@@ -678,7 +679,10 @@ def setup(cfg):
     folder = fetch(cfg.model, "model", "--model")
     config = M.load_config(folder, cfg.rope_theta, cfg.window)
     check_config(cfg, ranks.world, config.max_position_embeddings)
-    say(f"{cfg.model}: RoPE theta {config.rope_parameters['rope_theta']:,.0f}, window "
+    recomputed = recomputed_blocks(cfg, config.num_hidden_layers)
+    theta = config.rope_parameters["rope_theta"]
+    whose = "" if theta == cfg.rope_theta else ", the model's own"
+    say(f"{cfg.model}: RoPE theta {theta:,.0f}{whose}; window "
         f"{config.max_position_embeddings:,} tokens")
     name_the_card(device, say)
     base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
@@ -693,11 +697,12 @@ def setup(cfg):
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
     identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout, grader.reward)
+    identity["rope"] = theta                            # another --model may keep another one
     checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
     check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
     phase("load model")
-    policy = M.load_policy(folder, config, ranks.mesh, device, cfg.activation_checkpointing, cfg.offload)
+    policy = M.load_policy(folder, config, ranks.mesh, device, recomputed, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     reference = load_reference(cfg, base, config, ranks) if cfg.kl_coef else None
@@ -871,8 +876,8 @@ def main():
     with hang_watch():
         with mistakes_in_one_line("srft.py"):
             if cfg.dry_run:
-                from bench import plan
-                plan.show(cfg)
+                from bench import dry_run
+                dry_run.show(cfg)
                 return
             run = setup(cfg)
         train(cfg, run)                      # from here on an error is nobody's slip: it keeps its traceback

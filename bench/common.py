@@ -9,7 +9,9 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -98,6 +100,20 @@ class PeakMemory:
 def resident(what, process="self"):
     """GB from /proc/PROCESS/status: "VmRSS", resident now, or "VmHWM", the most so far."""
     return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) * 1024 / 1e9
+
+
+def on_ranks(world, file, *arguments):
+    """What rank 0 of `python file --worker OUT arguments`, run in `world` processes, saves to OUT.
+    Large tensors have maps of their own, so that freed memory leaves."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.pt"
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
+        command = [*torchrun, f"--nproc_per_node={world}", file, "--worker", out, *arguments]
+        if subprocess.run(command, env=env, timeout=600).returncode:
+            raise RuntimeError(f"a rank of {world} failed; its error stands above")
+        return torch.load(out)
 
 
 def alternate(a, b, pairs):

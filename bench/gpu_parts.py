@@ -378,17 +378,18 @@ def mfu(report, device):
     parameters, peak = sum(p.numel() for p in run.policy.parameters()), None
     if device.type == "cuda":
         _, peak = peak_flops(torch.cuda.get_device_name(device))
-    for recompute in (True, False):
+    blocks = run.policy.lm.base_model.layers
+    for recomputed in (len(blocks), len(blocks) // 2, 0):
+        for i, block in enumerate(blocks):                     # as build_policy does it
+            block.gradient_checkpointing = i < recomputed
         for tokens in sizes(device).mfu:
             length = min(2048, tokens // 4)                    # of each sequence; an eighth of it is prompt
             cfg = Config(max_prompt_tokens=length // 4, max_response_tokens=length - length // 8,
                          micro_batch_tokens=tokens)
             sequences = full_micro_batch(cfg, config.vocab_size)
             flops = M.forward_backward_flops(config, parameters, sequences)
-            what = f"{tokens:,} tokens, blocks {'recomputed' if recompute else 'kept'}"
+            what = f"{tokens:,} tokens, {recomputed} of {len(blocks)} blocks recomputed"
             with report.attempt(what):
-                if not recompute:                              # build_policy has it on
-                    run.policy.lm.gradient_checkpointing_disable()
                 with common.PeakMemory(device) as memory:
                     seconds = [forward_backward(run, cfg, sequences) for _ in range(4)][1:]
                 took = statistics.median(seconds)

@@ -11,20 +11,13 @@
 4. A model of the step's time on three machines, and the same model applied to two published runs. It is
    arithmetic over assumptions, every one of which is printed; no part of it has been timed on these machines.
 
-Letters: P parameters, B of them in decoder blocks, R in the root (embedding, final norm, head), w ranks of a
-shard group (a node). A collective over n ranks is counted by the bytes of its full tensor; as a ring, each
-rank sends (n-1)/n of them in an all-gather or a reduce-scatter and 2 (n-1)/n in an all-reduce.
+Letters and the model of time: bench/steptime.py.
 """
 import math
-import os
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
@@ -36,16 +29,18 @@ from transformers import LlamaConfig
 import common
 
 import model as M
-from bench import plan
+from bench import plan, steptime
+from bench.steptime import A100, GB, H100, Machine, formula, sent, step_time
 from config import Config, check_config
+from rollout import kv_bytes
 from support.intervals import number_in, positive
 from support.processes import init_distributed
 
-GB = 1e9
+CARD = 80e9                    # bytes, as the name "80 GB" promises
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Bytes: a counter for what torch really issues, and the formulas that it should find.
+# Bytes: a counter for what torch really issues.
 
 class Traffic(TorchDispatchMode):
     """Adds up the collectives of this rank: bytes[kind, n] of the full tensors, for n ranks in the group.
@@ -76,15 +71,6 @@ class Traffic(TorchDispatchMode):
         """What was counted since `other`."""
         since = {key: size - other.get(key, 0) for key, size in self.bytes.items()}
         return {key: size for key, size in since.items() if size}
-
-
-def sent(traffic):
-    """Bytes that one rank sends, as a ring, for {(kind, n): bytes of the full tensor}."""
-    total = 0
-    for (kind, n), size in traffic.items():
-        times = 2 if kind == "all-reduce" else 1
-        total += times * (n - 1) / n * size
-    return total
 
 
 def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
@@ -137,30 +123,11 @@ def sizes(policy, w):
     return B, R, len(blocks) + len(root)
 
 
-def formula(B, R, T, w, nodes=1):
-    """Bytes of (every micro-batch, once an update, one weight sync), each {(kind, n): of the full tensors}.
-
-      micro-batch  all-gather      bf16: each block in forward and again in backward          2 (2B)
-                   reduce-scatter  fp32 gradients                                             4 (B + R)
-      update       all-gather      bf16, the root, which stays gathered                       2 R
-                   all-reduce      with several nodes, each shard across them                 4 (B + R) / w
-                   all-reduce      to clip: one fp32 norm a tensor, a collective each         4 T
-      sync         all-gather      bf16, tensor by tensor, within each node                   2 (B + R)
-    """
-    if w == 1:
-        return {}, {}, {}
-    every = {("all-gather", w): 4 * B, ("reduce-scatter", w): 4 * (B + R)}
-    once = Counter({("all-gather", w): 2 * R, ("all-reduce", w): 4 * T})
-    if nodes > 1:
-        once["all-reduce", nodes] += 4 * (B + R) // w
-    return every, dict(once), {("all-gather", w): 2 * (B + R)}
-
-
 def simulated_traffic(config, cfg, world, per_node=plan.NODE):
     """(phases of `step`, (B, R, T)) of rank 0 of `world` ranks that do not exist."""
     with plan.simulated_gpus(world, per_node) as mesh:
         device = torch.device("cpu")
-        policy = M.build_policy(config, mesh, device, cfg.activation_checkpointing, bf16=True)
+        policy = M.build_policy(config, mesh, device, bf16=True)       # recomputed or not: the same bytes
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         # Bytes do not depend on the size of a micro-batch.
         short = replace(cfg, micro_batch_tokens=1024, max_prompt_tokens=128, max_response_tokens=896)
@@ -206,17 +173,8 @@ def worker(out):
 
 
 def measured(world):
-    """What `worker` wrote, run in `world` processes. Large tensors in maps of their own, so that freed memory
-    leaves."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.pt"
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
-        command = [*torchrun, f"--nproc_per_node={world}", __file__, "--worker", out]
-        if subprocess.run(command, env=env, timeout=600).returncode:
-            raise RuntimeError(f"a rank of {world} failed; its error stands above")
-        return torch.load(out)
+    """What `worker` wrote, of `world` ranks."""
+    return common.on_ranks(world, __file__)
 
 
 PHASES = ("every micro-batch", "once an update", "weight sync")
@@ -282,11 +240,10 @@ def fits(config, cfg, cases):
     rows, results = [], []
     longest = cfg.max_prompt_tokens + cfg.max_response_tokens
     for world, offload, memory in cases:
-        _, (training, generating), kv = plan.budget(replace(cfg, offload=offload), memory)
-        reserve = 0.1 * plan.CARD     # what training leaves to the allocator's fragmentation, as in the plan
-        ok = training + reserve <= plan.CARD and generating <= plan.CARD and kv >= 10 * GB
+        _, (training, generating), kv = plan.budget(replace(cfg, offload=offload), memory, CARD)
+        ok = plan.fits(training, generating, CARD) and kv >= 10 * GB
         rows.append([f"{world} x 80 GB" + (", --offload" if offload else ""), training / GB, generating / GB,
-                     kv / GB, int(kv / plan.kv_bytes(config) / longest), memory["host"] / GB,
+                     kv / GB, int(kv / kv_bytes(config) / longest), memory["host"] / GB,
                      "yes" if ok else "NO"])
         results.append({"cards": world, "offload": offload, "training_gb": training / GB,
                         "generating_gb": generating / GB, "kv_gb": kv / GB, "host_gb": memory["host"] / GB,
@@ -302,209 +259,10 @@ def fits(config, cfg, cases):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 4. A model of the step's time: bytes / (bytes a second), FLOPs / (FLOPs a second), whichever is the longer.
+# 4. The time of a step.
 
-@dataclass(frozen=True)
-class Machine:
-    """One GPU of a machine and its links. Rates are of one GPU and one direction, a second."""
-    name: str
-    cards: int
-    flops: float               # dense bf16 peak, data sheet
-    hbm: float                 # bytes from its memory, data sheet
-    nvlink: float              # bytes to the other GPUs of its node that a collective reaches
-    network: float             # bytes to other nodes that a collective reaches
-    mfu: float                 # share of `flops` in training, counting recomputed FLOPs as work
-    decode: float = 0.7        # share of `hbm` in decoding and in AdamW
-    prefill: float = 0.5       # share of `flops` in prefill, and at most in decoding
-    pcie: float = 25e9         # bytes between GPU and host memory, for --offload
-    offload: bool = False
-
-
-H100 = dict(flops=989e12, hbm=3.35e12, nvlink=300e9, network=40e9, mfu=0.40)
-A100 = dict(flops=312e12, hbm=2.04e12, nvlink=200e9, network=20e9, mfu=0.45)
 MACHINES = [Machine("8 x H100", 8, **H100), Machine("8 x A100", 8, **A100), Machine("64 x A100", 64, **A100),
             Machine("4 x H100", 4, **H100), Machine("4 x H100, offload", 4, **H100, offload=True)]
-
-STEP_OVERHEAD = 2e-3           # seconds a decoding step: scheduler, launch of the graph, sampler
-SEQUENCE_OVERHEAD = 20e-6      # and for each sequence in it: Python objects, log-probs
-SYNC_OVERHEAD = 2.0            # seconds a step: sleep, wake, mapping memory, some 300 small loads
-HOST_ADAM = 100e9              # bytes a second that AdamW moves on the host, all ranks of a node together
-SPREAD = 0.8                   # sigma of the log-normal lengths
-
-
-def assumptions(machines, cfg, mean):
-    """Rows (what, value, why) of everything that the times rest on, as it is in this call."""
-    def each(field):
-        """The value of every kind of card, once."""
-        values = [f"{m.name.split()[2].strip(',')} {getattr(m, field):.3g}" for m in machines]
-        return ", ".join(dict.fromkeys(values))
-
-    model = ", ".join(dict.fromkeys(f"{m.mfu * 3 / 4:.2f}" for m in machines))
-    first = machines[0]
-    return [
-        ("bf16 peak FLOP/s", each("flops"), "data sheets, dense, SXM"),
-        ("memory, bytes/s", each("hbm"), "data sheets, 80 GB SXM"),
-        ("within a node, bytes/s", each("nvlink"), "two thirds of one direction of NVLink (450e9, 300e9)"),
-        ("across nodes, bytes/s a GPU", each("network"), "80 % of one adapter a GPU, 400 and 200 Gbit/s"),
-        ("training, share of peak", each("mfu"),
-         f"recomputed FLOPs count; {model} in model FLOPs. Published: H100 0.33-0.39"),
-        ("recomputation", "4/3 of the model's FLOPs", "blocks and head run forward twice"),
-        ("decoding, share of memory bytes/s", first.decode,
-         "all bf16 weights and the running sequences' KV cache, each step"),
-        ("prefill, share of peak", first.prefill,
-         "each prompt once (prefix cache); preempted sequences again"),
-        ("a decoding step, s", f"{STEP_OVERHEAD:g} + {SEQUENCE_OVERHEAD:g} a sequence",
-         "scheduler, sampler; CUDA graphs"),
-        ("the engine",
-         f"{cfg.engine_memory:.0%} of 80 GB, {plan.WORKSPACE / GB:.1f} GB workspace, "
-         f"{plan.GRAPHS / GB:.1f} GB CUDA graphs, {cfg.engine_sequences} sequences",
-         "flags; the rest beside bf16 weights is KV cache"),
-        ("KV cache full", "the youngest sequence is dropped, prefilled later",
-         "as the engine's scheduler does"),
-        ("lengths, typical",
-         f"{plan.TYPICAL[0]} + log-normal, sigma {SPREAD}, cut at {cfg.max_response_tokens:,}, mean {mean:,}",
-         "long tail, as reasoning models have; demonstrations alike"),
-        ("lengths, worst", f"{cfg.max_prompt_tokens:,} + {cfg.max_response_tokens:,}, all", "the limits"),
-        ("grading", 0, "hidden: each response is graded when it ends, while others are decoded"),
-        ("communication", "hidden behind compute, but for the root's",
-         "nothing runs beside its gather and reduction"),
-        ("AdamW, clip", "40 bytes a parameter of the shard", "memory-bound"),
-        ("sync beside bytes, s", SYNC_OVERHEAD, "sleep, wake-up, loader; a published refit takes 4"),
-        ("--offload", f"{first.pcie:.3g} bytes/s to the host, AdamW at {HOST_ADAM:.3g} a node",
-         "PCIe; eight memory channels, half used"),
-        ("not in it", "checkpoints, evaluation, start, stragglers", "")]
-
-
-def lengths(count, mean, longest, seed=0):
-    """Response lengths: log-normal, cut at `longest`, whose mean after the cut is `mean`; all `longest` if
-    mean is None."""
-    if mean is None or mean >= longest:
-        return np.full(count, longest)
-
-    def cut(mu, z):
-        return np.minimum(np.exp(mu + SPREAD * z), longest)
-
-    z = np.random.default_rng(seed).standard_normal(100_000)
-    low, high = 0.0, math.log(longest) + 5
-    for _ in range(50):                                    # the mean grows with mu
-        middle = (low + high) / 2
-        if cut(middle, z).mean() < mean:
-            low = middle
-        else:
-            high = middle
-    drawn = cut(low, np.random.default_rng(seed + 1).standard_normal(count))
-    return np.maximum(1, drawn).astype(int)
-
-
-def generate(m, config, parameters, prompt, responses, prompts, capacity, limit, stride=16):
-    """(seconds, seconds with less than a quarter of the sequences still to finish, preemptions) of one rank.
-
-    Continuous batching: a waiting sequence enters as soon as a place (of `limit`) and KV cache (of `capacity`
-    tokens) are free; if the cache overflows, the youngest gives up its place. `stride` decoding steps at a
-    time.
-      bytes of a step   2P + KV bytes x (tokens of all running sequences)
-      FLOPs of a step   2P a sequence + attention: 4 x layers x heads x head width a cached token
-    """
-    width = config.num_hidden_layers * config.num_attention_heads * M.head_width(config)
-    seconds, tail, preempted = 2 * parameters * prompt * prompts / (m.prefill * m.flops), 0.0, 0
-    left, done = np.array(responses), np.zeros(len(responses), int)
-    running, waiting = [], list(range(len(responses)))
-    while running or waiting:
-        held = int(done[running].sum()) + prompt * len(running)
-        while waiting and len(running) < limit:
-            i = waiting[0]
-            if running and held + prompt + done[i] + stride * (len(running) + 1) > capacity:
-                break
-            running.append(waiting.pop(0))
-            held += prompt + done[i]
-            seconds += 2 * parameters * done[i] / (m.prefill * m.flops)      # 0, but after a preemption
-        while len(running) > 1 and held + stride * len(running) > capacity:
-            i = running.pop()
-            waiting.insert(0, i)
-            held -= prompt + done[i]
-            preempted += 1
-        n, steps = len(running), min(stride, int(left[running].min()))
-        memory = (2 * parameters + plan.kv_bytes(config) * held) / (m.decode * m.hbm)
-        compute = (2 * parameters * n + 4 * width * held) / (m.prefill * m.flops)
-        spent = steps * (max(memory, compute) + STEP_OVERHEAD + SEQUENCE_OVERHEAD * n)
-        seconds += spent
-        if n + len(waiting) < len(responses) / 4:
-            tail += spent
-        left[running] -= steps
-        done[running] += steps
-        running = [i for i in running if left[i]]
-    return seconds, tail, preempted
-
-
-def train(m, config, parameters, cfg, sequences, each, once, root, shard):
-    """(seconds of compute, seconds of communication that nothing hides, model FLOPs of all ranks) of forward
-    and backward.
-
-    sequences: M.Sequence of the whole step; they are packed as in the run, and ranks wait for the slowest at
-    each micro-batch. each, once: bytes of every micro-batch, of the update. The root's fp32 gradients (`root`
-    bytes), reduced at the end of every backward, lie bare, and so does what happens once."""
-    def cost(sequence):
-        return M.forward_backward_flops(config, parameters, [sequence])
-
-    packs = M.pack(sequences, cfg.micro_batch_tokens, m.cards, cost)
-    work = [M.forward_backward_flops(config, parameters, pack) for pack in packs]
-    again = 4 / 3 if cfg.activation_checkpointing else 1
-    compute = []                                                                  # seconds of each round
-    for i in range(0, len(work), m.cards):
-        compute.append(again * max(work[i:i + m.cards]) / (m.mfu * m.flops))
-    across = {key: size for key, size in once.items() if key[0] == "all-reduce"}
-    inside = {key: size for key, size in once.items() if key[0] != "all-reduce"}
-    communication, update = sent(each) / m.nvlink, sent(inside) / m.nvlink + sent(across) / m.network
-    bare = root * (shard - 1) / shard / m.nvlink if shard > 1 else 0.0
-    if m.offload:                  # fp32 shards to the card for every gather, fp32 gradients back to the host
-        communication += (2 * each["all-gather", shard] + each["reduce-scatter", shard]) / shard / m.pcie
-    exposed = update + sum(bare + max(0.0, communication - bare - c) for c in compute)
-    return sum(compute), exposed, sum(work)
-
-
-def step_time(m, config, cfg, counts, mean=None, prompt=None, demos=None, updates=1, forwards=0):
-    """Seconds of one step on machine m by phase, and what follows. counts: (B, R) parameters of blocks and
-    root.
-
-    mean: of the responses, None: all at the limit. prompt: tokens. demos: number, one a prompt unless given.
-    forwards: further passes without backward over all sequences (the published runs compute log-probs so;
-    this one does not need to)."""
-    (B, R), parameters, shard = counts, sum(counts), min(m.cards, plan.NODE)
-    each, once, sync = formula(B, R, 0, shard, m.cards // shard)
-    prompt = prompt or (cfg.max_prompt_tokens if mean is None else plan.TYPICAL[0])
-    rollouts = cfg.n_rollouts - (cfg.demo_in_group == "replaces")
-    response = lengths(cfg.prompts_per_step * rollouts, mean, cfg.max_response_tokens)
-    if demos is None:
-        demos = cfg.prompts_per_step
-    demos = lengths(demos, mean, cfg.max_response_tokens, seed=10)
-
-    kv = plan.kv_room(cfg, parameters) / plan.kv_bytes(config)
-    ranks = []
-    for rank in range(m.cards):
-        share = response.reshape(-1, rollouts)[rank::m.cards].ravel()
-        ranks.append(generate(m, config, parameters, prompt, share, len(share) // rollouts, kv,
-                              cfg.engine_sequences))
-    generating, tail, preemptions = max(ranks)                         # every rank waits for the slowest
-
-    sequences = [M.Sequence(range(prompt), range(n)) for n in [*response, *demos]]
-    compute, exposed, flops = train(m, config, parameters, cfg, sequences, each, once, 4 * R, shard)
-    # AdamW reads weight, gradient, two moments and writes three (28 bytes a parameter); clip reads and
-    # rewrites gradients (12).
-    optimizer = updates * 40 * parameters / shard / (HOST_ADAM / shard if m.offload else m.decode * m.hbm)
-    to_card = 4 * parameters / shard / m.pcie if m.offload else 0
-    refit = sent(sync) / m.nvlink + to_card + SYNC_OVERHEAD
-    logprobs = forwards * flops / 3 / (m.mfu * m.flops * m.cards)
-    found = {"generate": generating, "log-probs": logprobs, "train": compute,
-             "exposed communication": exposed, "AdamW": optimizer, "sync": refit}
-    total, tokens = sum(found.values()), sum(map(len, sequences))
-    peak = m.cards * m.flops
-    found.update({
-        "step": total, "tail": tail, "preemptions": preemptions, "hours of 500 steps": total * 500 / 3600,
-        "tokens/s": tokens / total, "tokens": tokens, "whole-step MFU": flops / (total * peak),
-        "train MFU": flops / ((compute + exposed) * peak)})
-    return found
-
-
 COLUMNS = ("generate", "tail", "train", "exposed communication", "AdamW", "sync", "step",
            "hours of 500 steps", "tokens/s", "train MFU", "whole-step MFU")
 
@@ -594,10 +352,9 @@ def main():
     results["fits"] = fits(config, cfg, [(8, False, memories[8]), (64, False, memories[64]),
                                          (4, False, four), (4, True, offloaded)])
 
-    R = memories[8]["vocabulary"] + config.hidden_size
-    counts = memories[8]["parameters"] - R, R
+    counts = plan.counts(config, memories[8])
     machines = [replace(m, decode=args.decode, mfu=args.mfu or m.mfu) for m in MACHINES]
-    assumed = assumptions(machines, cfg, args.mean_response)
+    assumed = steptime.assumptions(machines, cfg, args.mean_response)
     common.show("Assumptions of the times", ["what", "value", "why"], assumed)
     results |= {"machines": [asdict(m) for m in machines], "assumed": assumed,
                 "times": times(config, cfg, counts, machines, args.mean_response),

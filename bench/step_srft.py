@@ -79,7 +79,7 @@ cfg = Config(
     max_response_tokens=spec["max_response"], prompts_per_step=spec["prompts"], n_rollouts=spec["group"],
     engine_sequences=spec["prompts"] * spec["group"],
     micro_batch_tokens=spec["micro_batch"] * (spec["max_prompt"] + spec["max_response"]),
-    activation_checkpointing=False, lr=spec["lr"], weight_decay=spec["weight_decay"],
+    recompute="none", lr=spec["lr"], weight_decay=spec["weight_decay"],
     steps=10**9, save_every=10**9, eval_every=10**9, grader_workers=1)
 
 srft.RolloutEngine = ForcedEngine

@@ -58,7 +58,7 @@ def one_update(ranks, budget, count, overrides):
     """Gradients and metrics of one update on the first `count` sequences."""
     rank, world, device, mesh = ranks
     cfg = parse_args(["--preset", "tiny", *overrides])
-    policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, checkpointing=False, offload=cfg.offload)
+    policy = M.load_policy(TINY, M.load_config(TINY), mesh, device, recompute=0, offload=cfg.offload)
     got = {}
 
     class Keep:                                        # stands where the optimizer does: keeps the gradients

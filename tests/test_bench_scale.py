@@ -1,4 +1,5 @@
-"""bench/scale.py: its counter finds the bytes that the formulas say, and its model of time obeys arithmetic.
+"""bench/scale.py: its counter finds the bytes that the formulas say; bench/steptime.py: its model of time
+obeys arithmetic.
 
     pytest tests/test_bench_scale.py            # -m "not slow" leaves out real ranks and the 7B simulation
 """
@@ -10,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 import scale
-from bench import plan
+from bench import plan, steptime
 from config import Config
 from conftest import run
 
@@ -24,7 +25,7 @@ SEVEN_B = (28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944), 2 * 152064 * 
 @pytest.mark.parametrize("world, w, nodes", [(1, 1, 1), (2, 2, 1), (8, 8, 1), (64, 8, 8)])
 def test_simulated_ranks_move_the_bytes_of_the_formula(world, w, nodes):
     found, sizes = scale.simulated_traffic(CONFIG, Config(), world)
-    assert found == scale.formula(*sizes, w, nodes)
+    assert found == steptime.formula(*sizes, w, nodes)
     every, once, sync = ({kind for kind, _ in phase} for phase in found)
     if world > 1:                                        # across nodes, gradients are reduced once an update
         assert every == {"all-gather", "reduce-scatter"}
@@ -32,9 +33,9 @@ def test_simulated_ranks_move_the_bytes_of_the_formula(world, w, nodes):
 
 
 def test_a_ring_sends_less_than_the_whole_and_twice_to_reduce_everywhere():
-    assert scale.sent({("all-gather", 8): 800}) == scale.sent({("reduce-scatter", 8): 800}) == 700
-    assert scale.sent({("all-reduce", 8): 800}) == 1400
-    assert scale.sent({("all-gather", 1): 800}) == 0
+    assert steptime.sent({("all-gather", 8): 800}) == steptime.sent({("reduce-scatter", 8): 800}) == 700
+    assert steptime.sent({("all-reduce", 8): 800}) == 1400
+    assert steptime.sent({("all-gather", 1): 800}) == 0
 
 
 def machine(**changes):
@@ -48,12 +49,12 @@ def qwen():
 
 
 def generate(m, responses, capacity=1e9, limit=256):
-    return scale.generate(m, qwen(), 7.6e9, 256, responses, len(responses), capacity, limit)
+    return steptime.generate(m, qwen(), 7.6e9, 256, responses, len(responses), capacity, limit)
 
 
 def test_decoding_is_bytes_over_bandwidth(monkeypatch):
-    monkeypatch.setattr(scale, "STEP_OVERHEAD", 0)
-    monkeypatch.setattr(scale, "SEQUENCE_OVERHEAD", 0)
+    monkeypatch.setattr(steptime, "STEP_OVERHEAD", 0)
+    monkeypatch.setattr(steptime, "SEQUENCE_OVERHEAD", 0)
     one = generate(machine(prefill=1e6), [1000])[0]     # no FLOPs bound: weights and a little KV, 1,000 times
     assert one == pytest.approx(1000 * 2 * 7.6e9 / (0.7 * 3.35e12), rel=0.01)
     assert generate(machine(prefill=1e6, hbm=6.7e12), [1000])[0] == pytest.approx(one / 2)
@@ -79,20 +80,20 @@ def test_the_longest_response_decides_and_shows_as_tail():
 
 
 def test_every_assumption_is_printed_with_the_value_in_use():
-    printed = str(scale.assumptions([machine(mfu=0.123, decode=0.456, hbm=7e12)], Config(), 3210))
+    printed = str(steptime.assumptions([machine(mfu=0.123, decode=0.456, hbm=7e12)], Config(), 3210))
     for value in ("H100 0.123", "0.456", "H100 7e+12", "3,210", "hidden", "0.09 in model FLOPs"):
         assert value in printed
 
 
 @pytest.mark.parametrize("mean", [500, 2000, 5000])
 def test_drawn_lengths_have_the_mean_asked_for(mean):
-    drawn = scale.lengths(50_000, mean, 8192)
+    drawn = steptime.lengths(50_000, mean, 8192)
     assert drawn.mean() == pytest.approx(mean, rel=0.02) and drawn.max() == 8192 and drawn.min() >= 1
-    assert np.all(scale.lengths(5, None, 8192) == 8192)
+    assert np.all(steptime.lengths(5, None, 8192) == 8192)
 
 
 def step(mean=500, **changes):
-    return scale.step_time(machine(**changes), qwen(), Config(), SEVEN_B, mean)
+    return steptime.step_time(machine(**changes), qwen(), Config(), SEVEN_B, mean)
 
 
 def test_phases_follow_their_rates():
@@ -101,8 +102,8 @@ def test_phases_follow_their_rates():
     twice = step(cards=16)                                                          # the same tokens
     assert twice["train"] == pytest.approx(base["train"] / 2, rel=0.1)
     assert twice["exposed communication"] > 0
-    moved = base["sync"] - scale.SYNC_OVERHEAD
-    assert step(nvlink=150e9)["sync"] - scale.SYNC_OVERHEAD == pytest.approx(2 * moved)
+    moved = base["sync"] - steptime.SYNC_OVERHEAD
+    assert step(nvlink=150e9)["sync"] - steptime.SYNC_OVERHEAD == pytest.approx(2 * moved)
     bare = step(nvlink=1e9)["exposed communication"]                                # compute hides it no more
     assert bare > 100 * base["exposed communication"]
     assert step(mean=1000)["step"] > base["step"]
@@ -112,6 +113,24 @@ def test_phases_follow_their_rates():
     assert base["step"] == pytest.approx(sum(base[phase] for phase in phases))
     # 6 FLOPs a weight and token, some 17 % more in attention at most; recomputation is no model FLOP.
     assert 0.95 < base["train MFU"] / (0.40 * 3 / 4) <= 1.0
+
+
+def test_fewer_recomputed_blocks_take_fewer_flops_and_the_head_always_runs_twice():
+    def train(recompute):
+        cfg = Config(recompute=recompute)
+        return steptime.step_time(machine(), qwen(), cfg, SEVEN_B, 500, sampled=(1.0, 0.0, 0))["train"]
+
+    everything, half, none = train("all"), train("14"), train("none")
+    assert half == pytest.approx((everything + none) / 2)
+    assert 1 / (4 / 3) < none / everything < 0.80                  # 3/4, and a little: the head
+    assert train("8") / none == pytest.approx(1 + 8 / 28 / 3, rel=0.02)
+
+
+def test_one_card_has_no_links_and_offloaded_weights_cross_to_it_twice_a_micro_batch():
+    here, there = step(cards=1), step(cards=1, offload=True, pcie=1e9)
+    assert here["exposed communication"] == 0
+    slow = step(cards=1, offload=True, pcie=0.5e9)["exposed communication"]
+    assert slow > 2 * there["exposed communication"] > 0
 
 
 def test_the_verdict_needs_room_in_both_phases_and_10_gb_of_kv_cache(capsys):
@@ -133,7 +152,7 @@ def test_the_verdict_needs_room_in_both_phases_and_10_gb_of_kv_cache(capsys):
 @pytest.mark.slow
 def test_two_real_ranks_move_the_bytes_of_the_formula_and_hold_the_simulated_memory():
     found = scale.measured(2)
-    assert found["phases"] == scale.formula(*found["sizes"], 2)
+    assert found["phases"] == steptime.formula(*found["sizes"], 2)
     simulated = plan.simulate(scale.SMALL, Config(**scale.SMALL_CFG), 2)["peak"]
     more = found["gb"] * 1e9 - simulated                                            # kernels', gloo's buffers
     assert -0.05 * simulated < more < min(0.10 * simulated, 60e6)

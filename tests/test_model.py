@@ -22,6 +22,7 @@ import transformers
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import model as M
+from config import Config
 from model import Sequence, collate, pack
 from paper import figures
 from support.checkpoint import inspect_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -207,8 +208,8 @@ def model_name(spec):
     return f"{spec['kind']}-{'tied' if spec['tie_word_embeddings'] else 'untied'}"
 
 
-def load(folder, mesh, checkpointing=False, **overrides):
-    return M.load_policy(folder, M.load_config(folder, **overrides), mesh, CPU, checkpointing)
+def load(folder, mesh, recompute=0, **overrides):
+    return M.load_policy(folder, M.load_config(folder, **overrides), mesh, CPU, recompute)
 
 
 def some_sequences(seed=0, lengths=((3, 5), (1, 1), (9, 2), (4, 12))):
@@ -234,10 +235,26 @@ def one_step(policy, optimizer, seed=0):
 
 
 def test_recomputation_keeps_a_blocks_input_and_no_generators_state(tmp_path, mesh):
-    policy = load(save_model(tmp_path), mesh, checkpointing=True)
+    policy = load(save_model(tmp_path), mesh, recompute=None)
     expected = {"use_reentrant": False, "preserve_rng_state": False}
     for block in policy.lm.base_model.layers:
         assert block._gradient_checkpointing_func.keywords == expected
+
+
+@pytest.mark.parametrize("spec", MODELS, ids=model_name)
+def test_the_first_so_many_blocks_are_recomputed_and_gradients_are_the_same_bits(tmp_path, mesh, spec):
+    save_model(tmp_path, **spec)
+    found, runs = {}, []
+    for recompute in (None, 2, 1, 0):
+        policy, runs[:] = load(tmp_path, mesh, recompute), []
+        for number, block in enumerate(policy.lm.base_model.layers):
+            block.mlp.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
+        policy(collate(some_sequences(), CPU))[0].sum().backward()
+        found[recompute] = gradients(policy)
+        again = {None: [1, 0], 2: [1, 0], 1: [0], 0: []}           # backward comes to the last one first
+        assert runs == [0, 1, *again[recompute]]
+    for name, gradient in found[0].items():
+        assert all(torch.equal(gradient, found[recompute][name]) for recompute in (None, 2, 1)), name
 
 
 def test_check_packing_averages_over_64_tokens_of_a_response_and_more(tmp_path, mesh, monkeypatch):
@@ -257,20 +274,20 @@ def test_a_model_with_dropout_is_trained_without_it_recomputed_or_not(tmp_path, 
     """The engine has none, and a recomputed block would draw another one than its forward did."""
     save_model(tmp_path, **spec)
     grads = []
-    for checkpointing in (False, True):
-        policy = load(tmp_path, mesh, checkpointing)
+    for recompute in (0, 1, None):
+        policy = load(tmp_path, mesh, recompute)
         M.check_packing(policy, CPU, VOCAB)                  # through transformers' own attention, too
         policy(collate(some_sequences(), CPU))[0].sum().backward()
         grads.append([p.grad.full_tensor() for p in policy.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
 
 
 @pytest.mark.parametrize("spec", MODELS, ids=model_name)
-@pytest.mark.parametrize("temperature, checkpointing", [(1.0, True), (0.7, False)])
+@pytest.mark.parametrize("temperature, recompute", [(1.0, None), (0.7, 0)])
 def test_a_packed_forward_and_its_gradients_equal_transformers_own_on_each_sequence_alone(
-        tmp_path, mesh, spec, temperature, checkpointing):
+        tmp_path, mesh, spec, temperature, recompute):
     save_model(tmp_path, **spec)
-    policy, sequences = load(tmp_path, mesh, checkpointing), some_sequences()
+    policy, sequences = load(tmp_path, mesh, recompute), some_sequences()
     lm = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     logp, entropy, _ = policy(collate(sequences, CPU), temperature, entropy_grad=True)
     assert logp.shape == entropy.shape == (4, 12)
@@ -411,8 +428,9 @@ def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_conf
 
 
 @pytest.mark.parametrize("theta, override, refused", [(10_000.0, 40_000, False), (40_000.0, 40_000, False),
-                                                      (500_000.0, 40_000, True), (500_000.0, 0, False)])
-def test_a_rope_override_that_is_not_the_papers_is_refused(tmp_path, theta, override, refused):
+                                                      (500_000.0, 50_000, True), (500_000.0, 0, False)])
+def test_the_papers_rope_is_for_models_of_its_kind_and_another_override_is_refused(
+        tmp_path, theta, override, refused):
     rope = {"rope_type": "default", "rope_theta": theta}
     transformers.LlamaConfig(rope_parameters=rope).save_pretrained(tmp_path)
     if refused:
@@ -420,6 +438,15 @@ def test_a_rope_override_that_is_not_the_papers_is_refused(tmp_path, theta, over
             M.load_config(tmp_path, override, 0)
     else:
         assert M.load_config(tmp_path, override, 0).rope_parameters["rope_theta"] == (override or theta)
+
+
+@pytest.mark.parametrize("own, window", [(4096, 4096), (32_768, 16_384)])
+def test_a_model_with_another_rope_keeps_it_at_the_defaults_and_the_window_within_its_own(
+        tmp_path, own, window):
+    transformers.Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+                             max_position_embeddings=own).save_pretrained(tmp_path)
+    config = M.load_config(tmp_path, Config.rope_theta, Config.window)
+    assert config.rope_parameters["rope_theta"] == 1e6 and config.max_position_embeddings == window
 
 
 @pytest.mark.parametrize("override", [0, 10_000])

@@ -332,6 +332,22 @@ def test_other_data_are_refused_another_model_held_out_set_or_reward_of_one_name
     assert said == [f"--{name} holds something else than until now; the run goes on from {found[0]}"]
 
 
+def test_a_run_of_before_a_flag_was_replaced_goes_on_without_a_word():
+    cfg, (path, found), identity = manifest()
+    for name in ("recompute", "dry_run_cards"):
+        del found["state"]["settings"][name]
+    found["state"]["settings"] |= {"activation_checkpointing": True, "dry_run_ranks": 8}
+    said = []
+    check_same_run(cfg, (path, found), identity | {"rope": 10_000.0}, said.append)      # nor was that noted
+    assert said == []
+
+
+def test_another_model_that_keeps_another_rope_is_refused():
+    cfg, found, identity = manifest(rope=40_000.0)
+    with pytest.raises(ValueError, match="the RoPE theta of --model is not what this run was trained on"):
+        check_same_run(cfg, found, identity | {"rope": 1e6}, print)
+
+
 def test_another_base_model_is_refused_where_a_kl_is_taken_to_it_and_a_new_kl_is_not():
     cfg, found, identity = manifest(reference={"model.safetensors": "1 a"})
     with pytest.raises(ValueError, match=r"\(--reference, else --model\) is not what"):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval
 import srft
-from config import TINY, Config, check_config, parse_args
+from config import TINY, Config, check_config, parse_args, recomputed_blocks
 from conftest import ENV, ROOT, SMALL, metrics, run, start
 from data import load_examples
 from paper import figures
@@ -316,7 +316,7 @@ def test_several_updates_every_switch_of_the_objective_and_a_broken_gradient(tmp
     run([*SMALL, "--out", tmp_path / "a", "--steps", "2", "--n_rollouts", "5",
          "--updates_per_rollout", "2", "--entropy_level", "batch", "--eq12_form", "ratio",
          "--demo_in_group", "replaces", "--kl_coef", "0.1", "--grade_text", "require_think",
-         "--activation_checkpointing"])
+         "--recompute", "1"])
     assert len(metrics(tmp_path / "a")) == 3
     output = run([*SMALL, "--out", tmp_path / "b", "--steps", "9", "--entropy_coef", "1e39"], ok=False)
     assert "not finite 5 times in a row" in output and "tiny/train/" in output
@@ -395,6 +395,8 @@ def test_a_run_without_demonstrations_ends_in_one_line_on_every_rank(tmp_path):
     (["--profile", "81"], "--profile must be one of the --steps"),
     (["--hang_minutes", "0"], "--hang_minutes"),
     (["--grad_clip", "0"], "--grad_clip"),
+    (["--recompute", "half"], "--recompute half: must be all, none, or a number of decoder blocks"),
+    (["--recompute", "-1"], "--recompute"),
     (["--lr", "-1"], "--lr"),
     (["--tis_cap", "0.5"], "--tis_cap"),
     (["--demo_shaping", "-0.1"], "--demo_shaping"),
@@ -481,6 +483,23 @@ def test_the_defaults_are_the_papers_configuration():
     assert (cfg.steps, cfg.n_rollouts, cfg.prompts_per_step, cfg.updates_per_rollout) == (500, 8, 128, 1)
     assert (cfg.lr, cfg.max_response_tokens, cfg.rope_theta, cfg.window) == (1e-6, 8192, 40_000, 16_384)
     assert (cfg.temperature, cfg.eval_temperature, cfg.eval_top_p, cfg.tis_cap) == (1.0, 0.6, 1.0, 2.0)
+
+
+@pytest.mark.parametrize("value, blocks", [("all", 28), ("none", 0), ("0", 0), ("9", 9), ("28", 28)])
+def test_recompute_means_so_many_blocks_of_the_model(value, blocks):
+    assert recomputed_blocks(Config(recompute=value), 28) == blocks
+    assert parse_args([]).recompute == "all" and parse_args(["--preset", "tiny"]).recompute == "none"
+
+
+def test_more_blocks_than_the_model_has_are_refused_with_their_number():
+    with pytest.raises(ValueError, match="--recompute 29: the model has 28 decoder blocks; give no more"):
+        recomputed_blocks(Config(recompute="29"), 28)
+
+
+def test_one_gpu_is_the_papers_run_of_a_smaller_model_on_one_card():
+    cfg = parse_args(["--preset", "one_gpu"])
+    assert cfg == Config(model="Qwen/Qwen2.5-Math-1.5B", out="out/one_gpu", dry_run_cards="1x80",
+                         hang_minutes=120.0)
 
 
 @pytest.mark.slow
