@@ -205,7 +205,7 @@ def test_that_takes_less_than_a_second_and_a_half_of_a_core(command):
     (eval.parse, ["--model", "x", "--benchmark", "gsm8k"], "; is it --benchmarks? ("),
     (figures.parse, ["fig2a", "--bsae", "x"], "; is it --base? ("),
     (figures.parse, ["curves", "--output", "x"], "argument FIGURE: invalid choice: 'curves'"),
-], ids=str)
+])
 def test_of_a_misspelt_flag_the_nearest_one_is_named_in_one_line(parse, words, says, capsys):
     with pytest.raises(SystemExit) as left:
         parse(words)
