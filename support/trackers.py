@@ -76,7 +76,8 @@ class Tracker:
                 call, *arguments = self.calls.get()
                 getattr(tracker, call)(*arguments)
         except BaseException as error:             # a library may even try to end the process
-            self._give_up(f"{type(error).__name__}: {error}")
+            words = " ".join(str(error).split())[:300]                        # some have many lines
+            self._give_up(f"{type(error).__name__}: {words}")
         self.over = True
 
     def _give_up(self, reason):

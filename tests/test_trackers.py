@@ -4,7 +4,9 @@
 """
 import importlib.util
 import json
+import os
 import struct
+import subprocess
 import sys
 import threading
 import warnings
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import srft
+from conftest import ROOT
 from support import runlog, trackers
 from support.processes import Ranks
 from support.runlog import RunLog
@@ -199,6 +202,31 @@ def test_a_tracker_that_hangs_keeps_no_step_waiting_and_the_end_not_for_long(
         a_run(tmp_path, "wandb")
     released.set()
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
+NO_NETWORK = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
+SENDS = """
+import sys
+from support.trackers import Tracker
+tracker = Tracker("wandb", sys.argv[1], {}, -1)
+tracker.log(0, {"a": 1})
+tracker.close()
+print("DONE")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables, error", [({}, "UsageError: No API key"), (NO_NETWORK, "CommError")],
+                         ids=["no account", "no network"])
+def test_wandb_itself_without_account_or_network_is_one_warning_and_lets_the_program_end(
+        variables, error, tmp_path):
+    pytest.importorskip("wandb")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)} | variables
+    done = subprocess.run([sys.executable, "-c", SENDS, tmp_path], env=environment, cwd=ROOT, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=100)
+    assert done.returncode == 0 and "DONE" in done.stdout, done.stderr
+    assert done.stderr.count("--track wandb: ") == 1 and f"--track wandb: {error}" in done.stderr, done.stderr
 
 
 def test_a_rank_that_does_not_write_has_no_tracker(recorder, tmp_path):
