@@ -12,7 +12,7 @@
 #
 # Needs:   one GPU of 80 GB, `pip install -r requirements.txt`, 16 GB of host memory, 60 GB of disk. With the
 #          flags above, one of 24 GB, and 40 GB of host memory.
-# Takes:   some 30 hours on an H100, 100 on an RTX 4090, where responses have 2,000 tokens on average: modelled,
+# Takes:   30 hours on an H100, 100 on an RTX 4090, where responses have 2,000 tokens on average: modelled,
 #          not measured. --prompts_per_step 16 is an eighth of the work, and another experiment.
 # Writes:  out/one_gpu: metrics.jsonl, samples.jsonl, curves.png, checkpoints/ (19 GB each, three at a time),
 #          and hf/, the trained model. The same command goes on where it was interrupted.
