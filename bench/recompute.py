@@ -25,7 +25,7 @@ from support.processes import init_distributed
 # More activations than weights: 8 blocks of a Qwen2.5's proportions, and thousands of tokens.
 SHAPE = Qwen2Config(hidden_size=256, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=4096, tie_word_embeddings=False, use_cache=False)
-CFG = Config(max_prompt_tokens=128, max_response_tokens=448, micro_batch_tokens=4096)
+CFG = Config(max_prompt_tokens=128, max_response_tokens=448, micro_batch_tokens=2048)
 WAYS = ("all", "4", "none")
 
 
@@ -114,7 +114,7 @@ def times(device, repetitions):
 
 def main():
     p = common.parser(__doc__, "recompute")
-    p.add_argument("--repetitions", type=positive, default=9, help="of each way, in turn [%(default)s]")
+    p.add_argument("--repetitions", type=positive, default=5, help="of each way, in turn [%(default)s]")
     p.set_defaults(device="cpu")
     args = p.parse_args()
     device = common.start(args)
