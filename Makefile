@@ -14,7 +14,7 @@ demo: env                          ## train the tiny model with SRFT in two proc
 	TORCHRUN=$(VENV)/bin/torchrun runs/tiny.sh
 
 test: $(VENV)/.tests-installed     ## all tests
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not clock" --durations=25 tests
+	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not clock" --durations=40 tests
 	$(VENV)/bin/python -m pytest -q -m clock tests
 
 test-fast: $(VENV)/.tests-installed ## the core, 3 minutes
