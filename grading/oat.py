@@ -140,17 +140,24 @@ def _time_limit(seconds):
 
     Its signal is SIGPROF; an alarm (SIGALRM) of the caller is not touched.
     """
+    over = False
+
     def ring(signum, frame):
-        raise _OutOfTime
+        if not over:
+            raise _OutOfTime
 
     before = signal.signal(signal.SIGPROF, ring)
     try:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        # Again each tenth of a second: Python drops what is raised in a destructor or a weak reference's
+        # callback, of which garbage collection runs many, and the block would go on without a limit.
+        signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-    finally:                            # apart, because it may ring during the line above
+            over = True
+    finally:                            # apart, because it may ring before the line above
+        over = True
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
 
 

@@ -242,6 +242,26 @@ def test_an_alarm_of_the_caller_rings_in_time():
     assert len(rang) == 1 and 0.1 < rang[0] - start < 0.5
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_that_python_drops_in_a_destructor_rings_again():
+    class Slow:
+        def __del__(self):
+            end = time.process_time() + 0.4
+            while time.process_time() < end:
+                pass
+
+    def compare(given, gold, trace):
+        Slow()
+        end = time.process_time() + 5
+        while time.process_time() < end:
+            pass
+        return True
+
+    trace = []
+    assert not oat._in_time("slow", compare, "1", "1", 0.2, trace)
+    assert trace == ["slow: out of time (0.2 s of CPU)"]
+
+
 def test_no_timer_is_left_behind():
     before = signal.getsignal(signal.SIGPROF)
     for given in ("1/2", "9**9**9**9", "x=1="):
