@@ -94,6 +94,17 @@ def test_the_public_layouts_are_read_from_parquet_with_their_columns_and_types(
     assert load_examples(tmp_path / "d.parquet") == [example]
 
 
+@pytest.mark.parametrize("column, says", [
+    (pyarrow.array([None, 10**7], pyarrow.int32()).cast(pyarrow.date32()), "date value out of range"),
+    (pyarrow.StructArray.from_arrays([pyarrow.array(["a", "b"])] * 2, ["x", "x"]), "duplicate field names")],
+    ids=["date", "names"])
+def test_a_value_of_parquet_that_python_cannot_hold_makes_a_bad_row_by_name(column, says, tmp_path):
+    table = pyarrow.table({"problem": ["p", "p"], "answer": ["7", "7"], "other": column})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=f"d.parquet, row [12]: expected what Python can hold.*{says}"):
+        load_examples(tmp_path / "d.parquet")
+
+
 def test_gsm8ks_derivation_earns_the_reward_as_a_demonstration():
     example = parse_row(GSM8K)
     item = {"kind": "math-verify", "response": example.demo, "answer": example.answer, "strict_box": True}
