@@ -291,9 +291,9 @@ def digest(prompts):
 
 
 def demo_key(example):
-    """What the reward of a demonstration is remembered by: its text, the answer and the code that graded it,
-    so that a mended one is graded anew."""
-    texts = [example.demo, example.answer, grader_digest()]
+    """What the reward of a demonstration is remembered by: its text, the answer, the problem (a reward of
+    one's own may look at it), and the code that graded it, so that a mended one is graded anew."""
+    texts = [example.demo, example.problem, example.answer, grader_digest()]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 

@@ -50,7 +50,7 @@ from reward import Grader
 from rollout import RolloutEngine, check_environment
 from support.checkpoint import checkpoints_in
 from support.claim import claim
-from support.collectives import all_or_none, of_all_ranks
+from support.collectives import agreed, all_or_none, of_all_ranks
 from support.disk import read_json, write_whole
 from support.hub import COMMITS, fetch
 from support.inventory import Inventory
@@ -457,10 +457,12 @@ SETTINGS = ("weights", "versions", "grading", "template", "grader", "temperature
 
 def settle(args, folder, device, rank=0):
     """Raise ValueError if --out holds results of another model or other settings; else rank 0 writes
-    settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine."""
+    settings.json: all flags, of which SETTINGS must not change, the weights' files, versions, machine. A
+    collective."""
     settings = {**vars(args), **environment(device), "weights": fingerprints(folder),
                 "grading": grader_digest(), "hub": COMMITS,
                 "reward_code": custom.read(args.reward).digest if args.reward else None}
+    agreed("--reward", settings["reward_code"])          # nodes may have files of their own
     path = Path(args.out) / "settings.json"
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():

@@ -164,9 +164,13 @@ class Grader:
                 pass                    # stuck in the kernel; SIGKILL is pending, and no one can do more
 
     def start(self):
-        """Wait until a worker can grade. Raises ValueError where the user's function cannot be loaded."""
+        """Wait until a worker can grade. Raises ValueError where none starts, or cannot load the user's
+        function."""
         while not any(worker.ready for worker in self._pool):
-            self._advance(wait=False)
+            try:
+                self._advance(wait=False)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
             time.sleep(0.02)
 
     def grade(self, responses, answers, finished=None, kind=None, examples=None):
@@ -337,9 +341,10 @@ class Grader:
                 self._take_replies(self._time_to_next_event())
             self._discard_the_late()
             if self._failures >= MAX_FAILURES:
+                own = f", and whether {self.reward.path} can be loaded" if self.reward else ""
                 raise RuntimeError(
-                    f"grade: {self._failures} workers in a row died before they worked (see stderr). "
-                    f"Check `{sys.executable} -c 'import math_verify'` and memory_mb={self.memory_mb}")
+                    f"grade: {self._failures} workers in a row died before they worked (see stderr). Check "
+                    f"`{sys.executable} -c 'import math_verify'`, memory_mb={self.memory_mb}{own}")
         except BaseException:                   # Ctrl-C too: what comes next must find nothing half done
             self._forget()
             raise

@@ -42,7 +42,8 @@ def read_cards(text):
     """--dry_run_cards "8x80" -> Cards. Raises ValueError with what was expected."""
     found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)", text)
     number, gb = (int(found[1]), float(found[2])) if found else (0, 0.0)
-    if number < 1 or gb <= 0 or number > plan.NODE and number % plan.NODE:
+    whole = number <= plan.NODE or number % plan.NODE == 0
+    if number < 1 or not 0 < gb <= 10_000 or not whole:
         raise ValueError(f"--dry_run_cards {text}: must be their number x the GB of each, as 8x80; up to "
                          f"{plan.NODE} on one node, or whole nodes of {plan.NODE}")
     return Cards(number, gb * 1e9)

@@ -23,6 +23,9 @@ from dataclasses import dataclass
 
 from grading.answers import KINDS
 
+# Beside the function's name, in the summaries of eval.py.
+TAKEN = ("problems", "samples", "truncated", "response_len")
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -42,8 +45,9 @@ def function_name(spec):
     path, _, name = spec.rpartition(":")
     if not path or not name.isidentifier():
         raise ValueError(f"--reward {spec}: expected FILE.py:FUNCTION")
-    if name in KINDS:
-        raise ValueError(f"--reward {spec}: {name} is the name of a verifier; give the function another one")
+    if name in (*KINDS, *TAKEN):
+        raise ValueError(f"--reward {spec}: {name} is the name of a verifier, or of a figure of eval.py; "
+                         "give the function another one")
     return name
 
 
@@ -112,7 +116,10 @@ def in_words(error, path):
         if place.tb_frame.f_code.co_filename == path:
             line = place.tb_lineno
         place = place.tb_next
-    text = str(getattr(error, "msg", error)) if isinstance(error, SyntaxError) else str(error)
+    try:
+        text = str(getattr(error, "msg", error)) if isinstance(error, SyntaxError) else str(error)
+    except Exception:                                           # the error has a __str__ of the user's, too
+        text = "has no words"
     return f"{type(error).__name__}: {text}" + (f" (line {line})" if line else "")
 
 

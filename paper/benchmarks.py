@@ -23,7 +23,7 @@ from pathlib import Path
 from data import Example, load_examples, parse_row
 from grading.answers import last_box
 from grading.notation import repair_scientific
-from support.layouts import check_characters
+from support.layouts import after_marks, check_characters
 from support.readers import READERS, data_files, each_name_once
 
 LETTERS = "ABCDEFGHIJ"
@@ -275,7 +275,7 @@ def _answer(row):
     if isinstance(answer, float) and answer.is_integer():
         return int(answer)
     if isinstance(answer, str) and "####" in answer:
-        return answer.rpartition("####")[2].replace(",", "")
+        return after_marks(answer)[1]
     if answer is None and isinstance(solution, str):
         answer = last_box(solution)[0] or None
     if answer is None:

@@ -32,6 +32,7 @@ OWN = {"model", "compare", "out", "weights", "benchmarks", "limit", "samples", "
 # Of a model's config: what its engine does not depend on.
 NO_SHAPE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
             "bos_token_id", "pad_token_id"}
+COLUMNS = ("benchmark", "id", "sample", "prompt", "answer", "verdicts")            # of results.jsonl
 
 # ----------------------------------------------------------------------------------------------------------
 # The difference.
@@ -103,13 +104,15 @@ def has_results(folder):
 
 
 def read(folder):
-    """Results of a folder. Raises FileNotFoundError if it has none."""
+    """Results of a folder. Raises FileNotFoundError if it has none, ValueError if they are not eval.py's."""
     if not has_results(folder):
         raise FileNotFoundError(f"{folder}: expected a folder of results, with results.jsonl, as eval.py "
                                 "--model writes it; eval.py --compare takes models, too")
-    settings = Path(folder) / "settings.json"
-    found = {}
-    for row in read_results(Path(folder) / "results.jsonl"):
+    settings, file, found = Path(folder) / "settings.json", Path(folder) / "results.jsonl", {}
+    for row in read_results(file):
+        missing = [name for name in COLUMNS if name not in row]
+        if missing:
+            raise ValueError(f"{file}: expected rows of eval.py, found one without {', '.join(missing)}")
         row["response"] = None                           # the longest part of it
         problems = found.setdefault(row["benchmark"], {})
         problems.setdefault(row["id"], {})[row["sample"]] = row
@@ -145,7 +148,10 @@ def other_settings(a, b):
         if name in OWN or one == other:
             continue
         if isinstance(one, dict) and isinstance(other, dict):        # versions
-            for key in sorted(one.keys() | other.keys()):
+            keys = one.keys() | other.keys()
+            if name == "hub":                            # each has its own model's name there
+                keys = one.keys() & other.keys()
+            for key in sorted(keys):
                 if one.get(key) != other.get(key):
                     notes.append(f"{name}: {key} {one.get(key)} for A, {other.get(key)} for B")
         elif name == "grading":

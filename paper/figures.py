@@ -57,7 +57,7 @@ from support.hub import fetch
 from support.intervals import number_in, positive
 from support.inventory import Inventory
 from support.processes import init_distributed, mistakes_in_one_line
-from support.report import write_report
+from support.report import settings_of, write_report
 from support.versions import check_versions, versions
 from support.weights import stored_tensors
 
@@ -371,10 +371,7 @@ def distances(scorer, references):
 
 def report(args, *_):
     """The page that a run writes into its folder, from what is there by now."""
-    settings = {}
-    if (Path(args.run) / "config.json").exists():
-        settings = read_json(Path(args.run) / "config.json")
-    method = settings.get("method", "srft")
+    method = settings_of(args.run).get("method", "srft")
     if method not in METHODS:
         raise ValueError(f"{args.run}/config.json: knows no --method {method}")
     write_report(args.run, papers_settings(method))

@@ -84,21 +84,28 @@ def flags_of_run(parser, folder, flags, leave):
     """Name -> value of the flags that the config.json of a run's folder holds; {} without that file. flags:
     all that there are. leave: what else the file holds, or what is not to be taken from it.
 
-    A file that cannot be read, a flag that is no more, and a value that it cannot have end the program with
-    one line, which says what to do: to guess would train on by other flags than the run's.
+    A folder within a run's, a file that cannot be read or is a model's, a flag that is no more, and a value
+    that it cannot have end the program with one line, which says what to do: to guess would train on by other
+    flags than the run's.
     """
     file = Path(folder) / "config.json"
+
+    def refuse(message, what=file):
+        parser.exit(2, f"{parser.prog}: {what}: {message}\n")
+
+    for above in list(file.absolute().parents)[1:3]:               # of hf/, of checkpoints/step-50/
+        if not (Path(folder) / "metrics.jsonl").exists() and (above / "metrics.jsonl").exists():
+            refuse(f"lies within the folder of a run; to go on with that, pass --out {above}", folder)
     if not file.exists():
         return {}
-
-    def refuse(message):
-        parser.exit(2, f"{parser.prog}: {file}: {message}\n")
 
     try:
         known = json.loads(file.read_text())
         taken = {name: value for name, value in known.items() if name not in leave}
     except (OSError, ValueError, AttributeError) as error:         # the last: no object, so it has no items
         refuse(f"cannot be read ({error}). Put it back as it was, or remove it and give all its flags")
+    if "out" not in known:
+        refuse("is no run's (a model's?); --out is the folder that a run has made, with checkpoints/ in it")
     for name, value in taken.items():
         if name not in flags:
             commit = known.get("git_commit") or "unknown"

@@ -130,13 +130,22 @@ def _list(row, column, of, length=None):
     return found
 
 
+def after_marks(text):
+    """What stands before the last ####, and the answer after it, a line, without commas between thousands; as
+    GSM8K writes its `answer`."""
+    derivation, _, answer = text.rpartition("####")
+    answer = answer.strip()
+    if not answer or "\n" in answer:                     # the heading of a section, as Markdown has it?
+        raise ValueError(f"expected an answer after ####, on its line alone, found {text[-80:]!r}")
+    if re.fullmatch(r"[-$]*\d{1,3}(,\d{3})+(\.\d+)?", answer):                       # and not (3,4)
+        answer = answer.replace(",", "")
+    return derivation, answer
+
+
 def _of_gsm8k(text):
     """(answer, demonstration or None) of GSM8K's `answer`. A reward reads the last box, so one is added; the
     marks of a calculator, <<2+2=4>>, are no text that a model should learn."""
-    derivation, _, answer = text.rpartition("####")
-    answer = answer.strip().replace(",", "")
-    if not answer:
-        raise ValueError(f"expected an answer after ####, found {text[-80:]!r}")
+    derivation, answer = after_marks(text)
     derivation = re.sub(r"<<[^<>]*>>", "", derivation).strip()
     if not derivation:
         return answer, None
@@ -167,10 +176,12 @@ def _as_text(value, column):
     """A text or a finite number as text; None for anything else."""
     if isinstance(value, str) and value.strip():
         return check_characters(value, column)
-    # To Python, True is an int; and nan, which is no answer, a float.
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    # To Python, True is an int; and nan, which is no answer, a float. math.isfinite takes no large int.
+    if isinstance(value, int) and not isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, float) and math.isfinite(value):
         # 1e-07 would have an e in it, which a grader may read as Euler's number.
-        return np.format_float_positional(value, trim="0") if isinstance(value, float) else repr(value)
+        return np.format_float_positional(value, trim="0")
     return None
 
 

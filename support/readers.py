@@ -140,16 +140,19 @@ def read_parquet(file):
 
 
 def _rows_of_batch(batch):
-    """The rows of a batch of parquet; a ValueError in the place of each whose text is not UTF-8."""
+    """The rows of a batch of parquet; a ValueError in the place of each that Python cannot hold: with text
+    that is not UTF-8, or a date after the year 9999."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:                        # in some row: then one at a time
+    except (ValueError, OverflowError):               # in some row: then one at a time
         rows = []
     for place in range(len(batch)):
         try:
             rows += batch.slice(place, 1).to_pylist()
         except UnicodeDecodeError as error:
             rows.append(ValueError(f"expected text in UTF-8: {error}"))
+        except (ValueError, OverflowError) as error:
+            rows.append(ValueError(f"expected what Python can hold; leave out that column: {error}"))
     return rows
 
 

@@ -56,9 +56,7 @@ def write_report(run, papers):
     rows = read_rows(run / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{run}: no metrics.jsonl with a row; expected a run's folder")
-    settings = {}
-    if (run / "config.json").exists():
-        settings = read_json(run / "config.json")
+    settings = settings_of(run)
     samples, left_out = read_samples(run / "samples.jsonl")
     page = PAGE.read_text()
     script = re.search("<script>(.*)</script>", page, re.S)[1]
@@ -81,6 +79,15 @@ def write_report(run, papers):
 
 # ----------------------------------------------------------------------------------------------------------
 # What was run.
+
+def settings_of(run):
+    """What config.json of a run's folder holds; {} without one."""
+    file = Path(run) / "config.json"
+    settings = read_json(file) if file.exists() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected an object, found {str(settings)[:80]}")
+    return settings
+
 
 def subtitle(settings, rows):
     """One line: method, model, how far."""
@@ -317,7 +324,7 @@ def rows_of(file):
             try:
                 row = json.loads(line, parse_constant=none)
                 operator.index(row["step"])
-            except (ValueError, TypeError, KeyError):                   # cut short by a kill, or by a hand
+            except (ValueError, TypeError, KeyError, RecursionError):   # cut short by a kill, or by a hand
                 continue
             yield row, len(line)
 

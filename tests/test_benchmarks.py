@@ -457,7 +457,7 @@ BAD_ROWS = [
     ("own", {"question": "p", "final_answer": []}, "'answer'"),
     ("own", {"question": "p", "solution": [r"\boxed{1}"]}, "found columns question, solution"),
     ("own", {"problem": "p", "solution": r"\boxed{}"}, "answer"),
-    ("gsm8k", {"question": "p", "answer": "thinking\n#### "}, "'answer'"),
+    ("gsm8k", {"question": "p", "answer": "thinking\n#### "}, "an answer after ####"),
     ("mmlu_pro", {"question": "p", "answer": "A"}, "multiple choice, found only columns question, answer"),
     ("arc_c", FORMATS["LUFFY"][0], "cannot be shuffled"),
     ("mmlu_pro", MMLU_PRO | {"answer_index": 3}, "0 to 2.*found answer_index 3 and answer 'B'"),

@@ -246,6 +246,30 @@ def test_what_cannot_be_compared_is_refused(both, b, says, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_are_not_eval_pys_are_refused_and_torn_ones_counted(both, tmp_path, capsys):
+    with pytest.raises(ValueError, match="y/eval/results.jsonl: expected rows .*, found one without id,"):
+        both(rows_of("mine", A), [{"benchmark": "mine", "step": 3}])
+    a, b = folder(tmp_path / "a", rows_of("mine", A)), folder(tmp_path / "b", rows_of("mine", A))
+    with (b / "results.jsonl").open("a") as file:
+        file.write('{"benchmark": "mi')
+    C.report(a, b, tmp_path / "torn")
+    assert "skipped 1 torn lines" in capsys.readouterr().out
+
+
+def test_a_folder_compared_with_itself_differs_by_nothing(tmp_path):
+    a = folder(tmp_path / "a", rows_of("mine", A))
+    C.report(a, a, tmp_path / "out")
+    found = json.loads((tmp_path / "out/compare.json").read_text())
+    assert found["notes"] == ["A and B are the same weights"]
+    assert found["benchmarks"]["mine"]["oat"]["difference"] == 0
+
+
+def test_that_each_model_has_a_name_on_the_hub_is_no_difference_but_another_commit_of_a_benchmark_is():
+    a = {"weights": {}, "hub": {"org/a": "1", "openai/gsm8k": "3"}}
+    b = {"weights": {}, "hub": {"org/b": "2", "openai/gsm8k": "4"}}
+    assert C.other_settings(a, b) == ["hub: openai/gsm8k 3 for A, 4 for B"]
+
+
 def test_text_of_problems_does_not_break_the_table(both, tmp_path):
     row = dict(prompt="a|b\n\n| c | {}" + "x" * 99, id="i|d")
     both(rows_of("mine", [[0]], **row), rows_of("mine", [[1]], **row))

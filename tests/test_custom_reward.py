@@ -33,6 +33,17 @@ def loop():
     while True:
         pass
 
+class Mute(Exception):
+    __str__ = None
+
+def mute():
+    raise Mute           # line 16
+
+def again():
+    return again()
+
+seen = []
+
 def any(response, answer, example):
     return eval(response, {**globals(), "answer": answer, "example": example})
 """
@@ -62,8 +73,9 @@ def grader(tmp_path_factory):
     ("-1", "reward_error", "(int)"), ("float('nan')", "reward_error", "'nan'"),
     ("'True'", "reward_error", "(str)"), ("[]", "reward_error", "(list)"),
     ("np.array([True])", "reward_error", "(ndarray)"),
-    ("1/0", "reward_error", "ZeroDivisionError: division by zero (line 13)"),
+    ("1/0", "reward_error", "ZeroDivisionError: division by zero (line 24)"),
     ("fail()", "reward_error", "KeyError: 'no such thing' (line 6)"),
+    ("mute()", "reward_error", "Mute: has no words (line 16)"), ("again()", "reward_error", "RecursionError"),
     ("(", "reward_error", "SyntaxError"), ("sys.exit(3)", "reward_error", "SystemExit: 3"),
     ("len(bytearray(4 << 30))", "reward_error", "MemoryError"),
     ("loop()", "timeout", ""), ("os._exit(0)", "killed", ""), ("os.abort()", "killed", ""),
@@ -89,6 +101,13 @@ def test_it_is_told_response_answer_and_problem_and_nothing_else(grader):
     assert grader.grade(["example == {}"], ["5"])[0].reward == 1
     with pytest.raises(ValueError):
         grader.grade(["True", "True"], ["5", "5"], examples=[about])
+
+
+def test_what_it_changes_is_as_before_in_the_next_call(grader):
+    changes = "not seen.append(1) and example.clear() is None and len(seen) == 1"
+    example = {"id": "p/1"}
+    assert [v.reward for v in grader.grade([changes] * 2, ["5"] * 2, examples=[example] * 2)] == [1, 1]
+    assert example == {"id": "p/1"}
 
 
 def test_what_it_is_given_is_the_text_that_is_graded(grader, monkeypatch):
@@ -137,6 +156,7 @@ GOOD = "def mine(response, answer, example):\n    return True\n"
 @pytest.mark.parametrize("text, spec, says", [
     (GOOD, "mine.py", "expected FILE.py:FUNCTION"), (GOOD, "mine.py:", "expected FILE.py:FUNCTION"),
     (GOOD, "mine.py:a b", "expected FILE.py:FUNCTION"), (GOOD, "other.py:mine", "No such file"),
+    (GOOD, "mine.py:samples", "samples is the name of"),
     (GOOD, "mine.py:oat", "oat is the name of a verifier"), (GOOD, ".:mine", "Is a directory"),
     ("x = 1\ndef mine(response:\n", "mine.py:mine", "(line 2)"), ("x = '\0'", "mine.py:mine", "null bytes")],
     ids=str)
@@ -184,6 +204,13 @@ def test_the_grader_says_so_when_it_starts(tmp_path):
     file = write(tmp_path, "import no_such_module\n" + GOOD)
     with Grader(workers=1, reward=f"{file}:mine") as grader:
         with pytest.raises(ValueError, match=f"--reward: {file}: .*no_such_module.* .line 1.$"):
+            grader.start()
+
+
+def test_where_no_worker_starts_the_file_is_named_among_what_may_be_at_fault(tmp_path):
+    file = write(tmp_path, GOOD)
+    with Grader(workers=1, memory_mb=20, reward=f"{file}:mine") as grader:
+        with pytest.raises(ValueError, match=f"3 workers in a row died .*whether {file} can be loaded"):
             grader.start()
 
 
@@ -243,6 +270,18 @@ def test_each_view_of_the_summary_is_its_own_verdicts_also_of_multiple_choice():
     rows = [row("a", mine=1.0, choice=0.0), row("b", mine=1.0, oat=1.0)]
     summary = tables.summarize({"x": rows}, ["mine", "oat"])["x"]
     assert (summary["mine"]["accuracy"], summary["oat"]["accuracy"]) == (1.0, 0.5)
+
+
+def test_ranks_whose_files_differ_do_not_put_their_results_together(tmp_path, monkeypatch):
+    def differ(what, value):
+        raise ValueError(f"{what}: ranks [1] read another one")
+
+    monkeypatch.setattr(E, "agreed", differ)
+    monkeypatch.setattr(E, "fingerprints", str)
+    args = E.parse(["--model", "m", "--out", str(tmp_path), "--reward", f"{write(tmp_path, GOOD)}:mine"])
+    with pytest.raises(ValueError, match="--reward: ranks"):
+        E.settle(args, tmp_path, torch.device("cpu"))
+    assert not (tmp_path / "settings.json").exists()
 
 
 def test_results_of_another_reward_are_not_mixed_and_the_table_names_it(tmp_path):

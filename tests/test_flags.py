@@ -301,6 +301,7 @@ def test_a_flag_that_is_new_since_then_has_its_default_and_without_resume_nothin
     ({"method": "rl"}, "argument --method: invalid choice: 'rl'"),
     ({"offload": "yes"}, "argument --offload"),
     ("", "cannot be read (Expecting value"), ('{"steps": 1', "cannot be read (Expecting"),
+    ('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}', "is no run's (a model's?); --out is"),
     ("[1]", "cannot be read ('list' object"), ("\udcff", "cannot be read ("),
 ], ids=str)
 def test_a_config_that_cannot_be_gone_by_ends_in_one_line_with_the_file_and_what_to_do(
@@ -312,7 +313,20 @@ def test_a_config_that_cannot_be_gone_by_ends_in_one_line_with_the_file_and_what
         parse_args(["--resume", "--out", str(tmp_path)])
     said = capsys.readouterr().err
     assert left.value.code == 2 and said.startswith(f"srft.py: {tmp_path}/config.json: ") and says in said
-    assert said.count("\n") == 1 and (isinstance(more, dict) or "or remove it and give all its flags" in said)
+    assert said.count("\n") == 1
+    assert "cannot be read" not in says or "or remove it and give all its flags" in said
+
+
+@pytest.mark.parametrize("within", ["hf", "checkpoints", "checkpoints/step-50", "eval"])
+def test_a_folder_within_a_run_is_not_resumed_as_a_run_of_its_own(within, tmp_path, capsys):
+    written(tmp_path / "run", ["--preset", "tiny"])
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / within).mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", "--out", str(tmp_path / "run" / within)])
+    said = capsys.readouterr().err
+    assert said == (f"srft.py: {tmp_path}/run/{within}: lies within the folder of a run; to go on with that, "
+                    f"pass --out {tmp_path}/run\n")
 
 
 def test_ranks_that_read_different_flags_all_end(monkeypatch, tmp_path):

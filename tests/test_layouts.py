@@ -94,6 +94,17 @@ def test_the_public_layouts_are_read_from_parquet_with_their_columns_and_types(
     assert load_examples(tmp_path / "d.parquet") == [example]
 
 
+@pytest.mark.parametrize("column, says", [
+    (pyarrow.array([None, 10**7], pyarrow.int32()).cast(pyarrow.date32()), "date value out of range"),
+    (pyarrow.StructArray.from_arrays([pyarrow.array(["a", "b"])] * 2, ["x", "x"]), "duplicate field names")],
+    ids=["date", "names"])
+def test_a_value_of_parquet_that_python_cannot_hold_makes_a_bad_row_by_name(column, says, tmp_path):
+    table = pyarrow.table({"problem": ["p", "p"], "answer": ["7", "7"], "other": column})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=f"d.parquet, row [12]: expected what Python can hold.*{says}"):
+        load_examples(tmp_path / "d.parquet")
+
+
 def test_gsm8ks_derivation_earns_the_reward_as_a_demonstration():
     example = parse_row(GSM8K)
     item = {"kind": "math-verify", "response": example.demo, "answer": example.answer, "strict_box": True}
@@ -106,6 +117,7 @@ def test_gsm8ks_derivation_earns_the_reward_as_a_demonstration():
     (generated(NO) | {"generations": "first"}, "'generations' to be a list of texts, found 'first'"),
     ({"problem": "p", "answer": "7", "generations": ["d"]}, "correctness_math_verify or correctness_llama"),
     ({"question": "p", "answer": "Nothing comes\n####"}, "an answer after ####"),
+    ({"problem": "p", "answer": "#### Step 1\nSo it\n#### Step 2\nSo it is 2."}, "after ####, on its line"),
     ({"problem": "p", "answer": "7", "solution": "d", "response": "e"},
      "'solution' and 'response': which one counts"),
     ({"problem": "p", "question": "q", "answer": "7"}, "'problem' and 'question': which one counts"),
@@ -113,6 +125,17 @@ def test_gsm8ks_derivation_earns_the_reward_as_a_demonstration():
 def test_what_may_be_read_in_two_ways_is_refused_with_both_named(row, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         parse_row(row)
+
+
+@pytest.mark.parametrize("answer, read", [
+    ("#### (3,4)", "(3,4)"), ("so\n#### 1,024.50", "1024.50"), ("####-$1,234,567", "-$1234567"),
+    ("#### 2,50", "2,50"), ("#### 1, 2, 3", "1, 2, 3")])
+def test_an_answer_loses_the_commas_between_thousands_and_no_others(answer, read):
+    assert parse_row({"problem": "p", "answer": answer}).answer == read
+
+
+def test_a_whole_number_of_any_length_is_an_answer():
+    assert parse_row({"problem": "p", "answer": 10 ** 400}).answer == "1" + "0" * 400
 
 
 @pytest.mark.parametrize("column", ["solution", "demonstration", "response", "completion", "output"])

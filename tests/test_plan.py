@@ -169,7 +169,8 @@ def test_a_row_of_the_table_of_cards_is_what_its_command_prints():
     assert "| " + " | ".join(row) + " |" in (ROOT / "docs" / "running.md").read_text()
 
 
-@pytest.mark.parametrize("text", ["8", "x80", "8x", "0x80", "8x0", "12x80", "8x80GB", "-8x80", "8 80", ""])
+@pytest.mark.parametrize("text", ["8", "x80", "8x", "0x80", "8x0", "12x80", "8x80GB", "-8x80", "8 80", "",
+                                  "8 x 80", "8X80", "1e9x80", "9x80", "x", "8x" + "9" * 400])
 def test_what_are_no_cards_or_no_whole_nodes_is_refused_with_an_example(text, small):
     small.dry_run_cards = text
     with pytest.raises(ValueError, match=f"--dry_run_cards {text}: .*as 8x80.*whole nodes of 8"):

@@ -147,7 +147,8 @@ def test_a_page_holds_a_bounded_part_of_the_samples_evenly_over_the_run_and_says
     assert len(page.steps) == 20 and all(0 < len(step["rows"]) < 4 for step in page.steps)
 
 
-@pytest.mark.parametrize("text", ['{"step": 1, "id"', "[1]\n", '{"id": 3}\n', "\0\0\n"])
+@pytest.mark.parametrize("text", [
+    '{"step": 1, "id"', "[1]\n", "[" * 100_000 + "\n", '{"id": 3}\n', "\0\0\n"], ids=lambda text: text[:9])
 def test_lines_of_samples_that_a_kill_or_a_hand_has_spoilt_are_passed_over(text, tmp_path):
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample(1, 1)) + "\n" + text)
     found, _ = report.read_samples(tmp_path / "samples.jsonl")
@@ -157,6 +158,14 @@ def test_lines_of_samples_that_a_kill_or_a_hand_has_spoilt_are_passed_over(text,
 def test_the_examples_of_the_docstrings_are_what_the_code_does():
     failed, tried = doctest.testmod(report)
     assert tried and not failed
+
+
+def test_settings_that_are_no_object_are_told_in_words(tmp_path):
+    (a_run(tmp_path) / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="config.json: expected an object, found .1."):
+        report.write_report(tmp_path, {})
+    with pytest.raises(SystemExit, match="config.json: expected an object"):
+        figures.main(["report", str(tmp_path)])
 
 
 def test_a_page_without_samples_evaluations_and_settings_is_a_page(tmp_path):

@@ -277,11 +277,11 @@ def test_a_digest_of_data_is_that_of_what_is_trained_on_and_of_nothing_else(chan
     assert same or digest([PROMPT, other]) != digest([other, PROMPT])
 
 
-def test_the_reward_of_a_demonstration_is_remembered_by_its_text_and_its_answer():
+def test_the_reward_of_a_demonstration_is_remembered_by_its_text_its_problem_and_its_answer():
     example = PROMPT.example
-    assert demo_key(example) == demo_key(replace(example, id="b", problem="2=?"))
-    keys = {demo_key(example), demo_key(replace(example, answer="3")), demo_key(replace(example, demo="4"))}
-    assert len(keys) == 3
+    assert demo_key(example) == demo_key(replace(example, id="b"))
+    others = [replace(example, answer="3"), replace(example, demo="4"), replace(example, problem="2=?")]
+    assert len({demo_key(example), *map(demo_key, others)}) == 4
 
 
 def test_it_is_not_remembered_where_the_code_that_grades_is_another(monkeypatch):
