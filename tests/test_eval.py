@@ -793,7 +793,7 @@ def fails(monkeypatch, capfd):
     (["--benchmarks", "tiny:long", "--limit", "0"], "--limit: 0 must lie in [1, inf)"),
     (["--benchmarks", "tiny:long", "--template", "tokenizer"], "no chat template"),
     (["--benchmarks", "tiny:heldout", "--template", "none", "--max_tokens", "500"],
-     "pass --max_tokens 493, or raise --window"),
+     "pass --max_tokens 495, or raise --window"),
     pytest.param(["--benchmarks", "tiny:long", "--template", "none"], "raise --window"),
     (["--benchmarks", "tiny:heldout", "--template", "paper", "--max_tokens", "60"], "a prompt of 777 tokens"),
     pytest.param(["--model", Path(TINY) / "config.json"], "config.json"),
