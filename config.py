@@ -295,6 +295,8 @@ def parse_args(argv=None, description=__doc__):
         # Without a default here, `given` holds only what was on the command line.
         groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
     given = vars(parser.parse_args(argv))
+    if "dry_run_cards" in given and not given.get("dry_run"):
+        parser.error("--dry_run_cards is for a plan, not for a run: pass --dry_run with it")
     preset = PRESETS[given.pop("preset", "paper")]
     if given.get("resume"):
         out = given.get("out", preset.get("out", Config.out))

@@ -438,8 +438,9 @@ def prepare(args, tokenizer, window, say):
             say(f"{name}: {remark}")
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest + args.max_tokens > window:
+            fits = f"pass --max_tokens {window - longest}, or " if longest < window else ""
             raise ValueError(f"{name}: a prompt of {longest} tokens and --max_tokens {args.max_tokens} "
-                             f"exceed the window of {window}: lower it, or raise --window")
+                             f"exceed the window of {window}: {fits}raise --window")
         n = args.samples
         if not n:
             # Sec. 5.1; at temperature 0, all samples of a problem would be the same.
@@ -469,6 +470,8 @@ def settle(args, folder, device, rank=0):
         known = read_json(path) if path.exists() else {}
         changed = [f"{name} was {known.get(name)}, is {settings[name]}" for name in SETTINGS
                    if known.get(name) != settings[name]]
+        if known.get("weights") != settings["weights"]:          # the first of SETTINGS
+            changed[0] = f"the weights in {folder} are not those of the results"
         if changed:
             raise ValueError(f"{args.out} holds results of other settings; use another --out. "
                              + "; ".join(changed))

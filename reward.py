@@ -475,7 +475,9 @@ def explain(argv):
     with grader:
         for kind in kinds:
             verdict, = grader.grade([response], [args.answer], kind=kind, examples=[example])
-            print(f"\n{kind}\n  extracted  {verdict.extracted!r}")
+            print(f"\n{kind}")
+            if not args.reward:                         # a function of one's own extracts nothing
+                print(f"  extracted  {verdict.extracted!r}")
             for step in verdict.trace:
                 print(f"  tried      {step}")
             if verdict.fault:

@@ -323,9 +323,10 @@ def short(path):
 def of_both(args, measure):
     """args: eval.py's flags, measure: its function. Evaluates what is a model, and compares. A collective."""
     parts = []
+    template = args.template or common_template(args.compare)
     for letter, model in zip("ab", args.compare):
         out = f"{args.out}/{letter}" if args.out else None
-        parts.append(argparse.Namespace(**vars(args) | {"model": model, "out": out}))
+        parts.append(argparse.Namespace(**vars(args) | {"model": model, "out": out, "template": template}))
     for part in parts:
         if has_results(part.model):
             part.out = part.model
@@ -334,6 +335,18 @@ def of_both(args, measure):
         measure(models)                                  # fills in --out, where it was not given
     if os.environ.get("RANK", "0") == "0":
         report(parts[0].out, parts[1].out, args.out)
+
+
+def common_template(models):
+    """The template of the run, or of the results, that is compared with a model which has none of its own: a
+    base model is asked as what was trained from it. None where there is no such pair."""
+    found = []
+    for model in models:
+        for file in (Path(model) / "settings.json", Path(model) / "config.json"):
+            if file.exists() and "template" in read_json(file):
+                found.append(read_json(file)["template"])
+                break
+    return found[0] if len(found) == 1 else None
 
 
 def check_pair(jobs):

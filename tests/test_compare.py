@@ -312,6 +312,30 @@ def test_a_model_is_evaluated_into_a_folder_of_its_own_first_and_results_are_not
     assert json.loads((tmp_path / "out/compare.json").read_text())["b"] == str(tmp_path / "out/b")
 
 
+@pytest.mark.parametrize("a, b, flags, asked", [
+    ("base", "run", [], ["none", "none"]),
+    ("results", "base", [], ["none"]),                          # results are not asked again
+    ("base", "run", ["--template", "luffy"], ["luffy", "luffy"]),
+    ("run", "other", [], [None, None]),                         # each its own
+    ("base", "base", [], [None, None])])
+def test_a_base_model_is_asked_with_the_template_of_what_was_trained_from_it(a, b, flags, asked, tmp_path):
+    for name, settings in [("base", {"hidden_size": 8}), ("run", {"template": "none"}),
+                           ("other", {"template": "paper"})]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    folder(tmp_path / "results", rows_of("mine", A), template="none")
+    seen = []
+
+    def measure(models):
+        for one in models:
+            seen.append(one.template)
+            one.out = folder(tmp_path / f"of-{len(seen)}", rows_of("mine", B))
+
+    out = ["--out", str(tmp_path / "out")]
+    C.of_both(E.parse(["--compare", str(tmp_path / a), str(tmp_path / b), *out, *flags]), measure)
+    assert seen == asked
+
+
 def job(model, out, eos=2, **config):
     config = {"hidden_size": 8, "rope_theta": 1e4, "_name_or_path": model} | config
     return SimpleNamespace(args=SimpleNamespace(model=model, out=out),

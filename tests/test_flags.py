@@ -213,6 +213,13 @@ def test_of_a_misspelt_flag_the_nearest_one_is_named_in_one_line(parse, words, s
     assert left.value.code == 2 and says in said and said.count("\n") == 1
 
 
+def test_cards_to_plan_for_are_refused_where_no_plan_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--dry_run_cards", "1x24"])
+    assert "pass --dry_run with it" in capsys.readouterr().err
+    assert parse_args(["--dry_run", "--dry_run_cards", "1x24"]).dry_run_cards == "1x24"
+
+
 def test_a_value_may_look_like_a_flag_that_there_is_not():
     assert parse_args(["--out=--stepps", "--data", "--a b"]).out == "--stepps"
 
