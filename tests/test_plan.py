@@ -277,7 +277,8 @@ def test_default_flags_print_the_7b_plan_once_without_network_and_write_nothing(
                "--local_addr=127.0.0.1", "--nproc_per_node=2", ROOT / "srft.py", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 240          # a minute or two
-    for line in ("parameters  7.62 B", "10,616,832", "28 of 28 blocks recomputed", "host memory", "8 x H100"):
+    for line in ("parameters  7.62 B", "10,616,832", "28 of 28 blocks recomputed", "on disk     91 GB",
+                 "8 x H100"):
         assert done.stdout.count(line) == 1
     assert done.stdout.count("training    fits 80 GB,") == 2                 # as it is, and as proposed
     assert list(tmp_path.glob("out*")) == []
