@@ -276,7 +276,7 @@ def test_default_flags_print_the_7b_plan_once_without_network_and_write_nothing(
     done = run(tmp_path, sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--local_addr=127.0.0.1", "--nproc_per_node=2", ROOT / "srft.py", "--dry_run")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 240          # a minute or two
+    assert time.monotonic() - started < 90
     for line in ("parameters  7.62 B", "10,616,832", "28 of 28 blocks recomputed", "on disk     91 GB",
                  "8 x H100"):
         assert done.stdout.count(line) == 1
