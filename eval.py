@@ -468,10 +468,14 @@ def settle(args, folder, device, rank=0):
     # Every rank looks, and all of them stop.
     if (Path(args.out) / "results.jsonl").exists():
         known = read_json(path) if path.exists() else {}
-        changed = [f"{name} was {known.get(name)}, is {settings[name]}" for name in SETTINGS
-                   if known.get(name) != settings[name]]
-        if known.get("weights") != settings["weights"]:          # the first of SETTINGS
-            changed[0] = f"the weights in {folder} are not those of the results"
+        changed = []
+        for name in SETTINGS:
+            if known.get(name) == settings[name]:
+                continue
+            if name == "weights":                     # digests, which tell a person nothing
+                changed.append(f"the weights in {folder} are not those of the results")
+            else:
+                changed.append(f"{name} was {known.get(name)}, is {settings[name]}")
         if changed:
             raise ValueError(f"{args.out} holds results of other settings; use another --out. "
                              + "; ".join(changed))

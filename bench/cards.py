@@ -7,13 +7,13 @@ Each row is what `srft.py --dry_run --model MODEL --dry_run_cards CARDS` says, f
 prompts x (8 rollouts + 1 demonstration) and responses of 8,192 tokens at most; but the last simulation, which
 confirms the search, is left out.
 """
-import argparse
 from functools import cache, partial
 
 import model as M
 from bench import common, dry_run, plan, search, steptime
 from bench.plan import GIB
 from config import Config, recomputed_blocks
+from support.flags import Parser
 
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B", "Qwen/Qwen2.5-14B")
 CARDS = ("1x24", "1x48", "1x80", "2x24", "2x48", "4x80", "8x40", "8x80", "4x141")
@@ -61,8 +61,7 @@ def row(model, text):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m bench.cards", description=__doc__)
     p.add_argument("--models", nargs="+", default=MODELS, help="folders or hub names [%(default)s]")
     p.add_argument("--cards", nargs="+", default=CARDS, help="as --dry_run_cards of srft.py [%(default)s]")
     args = p.parse_args()

@@ -23,6 +23,7 @@ import numpy as np
 
 from paper.tables import Z, interval, percent, seen, table_row, title, views
 from support.disk import read_json, write_whole
+from support.flags import Parser
 from support.results import read_results
 
 SHOWN = 10             # changed problems of a benchmark on the screen; the files have all
@@ -32,7 +33,7 @@ OWN = {"model", "compare", "out", "weights", "benchmarks", "limit", "samples", "
 # Of a model's config: what its engine does not depend on.
 NO_SHAPE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
             "bos_token_id", "pad_token_id"}
-COLUMNS = ("benchmark", "id", "sample", "prompt", "answer", "verdicts")            # of results.jsonl
+OF_A_ROW = ("benchmark", "id", "sample", "prompt", "answer", "verdicts")            # of results.jsonl
 
 # ----------------------------------------------------------------------------------------------------------
 # The difference.
@@ -110,7 +111,7 @@ def read(folder):
                                 "--model writes it; eval.py --compare takes models, too")
     settings, file, found = Path(folder) / "settings.json", Path(folder) / "results.jsonl", {}
     for row in read_results(file):
-        missing = [name for name in COLUMNS if name not in row]
+        missing = [name for name in OF_A_ROW if name not in row]
         if missing:
             raise ValueError(f"{file}: expected rows of eval.py, found one without {', '.join(missing)}")
         row["response"] = None                           # the longest part of it
@@ -343,8 +344,9 @@ def common_template(models):
     found = []
     for model in models:
         for file in (Path(model) / "settings.json", Path(model) / "config.json"):
-            if file.exists() and "template" in read_json(file):
-                found.append(read_json(file)["template"])
+            settings = read_json(file) if file.exists() else {}
+            if "template" in settings:
+                found.append(settings["template"])
                 break
     return found[0] if len(found) == 1 else None
 
@@ -368,8 +370,7 @@ def check_pair(jobs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m paper.compare", description=__doc__)
     parser.add_argument("a", metavar="A", help="folder of results, of eval.py")
     parser.add_argument("b", metavar="B", help="another one, whose gain over A is wanted")
     parser.add_argument("--out", metavar="DIR", help="folder of compare.md and compare.json; default: "
@@ -378,7 +379,7 @@ def main(argv=None):
     try:
         report(args.a, args.b, args.out)
     except (ValueError, OSError) as error:
-        parser.exit(1, f"paper.compare: {error}\n")
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

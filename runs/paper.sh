@@ -20,7 +20,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/srft}
 
-# The memory plan first: half a minute on the CPU, before hours on the GPUs.
+# The plan first: a minute on the CPU, before hours on the GPUs.
 python srft.py --dry_run "$@"
 
 # --local_addr: else torchrun asks the network for this machine's own name, and waits for minutes where nobody

@@ -78,7 +78,8 @@ class Tracker:
         except BaseException as error:             # a library may even try to end the process
             words = " ".join(str(error).split())[:300]                        # some have many lines
             self._give_up(f"{type(error).__name__}: {words}")
-        self.over = True
+        finally:
+            self.over = True                       # also where the error's own text cannot be made
 
     def _give_up(self, reason):
         if not self.over:
