@@ -123,8 +123,8 @@ class Config:
     max_response_tokens: int = opt(8192, "data",
         "rollouts are cut here; longer demonstrations are dropped (Sec. 5.1)", within="[1, inf)")
     rope_theta: float = opt(40_000.0, "data",
-        "RoPE theta (App. B: 10,000 -> 40,000); 0 keeps the model's own, and so does a model of another than "
-        "10,000", within="[0, inf)")
+        "RoPE theta (App. B: 10,000 -> 40,000); 0 keeps the model's own, and at the default a model of "
+        "another than 10,000 keeps its own, too", within="[0, inf)")
     window: int = opt(16_384, "data",
         "context window in tokens (App. B: 16,384); 0 keeps the model's own", within="[0, inf)")
     skip_bad_rows: bool = opt(False, "data",
@@ -326,6 +326,12 @@ def sequences_per_prompt(cfg):
     if method.demos == "group" and cfg.demo_in_group == "replaces":
         return cfg.n_rollouts - 1, demos
     return cfg.n_rollouts, demos
+
+
+def keeps_own_rope(cfg):
+    """Does a model whose RoPE is not what App. B changes keep its own? At the default; another theta that is
+    asked for it would be wrong to ignore."""
+    return cfg.rope_theta == Config.rope_theta
 
 
 def recomputed_blocks(cfg, blocks):

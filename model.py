@@ -321,14 +321,14 @@ def stored_generation(path):
     return found
 
 
-def load_config(path, rope_theta=0.0, window=0):
+def load_config(path, rope_theta=0.0, window=0, keep_own=False):
     """The model's config with App. B's overrides; 0 keeps the model's own value. Its eos_token_id is that of
     generation_config.json, where there is one: a list, if several tokens end a response.
 
     RoPE turns pairs of a head's numbers by position x theta^(-2i/d). Qwen2.5-Math-7B has seen 4,096 positions
     at theta 10,000; at 40,000 its slow pairs turn up to four times slower, so that they meet angles they know
-    at 16,384. A model of another theta keeps its own RoPE where that change is asked for. Raises ValueError
-    where another override would quietly break the model, and for one that would train on wrong numbers.
+    at 16,384. Raises ValueError where the override is not that and would quietly break the model (keep_own:
+    then its own RoPE stays instead, and its window), and for a model that would train on wrong numbers.
     """
     eos = stored_generation(path).get("eos_token_id")
     try:
@@ -345,8 +345,7 @@ def load_config(path, rope_theta=0.0, window=0):
     if reason:
         raise ValueError(f"{path}: {reason}; use a dense full-attention model of the Qwen2, Qwen3, Llama, "
                          f"Mistral or OLMo-2 kind (this one is {config.model_type})")
-    if rope_theta == 40_000 and own not in (10_000, rope_theta):
-        # App. B changes 10,000, which is Qwen2.5-Math's. Another RoPE stays, and the window within its own.
+    if keep_own and own not in (10_000, rope_theta):       # App. B changes 10,000, which is Qwen2.5-Math's
         rope_theta, window = 0.0, min(window, config.max_position_embeddings)
     if window:
         if window > config.max_position_embeddings and rope_theta in (0, own):

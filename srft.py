@@ -49,6 +49,7 @@ from config import (
     asks_for_the_papers_loss,
     check_config,
     check_flags,
+    keeps_own_rope,
     papers_settings,
     recomputed_blocks,
     sequences_per_prompt,
@@ -677,7 +678,7 @@ def setup(cfg):
     check_versions(versions(), say)
     check_environment(device)
     folder = fetch(cfg.model, "model", "--model")
-    config = M.load_config(folder, cfg.rope_theta, cfg.window)
+    config = M.load_config(folder, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     check_config(cfg, ranks.world, config.max_position_embeddings)
     recomputed = recomputed_blocks(cfg, config.num_hidden_layers)
     theta = config.rope_parameters["rope_theta"]
@@ -791,7 +792,7 @@ def load_prompts(source, flag, tokenizer, vocab_size, cfg, say):
 
 def load_reference(cfg, folder, config, ranks):
     """The frozen base model of A1's KL: --reference, or --model as it was before training. A collective."""
-    of_base = M.load_config(folder, cfg.rope_theta, cfg.window)
+    of_base = M.load_config(folder, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     if of_base.vocab_size != config.vocab_size:
         raise ValueError(f"--reference {cfg.reference}: has {of_base.vocab_size} tokens, the model has "
                          f"{config.vocab_size}: the KL of A1 needs one vocabulary")

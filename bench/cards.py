@@ -12,7 +12,7 @@ from functools import cache, partial
 import model as M
 from bench import common, dry_run, plan, search, steptime
 from bench.plan import GIB
-from config import Config, recomputed_blocks
+from config import Config, keeps_own_rope, recomputed_blocks
 from support.flags import Parser
 
 MODELS = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B", "Qwen/Qwen2.5-14B")
@@ -25,7 +25,7 @@ HEADER = ("model", "cards", "fits as it is", "flags", "left in training, GiB", "
 def activations_of(model, number):
     """(config, search.Activations) of a model on so many cards."""
     cfg = Config(model=model)
-    config, _ = plan.read_config(model, cfg.rope_theta, cfg.window)
+    config, _ = plan.read_config(model, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     return config, search.Activations(config, cfg, number)
 
 

@@ -10,7 +10,7 @@ import os
 
 from bench import plan, search, steptime
 from bench.plan import GIB, NODE
-from config import check_config, recomputed_blocks, sequences_per_prompt
+from config import check_config, keeps_own_rope, recomputed_blocks, sequences_per_prompt
 from rollout import kv_bytes
 
 HOST = 6 * GIB           # assumed, of host memory, a rank: Python, torch, CUDA, vLLM, the grader
@@ -22,7 +22,7 @@ def show(cfg):
     if int(os.environ.get("RANK", 0)) != 0:
         return
     cards = search.read_cards(cfg.dry_run_cards)
-    config, source = plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
+    config, source = plan.read_config(cfg.model, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     check_config(cfg, cards.number, config.max_position_embeddings)
     print(f"simulating two training steps on {cards} (half a minute at 7B) ...", flush=True)
     memory = plan.simulate(config, cfg, cards.number)

@@ -59,13 +59,13 @@ SHAPES = {
         num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1000000.0, max_position_embeddings=131072)}
 
 
-def read_config(name, rope_theta=0.0, window=0):
+def read_config(name, rope_theta=0.0, window=0, keep_own=False):
     """(config with App. B's overrides, where it is from). Reads config.json only, from a folder or the hub.
 
     Raises FileNotFoundError naming --model if there is none. The public shapes of SHAPES are built in.
     """
     if (Path(name) / "config.json").exists():
-        return M.load_config(name, rope_theta, window), name
+        return M.load_config(name, rope_theta, window, keep_own), name
     try:
         text, source = _hub_config(name), f"{name} (config from the Hugging Face hub)"
     except (OSError, ValueError) as error:              # no network, no such model, gated, not a hub name
@@ -76,7 +76,7 @@ def read_config(name, rope_theta=0.0, window=0):
         text, source = json.dumps(SHAPES[name]), f"{name} (public shape, built in; no answer from hub)"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text)
-        return M.load_config(folder, rope_theta, window), source
+        return M.load_config(folder, rope_theta, window, keep_own), source
 
 
 def _hub_config(name):

@@ -31,7 +31,7 @@ import common
 import model as M
 from bench import plan, steptime
 from bench.steptime import A100, GB, H100, Machine, formula, sent, step_time
-from config import Config, check_config
+from config import Config, check_config, keeps_own_rope
 from rollout import kv_bytes
 from support.intervals import number_in, positive
 from support.processes import init_distributed
@@ -341,7 +341,7 @@ def main():
     args = p.parse_args()
     common.start(args)
     cfg = Config(model=args.model, engine_sequences=args.engine_sequences)
-    config, source = plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
+    config, source = plan.read_config(cfg.model, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     check_config(cfg, 64, config.max_position_embeddings)
     results = {"model": source, "measured": compare_measured() if args.measure == "yes" else None}
 

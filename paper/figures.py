@@ -81,6 +81,7 @@ def take_from_runs(args):
         names += stages.split("+")
     names += [name for name in (getattr(args, "base", None), getattr(args, "model", None)) if name]
     runs = [name for name in names if is_run(name)]
+    args.keep_own = getattr(args, "rope_theta", None) is None   # as a run does, at its default
     for flag, default in OF_RUNS.items():
         if getattr(args, flag, default) is not None:           # given, or no flag of this figure
             continue
@@ -111,7 +112,7 @@ class Scorer:
     checkpoint's."""
 
     def __init__(self, folder, mesh, device, args):
-        config = M.load_config(folder, args.rope_theta, args.window)
+        config = M.load_config(folder, args.rope_theta, args.window, args.keep_own)
         self.policy = M.load_policy(folder, config, mesh, device).eval()
         # Sequences packed into one row must not see each other; an architecture may break that in silence.
         M.check_packing(self.policy, device, config.vocab_size)
@@ -157,7 +158,7 @@ def respond(args, mesh, device):
     check_environment(device)
     rank, world = dist.get_rank(), dist.get_world_size()
     folder = model_folder(args.model)
-    config = M.load_config(folder, args.rope_theta, args.window)
+    config = M.load_config(folder, args.rope_theta, args.window, args.keep_own)
     longest, window = args.max_prompt_tokens + args.max_response_tokens, config.max_position_embeddings
     if longest > window:
         raise ValueError(f"--max_prompt_tokens + --max_response_tokens is {longest}, over the window of "

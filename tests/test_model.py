@@ -22,7 +22,7 @@ import transformers
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import model as M
-from config import Config
+from config import Config, keeps_own_rope
 from model import Sequence, collate, pack
 from paper import figures
 from support.checkpoint import inspect_checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -428,9 +428,8 @@ def test_the_overrides_of_rope_and_window_reach_the_policy_and_the_exported_conf
 
 
 @pytest.mark.parametrize("theta, override, refused", [(10_000.0, 40_000, False), (40_000.0, 40_000, False),
-                                                      (500_000.0, 50_000, True), (500_000.0, 0, False)])
-def test_the_papers_rope_is_for_models_of_its_kind_and_another_override_is_refused(
-        tmp_path, theta, override, refused):
+                                                      (500_000.0, 40_000, True), (500_000.0, 0, False)])
+def test_a_rope_override_that_is_not_the_papers_is_refused(tmp_path, theta, override, refused):
     rope = {"rope_type": "default", "rope_theta": theta}
     transformers.LlamaConfig(rope_parameters=rope).save_pretrained(tmp_path)
     if refused:
@@ -445,7 +444,8 @@ def test_a_model_with_another_rope_keeps_it_at_the_defaults_and_the_window_withi
         tmp_path, own, window):
     transformers.Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6},
                              max_position_embeddings=own).save_pretrained(tmp_path)
-    config = M.load_config(tmp_path, Config.rope_theta, Config.window)
+    config = M.load_config(tmp_path, Config.rope_theta, Config.window, keeps_own_rope(Config()))
+    assert not keeps_own_rope(Config(rope_theta=50_000.0))
     assert config.rope_parameters["rope_theta"] == 1e6 and config.max_position_embeddings == window
 
 
