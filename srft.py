@@ -667,38 +667,18 @@ def setup(cfg):
     device = ranks.device
     say = print if ranks.rank == 0 else lambda *_: None
     # What can fail fast comes first: loading 7B takes minutes.
-    if cfg.resume:
-        agreed("the flags of this run, which --resume takes from its folder", settings(cfg))
-        say(whose_flags(cfg.out))
-    check_flags(cfg)
-    with all_or_none():
-        if ranks.rank == 0:                             # which alone has a tracker
-            check_tracker(cfg.track)
+    check_start(cfg, ranks, say)
     objective = load_objective(cfg)
-    check_versions(versions(), say)
-    check_environment(device)
-    folder = fetch(cfg.model, "model", "--model")
-    config = M.load_config(folder, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
-    check_config(cfg, ranks.world, config.max_position_embeddings)
+    folder, config = load_shape(cfg, ranks, say)
     recomputed = recomputed_blocks(cfg, config.num_hidden_layers)
-    theta = config.rope_parameters["rope_theta"]
-    whose = "" if theta == cfg.rope_theta else ", the model's own"
-    say(f"{cfg.model}: RoPE theta {theta:,.0f}{whose}; window "
-        f"{config.max_position_embeddings:,} tokens")
     name_the_card(device, say)
     base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
     tokenizer = M.load_tokenizer(folder)
-    # The grader before the model: its processes start while that is loaded.
-    grader = Grader(None, cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
-                    strict_box=cfg.strict_box, strict_answer=cfg.strict_answer,
-                    score_unfinished=cfg.score_unfinished, reward=cfg.reward)
-    if cfg.reward:
-        with all_or_none():
-            grader.start()                            # can it be loaded?
+    grader = start_grader(cfg)             # before the model: its processes start while that is loaded
     prompts, heldout = load_data(cfg, tokenizer, config.vocab_size, grader, say)
     phase("open run")
-    identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout, grader.reward)
-    identity["rope"] = theta                            # another --model may keep another one
+    identity = identify(folder, base if cfg.kl_coef else None, prompts, heldout, grader.reward,
+                        config.rope_parameters["rope_theta"])
     checkpoint = open_run(cfg.out, cfg.resume, ranks.rank, say)
     check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
@@ -725,6 +705,41 @@ def setup(cfg):
     return Run(ranks=ranks, objective=objective, tokenizer=tokenizer, prompts=prompts, heldout=heldout,
                policy=policy, reference=reference, optimizer=optimizer, engine=engine, grader=grader,
                progress=progress, identity=identity, log=log)
+
+
+def check_start(cfg, ranks, say):
+    """All that can be found wrong before anything is fetched. A collective."""
+    if cfg.resume:
+        agreed("the flags of this run, which --resume takes from its folder", settings(cfg))
+        say(whose_flags(cfg.out))
+    check_flags(cfg)
+    with all_or_none():
+        if ranks.rank == 0:                             # which alone has a tracker
+            check_tracker(cfg.track)
+    check_versions(versions(), say)
+    check_environment(ranks.device)
+
+
+def load_shape(cfg, ranks, say):
+    """-> (the model's folder, its config, which the flags fit). A collective."""
+    folder = fetch(cfg.model, "model", "--model")
+    config = M.load_config(folder, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
+    check_config(cfg, ranks.world, config.max_position_embeddings)
+    theta = config.rope_parameters["rope_theta"]
+    whose = "" if theta == cfg.rope_theta else ", the model's own"
+    say(f"{cfg.model}: RoPE theta {theta:,.0f}{whose}; window {config.max_position_embeddings:,} tokens")
+    return folder, config
+
+
+def start_grader(cfg):
+    """The Grader of the run. A collective: a reward of one's own may load on some ranks only."""
+    grader = Grader(None, cfg.grader_workers or None, cfg.grader_deadline, text=cfg.grade_text,
+                    strict_box=cfg.strict_box, strict_answer=cfg.strict_answer,
+                    score_unfinished=cfg.score_unfinished, reward=cfg.reward)
+    if cfg.reward:
+        with all_or_none():
+            grader.start()
+    return grader
 
 
 def load_data(cfg, tokenizer, vocab_size, grader, say):
@@ -802,15 +817,15 @@ def load_reference(cfg, folder, config, ranks):
     return reference
 
 
-def identify(model, base, prompts, heldout, reward=None):
+def identify(model, base, prompts, heldout, reward, theta):
     """What this run is about: flag -> digests of what it names. By content, since another file may have that
     name when the run is resumed. model, base: folders, base None where no KL is taken to it. reward: of
-    grading.custom, or None. A collective.
-    Raises ValueError if ranks (of several nodes) have read different things."""
+    grading.custom, or None. theta: of the model's RoPE, which may be its own. A collective. Raises ValueError
+    if ranks (of several nodes) have read different things."""
     identity = {"data": digest(prompts), "model": fingerprints(model),
                 "reference": fingerprints(base) if base else None,
                 "eval_data": {name: digest(held) for name, held in heldout.items()},
-                "reward": reward.digest if reward else None}
+                "reward": reward.digest if reward else None, "rope": theta}
     for name, value in identity.items():
         agreed(f"--{name}", value)
     return identity

@@ -367,10 +367,10 @@ def test_a_reference_is_identified_as_what_is_loaded_for_the_kl(mesh, tmp_path):
     shutil.copytree(TINY, tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text() + " ")
-    assert srft.identify(TINY, None, [PROMPT], {})["reference"] is None
-    own = srft.identify(TINY, TINY, [PROMPT], {})
+    assert srft.identify(TINY, None, [PROMPT], {}, None, 10_000.0)["reference"] is None
+    own = srft.identify(TINY, TINY, [PROMPT], {}, None, 10_000.0)
     assert own["reference"] == own["model"]
-    other = srft.identify(TINY, str(tmp_path / "base"), [PROMPT], {})
+    other = srft.identify(TINY, str(tmp_path / "base"), [PROMPT], {}, None, 10_000.0)
     assert other["model"] == own["model"] != other["reference"]
 
 
