@@ -146,5 +146,5 @@ def test_a_run_that_kills_its_model_keeps_the_last_good_checkpoint_exports_nothi
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"] and not (out / "hf").exists()
     rows = strict(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[4]["grad_norm"] is None
-    run([*command, "--steps", "4", "--resume"])
+    run([*command, "--steps", "4", "--resume", "--lr", "3e-4"])       # without it: as in config.json, 1e30
     assert metrics(out)[-1]["grad_norm"] < 1e3 and (out / "hf" / "model.safetensors").exists()

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from bench import cards, dry_run, plan, search, steptime
-from config import Config, check_config, parse_args
+from config import Config, check_config, keeps_own_rope, parse_args
 
 ROOT = Path(plan.__file__).resolve().parents[1]
 # No network, whatever the machine has: an address that nothing answers, and an empty hub cache.
@@ -227,7 +227,7 @@ def wide(tmp_path_factory):
 def planned(model, text, *flags):
     """(the model's config, Config, cards, memory) as srft.py --dry_run makes them of its command line."""
     cfg, there = parse_args(["--model", str(model), *flags]), search.read_cards(text)
-    config, _ = plan.read_config(cfg.model, cfg.rope_theta, cfg.window)
+    config, _ = plan.read_config(cfg.model, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     check_config(cfg, there.number, config.max_position_embeddings)
     return config, cfg, there, plan.simulate(config, cfg, there.number)
 
