@@ -113,7 +113,7 @@ class RunLog:
         self.run, self.active, self.step = Path(run), active, step
         self.track, self.papers, self.settings = track, papers or {}, None
         self.tracker = Tracker("none", self.run, {}, step)          # until it is known what is run
-        self.drawn = 0.0                                            # when the curves were, by the clock
+        self.drawn = time.monotonic()               # when curves were, by the clock; a first point shows none
         self.unshown = None                                         # (step, samples) since the last report
         if not active:
             return

@@ -5,7 +5,6 @@ its reference. A reader extends a table by a line.
 """
 import json
 import random
-import re
 import string
 import subprocess
 import sys
@@ -407,32 +406,3 @@ def test_every_reference_states_itself_and_every_demonstration_its_answer(name):
         box, why_not = last_box(row.get("solution", ""))
         if not why_not:
             assert fault(box, row["answer"]) is None, (box, row["answer"])
-
-
-@pytest.mark.slow
-@needs_data
-def test_the_case_file_by_both_graders_and_by_what_the_boxes_state():
-    """Prints the figures of docs/evaluation.md: pytest -s -k case_file_by_both tests/test_forged.py"""
-    # Bombs, all of them wrong, are left out: test_reward.py sees to it that none earns anything.
-    cases = [case for case in rows("grader_cases") if case["category"] != "bomb"]
-    unclear = re.compile("POLICY|AMBIGUOUS")
-    clear = [i for i, case in enumerate(cases) if not unclear.search(case["note"])]
-    figures = {}
-    for kind, text in [("math-verify", "after_think"), ("oat", "whole")]:
-        finished = [kind == "oat" or "truncated" not in case["note"] for case in cases]
-        responses = [case["response"] for case in cases]
-        with Grader(kind, workers=2, text=text, strict_answer=False) as grader:
-            verdicts = grader.grade(responses, [case["gold"] for case in cases], finished)
-        equal = [bool(verdict.reward) for verdict in verdicts]
-        strict = [bool(verdict.reward and not verdict.fault) for verdict in verdicts]
-        for name, accepted in [(kind, equal), (kind + ", strict", strict)]:
-            wrong = [i for i in clear if accepted[i] and not cases[i]["expected"]]
-            denied = [i for i in clear if not accepted[i] and cases[i]["expected"]]
-            figures[name] = (len(wrong), len(denied))
-            print(f"{name}: {len(clear) - len(wrong) - len(denied)} of {len(clear)} agree; wrong answers "
-                  f"accepted: {len(wrong)}, right ones denied: {len(denied)}")
-        for case, is_equal, verdict in zip(cases, equal, verdicts):
-            if is_equal and verdict.fault and case["expected"]:
-                print("  ", verdict.fault, verdict.extracted, "for", case["gold"], case["note"])
-    assert figures["math-verify"] <= (3, 9) and figures["math-verify, strict"] <= (2, 32)
-    assert figures["oat, strict"][0] < figures["oat"][0] == 21

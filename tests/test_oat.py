@@ -1,6 +1,6 @@
 r"""grading/oat.py: what equals what under the OAT-Grader, right or not, and that none takes over its time.
 
-    pytest tests/test_oat.py                # half a minute, most of it waiting for bombs
+    pytest tests/test_oat.py                # half a minute
 """
 import json
 import signal
@@ -286,21 +286,6 @@ def test_another_thread_is_refused():
 
 
 # ---- Agreement ---------------------------------------------------------------------------------
-
-@pytest.mark.slow
-@needs_data
-def test_at_least_98_percent_of_the_recorded_verdicts_of_the_oat_grader_agree():
-    cases = [case for case in rows("grader_cases") if case["oat"] != "HANG"]
-    deviations = []
-    for case in cases:
-        answer = extract(case["response"])
-        seconds = 0.2 if case["category"] == "bomb" else 1         # of no use to a bomb, but waited for
-        verdict = answer is not None and equal(answer, case["gold"], seconds=seconds)
-        if verdict != case["oat"]:
-            deviations.append((answer and answer[:80], case["gold"], case["oat"]))
-    assert len(cases) > 700 and len(deviations) <= 0.02 * len(cases), deviations
-    print(*deviations, sep="\n")
-
 
 @needs_data
 @pytest.mark.parametrize("name", ["aime24", "amc23", "math500", "minerva", "olympiad"])

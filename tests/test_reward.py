@@ -281,14 +281,17 @@ def test_the_floats_of_minerva_are_matched_by_their_latex_spelling_and_by_no_zer
 def case_file():
     """(cases, kind -> verdicts, seconds): the 750 cases graded once by each kind. (One worker takes twice as
     long.)"""
-    cases, start = rows("grader_cases"), time.monotonic()
-    finished = {"math-verify": ["truncated" not in case["note"] for case in cases]}
-    verdicts = {}
+    cases, verdicts, start = rows("grader_cases"), {}, time.monotonic()
     for kind, text in [("math-verify", "after_think"), ("oat", "whole"), ("choice", "after_think")]:
-        # The file says what is equal. What of it is not worked out, tests/test_forged.py lists.
-        with Grader(kind, workers=2, deadline_s=2.0, text=text, strict_answer=False) as grader:
-            verdicts[kind] = grader.grade([case["response"] for case in cases],
-                                          [case["gold"] for case in cases], finished.get(kind))
+        verdicts[kind] = [None] * len(cases)
+        for deadline_s, is_bomb in ((10.0, False), (2.0, True)):         # a bomb gets no more by waiting
+            some = [i for i, case in enumerate(cases) if (case["category"] == "bomb") == is_bomb]
+            responses, answers = [cases[i]["response"] for i in some], [cases[i]["gold"] for i in some]
+            finished = [kind != "math-verify" or "truncated" not in cases[i]["note"] for i in some]
+            # The file says what is equal. What of it is not worked out, is a verdict's fault.
+            with Grader(kind, workers=2, deadline_s=deadline_s, text=text, strict_answer=False) as grader:
+                for i, verdict in zip(some, grader.grade(responses, answers, finished)):
+                    verdicts[kind][i] = verdict
     return cases, verdicts, time.monotonic() - start
 
 
@@ -338,6 +341,31 @@ def test_the_oat_kind_agrees_with_its_recorded_verdicts(case_file):
 def test_the_choice_kind_is_right_on_every_multiple_choice_case(case_file):
     pairs = [pair for pair in zip(case_file[0], case_file[1]["choice"]) if pair[0]["category"] == "mcq"]
     assert len(pairs) > 30 and different(*zip(*pairs), lambda case: case["expected"]) == []
+
+
+@pytest.mark.slow
+@needs_data
+def test_the_case_file_by_both_graders_and_by_what_the_boxes_state(case_file):
+    """Prints the figures of docs/evaluation.md: pytest -s -k case_file_by_both tests/test_reward.py"""
+    figures = {}
+    for kind in ("math-verify", "oat"):
+        pairs = [(case, verdict) for case, verdict in zip(case_file[0], case_file[1][kind])
+                 if case["category"] != "bomb"]                                         # all of them wrong
+        clear = [(case, verdict) for case, verdict in pairs
+                 if not ("POLICY" in case["note"] or "AMBIGUOUS" in case["note"])]
+        for name, strict in [(kind, False), (f"{kind}, strict", True)]:
+            accepted = [bool(verdict.reward and not (strict and verdict.fault)) for _, verdict in clear]
+            expected = [case["expected"] for case, _ in clear]
+            wrong = sum(ours and not theirs for ours, theirs in zip(accepted, expected))
+            denied = sum(theirs and not ours for ours, theirs in zip(accepted, expected))
+            figures[name] = (wrong, denied)
+            print(f"{name}: {len(clear) - wrong - denied} of {len(clear)} agree; wrong answers accepted: "
+                  f"{wrong}, right ones denied: {denied}")
+        for case, verdict in pairs:
+            if verdict.reward and verdict.fault and case["expected"]:
+                print("  ", verdict.fault, verdict.extracted, "for", case["gold"], case["note"])
+    assert figures["math-verify"] <= (3, 9) and figures["math-verify, strict"] <= (2, 32)
+    assert figures["oat, strict"][0] < figures["oat"][0] == 21
 
 
 @pytest.mark.slow
