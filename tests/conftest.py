@@ -21,7 +21,8 @@ os.environ.update(SETTINGS)                 # of the tests' own process
 
 def pytest_collection_modifyitems(items):
     """The longest files first: whoever is done early then finds something left to do."""
-    longest = ("test_experiments.py", "test_run.py", "test_eval.py", "test_bench_faults.py")
+    longest = ("test_experiments.py", "test_run.py", "test_eval.py", "test_reward.py", "test_bench_faults.py",
+               "test_bench_gpu.py", "test_distributed.py")
     items.sort(key=lambda item: item.path.name not in longest)           # stable: else as before
 
 
@@ -62,8 +63,8 @@ def run(args, ranks=1, per_node=None, timeout=240, ok=True):
 
 
 # A whole run in seconds: 4 prompts x 4 rollouts, of few examples (a run first checks all reference answers).
-FEW = Path(LOGS.name) / "few.jsonl"
-FEW.write_text("".join(json.dumps(row) + "\n" for row in rows("train")[:32]))
+FEW = str(Path(LOGS.name) / "few.jsonl")
+Path(FEW).write_text("".join(json.dumps(row) + "\n" for row in rows("train")[:32]))
 SMALL = ["srft.py", "--preset", "tiny", "--device", "cpu", "--data", FEW, "--eval_data", "",
          "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", "2", "--engine_sequences", "32",
          "--grader_workers", "1", "--track", "none"]
