@@ -17,7 +17,7 @@ test: $(VENV)/.tests-installed     ## all tests
 	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not clock" --durations=40 tests
 	$(VENV)/bin/python -m pytest -q -m clock tests
 
-test-fast: $(VENV)/.tests-installed ## the core, 3 minutes
+test-fast: $(VENV)/.tests-installed ## the core, 2 minutes
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow and not clock" tests
 
 lint: $(VENV)/.tests-installed     ## ruff, as pyproject.toml says

@@ -399,6 +399,7 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_killed_at_its_deadline_and_the_worker_goes_on(survivor):
     worker, = survivor._pool
     start = time.monotonic()
@@ -407,6 +408,7 @@ def test_a_child_that_hangs_is_killed_at_its_deadline_and_the_worker_goes_on(sur
     assert survivor._pool == [worker]
 
 
+@pytest.mark.slow
 def test_a_child_whose_worker_is_stopped_ends_itself_at_its_cpu_limit(tmp_path):
     with rogue(tmp_path, deadline_s=1.0) as grader:
         grader.grade(["1"], ["1"])

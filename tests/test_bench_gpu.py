@@ -94,6 +94,7 @@ def supervised(folder, codes, **limits):
         return gpu.supervise(folder, list(codes), lambda name, task: worker(codes[name]))
 
 
+@pytest.mark.slow
 def test_a_part_over_its_limit_is_stopped_with_its_children_and_the_next_goes_on(tmp_path):
     alive = tmp_path / "alive"
     child = f"import subprocess; subprocess.Popen(['sh', '-c', 'sleep 2; touch {alive}']); time.sleep(60)"
@@ -110,6 +111,7 @@ def test_a_process_that_dies_is_a_row_and_fails_the_run(tmp_path):
     assert supervised(tmp_path / "fine", {"decode": ""})
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_part_share_its_time(tmp_path):
     def start(name, task):
         return worker("time.sleep(0.7)")
@@ -269,6 +271,7 @@ def test_synchronisations_are_counted_at_the_line_that_waits():
     assert place.startswith("test_bench_gpu.py:") and times == 3 and modes == ["warn", "default"]
 
 
+@pytest.mark.slow
 def test_the_patched_head_gives_fp32_sums_rounded_to_the_type_asked_for():
     layer = pytest.importorskip("vllm.model_executor.layers.logits_processor").LogitsProcessor
     hidden, head = torch.randn(3, 16).bfloat16(), SimpleNamespace(weight=torch.randn(24, 16).bfloat16())

@@ -22,6 +22,7 @@ CONFIG = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3,
 SEVEN_B = (28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944), 2 * 152064 * 3584)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, w, nodes", [(1, 1, 1), (2, 2, 1), (8, 8, 1), (64, 8, 8)])
 def test_simulated_ranks_move_the_bytes_of_the_formula(world, w, nodes):
     found, sizes = scale.simulated_traffic(CONFIG, Config(), world)
@@ -96,6 +97,7 @@ def step(mean=500, **changes):
     return steptime.step_time(machine(**changes), qwen(), Config(), SEVEN_B, mean)
 
 
+@pytest.mark.slow
 def test_phases_follow_their_rates():
     base = step()
     assert step(mfu=0.2)["train"] == pytest.approx(2 * base["train"])

@@ -324,6 +324,7 @@ def test_without_the_package_the_same_message_names_it(monkeypatch):
         load_benchmark("math500", 0)
 
 
+@pytest.mark.slow
 def test_the_real_package_offline_gives_that_message_too_and_is_imported_only_then(tmp_path):
     code = ("import sys\nfrom paper import benchmarks\n"
             "assert not {'datasets', 'torch', 'pyarrow'} & set(sys.modules)\n"

@@ -59,6 +59,7 @@ def test_shards_are_an_eighth_of_what_the_formulas_say(small):
     assert memory["peak"] == sum(memory[part] for part in parts)
 
 
+@pytest.mark.slow
 def test_shards_shrink_with_the_ranks_of_a_node_and_not_with_nodes(small):
     two, eight, nodes = simulate(small, 2), simulate(small), simulate(small, 4, per_node=2)
     for part in ("weights", "optimizer", "gradients"):
@@ -66,6 +67,7 @@ def test_shards_shrink_with_the_ranks_of_a_node_and_not_with_nodes(small):
         assert nodes[part] == two[part]
 
 
+@pytest.mark.slow
 def test_offload_moves_the_three_parts_to_the_host_and_nothing_else(small):
     here, there = simulate(small, 4), simulate(small, 4, offload=True)
     parts = ("weights", "gradients", "optimizer")
@@ -89,6 +91,7 @@ def test_activations_grow_with_the_micro_batch_but_not_with_its_square(small):
     assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.01)
 
 
+@pytest.mark.slow
 def test_recomputation_saves_memory_and_shards_are_the_same_without_it(small):
     with_it, without = (simulate(small, recompute=recompute) for recompute in ("all", "none"))
     assert with_it["activations"] < without["activations"]
@@ -101,6 +104,7 @@ def test_the_unsharded_fakes_by_which_dtensor_finds_shapes_are_not_counted(small
     assert memory["peak"] < 12 * memory["parameters"]      # 6.1; 17 and more with them
 
 
+@pytest.mark.slow
 def test_the_simulation_leaves_the_process_as_it_was(small):
     simulate(small)
     assert not plan.dist.is_initialized()
@@ -116,6 +120,7 @@ def test_tokens_per_step_count_the_demonstration_that_joins_or_replaces():
     assert plan.tokens_per_step(cfg, 8, 9216)[0] == 1024
 
 
+@pytest.mark.slow
 def test_the_verdict_is_of_each_phase_and_of_the_engine(small):
     config, _ = plan.read_config(small.model)
     memory = simulate(small)

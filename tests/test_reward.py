@@ -267,6 +267,7 @@ def test_every_reference_of_the_benchmarks_equals_itself(grader, name):
         assert {answers[i]: reason for i, reason in grader.check(answers, kind).items()} == {}, kind
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_floats_of_minerva_are_matched_by_their_latex_spelling_and_by_no_zero(grader):
     floats = [row["answer"] for row in rows("minerva") if repair_scientific(row["answer"]) != row["answer"]]
@@ -668,6 +669,7 @@ def test_workers_killed_while_idle_lose_nothing():
             assert reasons(grader.grade([r"\boxed{5}"] * 20, ["5"] * 20)) == ["ok"] * 20
 
 
+@pytest.mark.slow
 def test_an_interrupted_grade_leaves_no_stale_verdict_behind():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored in a background job
     with Grader(workers=1) as grader:
@@ -700,6 +702,7 @@ def test_a_reply_that_breaks_the_protocol_is_not_believed(grader, monkeypatch):
         assert (verdict.reward, verdict.reason) == (0.0, "wrong"), line             # by another, who is asked
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_raise_instead_of_respawning_for_ever(capfd):
     with Grader(workers=2, memory_mb=16) as grader:             # too little to import sympy
         with pytest.raises(RuntimeError, match="import math_verify"):
@@ -856,6 +859,7 @@ def test_a_trace_too_long_for_a_reply_is_cut_and_the_verdict_arrives(run):
     assert len(run("['\u00e9' * 300] * 4").trace) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict_box", [True, False])
 def test_code_in_a_response_is_not_executed(tmp_path, strict_box):
     marker = tmp_path / "executed"
