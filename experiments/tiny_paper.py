@@ -137,11 +137,9 @@ class Bench:
         """The command line of a run."""
         run = RUNS[name]
         drawn = name in DRAWN and seed != TUNING_SEED           # else only its end is looked at
-        eval_every = run.steps
-        if drawn:
+        eval_every = self.steps(run)
+        if drawn and not self.quick:
             eval_every = 4 if run.start else 8
-        if self.quick:
-            eval_every = 1
         save_every = 1000                                       # never, but for the trajectories of Fig. 3
         if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY):
             save_every = 4

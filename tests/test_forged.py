@@ -114,9 +114,9 @@ def test_a_policy_that_learns_to_box_the_problem_earns_nothing_for_it(tmp_path):
         lines.append(json.dumps({**row, "solution": rf"\boxed{{{copy}}}"}) + "\n")
     data.write_text("".join(lines))
     run(["srft.py", "--preset", "tiny", "--device", "cpu", "--data", data, "--out", out, "--steps", "16",
-         "--eval_data", "", "--log_samples", "16", "--grader_workers", "1"])
+         "--n_rollouts", "4", "--eval_data", "", "--log_samples", "16", "--grader_workers", "1"])
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["reward/demo_mean"] == 0 and last["grader/unevaluated"] > last["reward/mean"] * 128
+    assert last["reward/demo_mean"] == 0 and last["grader/unevaluated"] > last["reward/mean"] * 64
     copies = []
     for line in (out / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
