@@ -39,14 +39,17 @@ class Method:
 # Flags that ask for more than srft.srft_loss: another reading of the paper, log pi_old for later updates, or
 # the gradient of each term. paper/readings.py has the first two, paper/baselines.py the third.
 READINGS = ("loss_norm", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
-            "eq12_advantage", "entropy_coef", "kl_coef", "updates_per_rollout", "term_gradients")
+            "eq12_advantage", "imitate_wrong", "terms", "entropy_coef", "kl_coef", "updates_per_rollout",
+            "term_gradients")
+TERMS = ("sft_demo", "rl_demo", "rl_pos", "rl_neg")              # of Eq. 13: see srft.srft_loss
 SURROGATE = ("clip_eps", "tis_cap", "std_in_advantage")         # what the losses on Eq. 3 ask for
 TRUNCATION = ("entropy_floor", "entropy_quantile")              # App. A.2
 SFT = {"lr": 5e-6, "lr_schedule": "linear", "steps": 1078}      # App. B; 3 epochs of 46,000 in batches of 128
 METHODS = {
     "srft": Method(rollouts=True, demos="group", heeds=(
         "std_in_advantage", "w_sft", "w_rl", "w_sft_sign", "entropy_level", "demo_shaping", "eq12_form",
-        "eq12_advantage", "entropy_coef", "kl_coef", "reference", "tis_cap", "demo_in_group")),
+        "eq12_advantage", "imitate_wrong", "terms", "entropy_coef", "kl_coef", "reference", "tis_cap",
+        "demo_in_group")),
     "sft": Method(rollouts=False, demos="beside", flags=SFT),
     "sft_kl": Method(rollouts=False, demos="beside", heeds=("kl_coef", "reference"),
                      flags={**SFT, "kl_coef": 0.2}),
@@ -174,6 +177,10 @@ class Config:
         choices=("log", "ratio"))
     eq12_advantage: bool = opt(False, "objective",
         "Eq. 12 scaled by the group's A instead of +1 and -1")
+    imitate_wrong: bool = opt(True, "objective",
+        "Eq. 8 is on all demonstrations; off: on those whose answer is right")
+    terms: str = opt("all", "objective",
+        "the terms of Eq. 13 that count, by commas: some of sft_demo, rl_demo, rl_pos, rl_neg; or all")
     entropy_coef: float = opt(0.0, "objective",
         "entropy bonus on rollouts (public code: 0.001)", within="[0, inf)")
     kl_coef: float = opt(0.0, "objective",
@@ -413,6 +420,8 @@ def check_objective(cfg):
     if cfg.entropy_coef and cfg.entropy_level == "batch":
         raise ValueError("--entropy_coef needs --entropy_level sequence or token: the update's mean has no "
                          "gradient")
+    if cfg.terms != "all" and not set(cfg.terms.split(",")) <= set(TERMS):
+        raise ValueError(f"--terms {cfg.terms}: separate by commas some of {', '.join(TERMS)}; or say all")
     if cfg.reference and not cfg.kl_coef:
         raise ValueError("--reference needs --kl_coef: without, there is no KL to it")
     if cfg.lr_schedule == "constant" and cfg.warmup != Config.warmup:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+import questions
 from runs import REST, REVIEWS, RUNS, SECOND_FAMILY, STAGE, STEPS, SWITCHES, TABLE1, TABLE2, TABLE3
-from support.runlog import read_rows
 
 # Student's t by the number of seeds.
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -30,7 +30,7 @@ class Results:
         for name in RUNS:
             for seed in self.seeds:
                 if bench.done(name, seed):
-                    self.rows[name, seed] = read_rows(bench.known(name, seed) / "metrics.jsonl")
+                    self.rows[name, seed] = bench.records.rows[name, seed]
 
     def each(self, name, value):
         """{seed: value(rows)}"""
@@ -176,8 +176,7 @@ def table(results, title, runs):
             cells.append(shown(interval(results.final(name, metric).values())))
         rates = set()
         for seed in finals:
-            config = json.loads((results.bench.known(name, seed) / "config.json").read_text())
-            rates.add(config["lr"])
+            rates.add(results.bench.records.facts[name, seed]["lr"])
         cells.append(" / ".join(f"{rate:g}" for rate in sorted(rates)))
         cells.append(str(len(finals)))
         lines.append(table_row(cells))
@@ -412,6 +411,20 @@ def distillation(results):
     return rows
 
 
+def ours(results):
+    """[(question, figure, verdict)] of questions.py."""
+    rows = []
+
+    def ask(text, a, b):
+        found = difference(a, b)
+        mean, half, n = found
+        if n:
+            rows.append((text, f"{shown(found)} points, {of(n)}", verdict(mean, half)))
+
+    questions.ask_all(results, percent, ask)
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Everything, written.
 
@@ -423,7 +436,7 @@ def figures(bench, results):
         of_seeds = []
         for seed in results.seeds:
             if all((name, seed) in results.rows for name in names):
-                of_seeds.append("+".join(str(bench.known(name, seed)) for name in names))
+                of_seeds.append("+".join(str(bench.unfolded(name, seed)) for name in names))
         return ",".join(of_seeds)
 
     rl = curve("grpo")
@@ -455,7 +468,7 @@ def report(bench):
     for cells in claims(results):
         lines.append(table_row(cells))
     lines += ["", "| asked | found | |", "|---|---|---|"]
-    for cells in reviews(results):
+    for cells in (*reviews(results), *ours(results)):
         lines.append(table_row(cells))
     text = "\n".join(lines)
     page = Path("experiments/README.md")
@@ -467,6 +480,8 @@ def report(bench):
         if all(curves.values()):
             runs = [f"{label}={folders}" for label, folders in curves.items()]
             bench.figures(name, *runs, "--out", bench.results / name)
+    for name, panels in questions.pictures(results, percent).items():
+        questions.draw(bench.results / f"{name}.png", panels, interval)
     print(tables, text, sep="\n")
 
 
@@ -482,10 +497,7 @@ def all_tables(bench, results):
     for title, runs in parts.items():
         if any(map(results.final, runs)):
             tables.append(table(results, title, runs))
-    seconds = []
-    for name, seed in results.rows:
-        config = json.loads((bench.known(name, seed) / "config.json").read_text())
-        seconds.append(config["seconds"])
+    seconds = [bench.records.facts[key]["seconds"] for key in results.rows]
     hours = f"{len(seconds)} runs, one core each: {sum(seconds) / 3600:.1f} hours, without tuning.\n"
     return "\n".join(tables) + "\n" + hours
 

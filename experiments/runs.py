@@ -3,31 +3,39 @@
 A run's name says what it is: "sft-28>grpo" is 28 steps of SFT, then RL for the rest; "srft weak" is SRFT on
 weak demonstrations; "srft --loss_norm token" is SRFT with that flag. A part is a dictionary, name -> Run.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 STEPS, STAGE = 40, 28              # of every paradigm; of SFT in sequences: 70 %, as 350 of the paper's 500
 REST = STEPS - STAGE
-GRID, BEYOND = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-2)       # learning rates; one more beyond an edge
+# Learning rates to try, and one more where the best is at an edge; or another run's best, its half and its
+# double, and again from there.
+GRID, BEYOND = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-2)
+RATES = sorted({rate * factor for rate in (*GRID, *BEYOND) for factor in (0.25, 0.5, 1, 2, 4)})
 TUNING_SEED = 100
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned rate it takes.
+    """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned rate it takes, or
+    a rate; near: the run about whose tuned rate its own is looked for; every: steps between evaluations, 0:
+    at its start and end alone; seeds: how many.
 
-    Its repr() stands in each result's config.json: a result counts as long as that is the run's definition.
+    Its repr() stands in each result: that counts as long as this is the run's definition.
     """
     method: str
     steps: int = STEPS
     start: str = ""
     flags: tuple = ()
-    lr: str = ""
+    lr: str | float = ""
+    near: str = ""
+    every: int = 0
+    seeds: int = field(default=5, repr=False)
 
 
 def sequence(first, second, switch):
     """The two runs of a sequence that switches after `switch` steps; the first has its method's own rate."""
-    return {f"{first}-{switch}": Run(first, switch, lr=first),
-            f"{first}-{switch}>{second}": Run(second, STEPS - switch, f"{first}-{switch}")}
+    return {f"{first}-{switch}": Run(first, switch, lr=first, every=8),
+            f"{first}-{switch}>{second}": Run(second, STEPS - switch, f"{first}-{switch}", every=4)}
 
 
 def variants(methods, suffix, *flags, tuned=True):
@@ -39,23 +47,23 @@ def variants(methods, suffix, *flags, tuned=True):
 
 
 TABLE1 = {
-    "sft": Run("sft"),
-    "grpo": Run("grpo"),
+    "sft": Run("sft", every=8),
+    "grpo": Run("grpo", every=8),
     **sequence("sft", "grpo", STAGE),
     **sequence("grpo", "sft", REST),
-    f"grpo-{REST}>sft_kl": Run("sft_kl", STAGE, f"grpo-{REST}", ("--reference", "tiny")),
+    f"grpo-{REST}>sft_kl": Run("sft_kl", STAGE, f"grpo-{REST}", ("--reference", "tiny"), every=4),
     # both stages in full, twice the budget: the paper speaks of SFT after RL that has converged
-    "sft>grpo": Run("grpo", start="sft"),
-    "grpo>sft": Run("sft", start="grpo"),
-    "grpo>sft_kl": Run("sft_kl", start="grpo", flags=("--reference", "tiny"))}
+    "sft>grpo": Run("grpo", start="sft", every=4),
+    "grpo>sft": Run("sft", start="grpo", every=4),
+    "grpo>sft_kl": Run("sft_kl", start="grpo", flags=("--reference", "tiny"), every=4)}
 TABLE2 = {
-    **{name: Run(name) for name in ("sft_kl", "sft+rl", "luffy", "relift", "srft")},
+    **{name: Run(name, every=8) for name in ("sft_kl", "sft+rl", "luffy", "relift", "srft")},
     **sequence("sft", "grpo", 12),
     **sequence("sft", "grpo", 20),
-    "grpo-truncated": Run("grpo", flags=("--entropy_quantile", "0.8"), lr="grpo")}
+    "grpo-truncated": Run("grpo", flags=("--entropy_quantile", "0.8"), lr="grpo", every=8)}
 TABLE3 = {
-    "srft-w_sft-1": Run("srft", flags=("--w_sft", "one")),
-    "srft-w_rl-1": Run("srft", flags=("--w_rl", "one"))}
+    "srft-w_sft-1": Run("srft", flags=("--w_sft", "one"), every=8),
+    "srft-w_rl-1": Run("srft", flags=("--w_rl", "one"), every=8)}
 SWITCHES = {f"srft {flags}": Run("srft", flags=tuple(flags.split()), lr="srft") for flags in (
     "--w_sft constant --w_rl constant", "--w_sft_sign 1", "--eq12_advantage", "--demo_shaping 0.1",
     "--loss_norm token", "--entropy_level token", "--entropy_level batch", "--demo_in_group replaces",
@@ -71,10 +79,98 @@ EXPERTS = {
     f"expert-{style}": Run("sft", 2 * STEPS, flags=("--data", f"out/tiny_paper/{style}.jsonl"), lr="sft")
     for style in ("careful", "plain")}
 
-DRAWN = TABLE1 | TABLE2 | TABLE3                    # evaluated along the way; of others only the end counts
-RUNS = DRAWN | SWITCHES | REVIEWS | SECOND_FAMILY | EXPERTS
+# Equal compute. A budget is the FLOPs of 40 steps of SRFT: about those of 400 of SFT, or of 52 of RL.
+# A run goes on for four of them and is read on the way; of SFT, whose rate falls to 0, there is one for each.
+BUDGETS, SFT_STEPS, RL_STEPS = (1, 2, 4), 400, 52
+PARADIGMS = {"srft": 40, "sft+rl": 40, "luffy": 49, "grpo": RL_STEPS}              # steps of a budget
+STAGES = (48, 160, SFT_STEPS)                       # of SFT before RL: 3, 10 and 25 epochs
+
+
+def equal_compute():
+    """(the runs, those that are there to tune them: one budget each)"""
+    runs, trials = {}, {}
+    for name, steps in PARADIGMS.items():
+        trials[f"{name} trial"] = Run(name, steps, near=name)
+        runs[f"{name} long"] = Run(name, 4 * steps + 8, lr=f"{name} trial", every=8)
+    for steps in STAGES:
+        start = f"sft {steps}"
+        runs[start] = Run("sft", steps, near="sft", every=80)
+        rest = round((1 - steps / SFT_STEPS) * RL_STEPS) or RL_STEPS // 2
+        trials[f"{start}>grpo trial"] = Run("grpo", rest, start, near="sft-28>grpo")
+        runs[f"{start}>grpo"] = Run("grpo", 4 * RL_STEPS, start, lr=f"{start}>grpo trial", every=8)
+    for budget in BUDGETS:
+        if budget > 1:
+            steps = budget * SFT_STEPS
+            runs[f"sft {steps}"] = Run("sft", steps, lr=f"sft {SFT_STEPS}", every=80)
+        steps, rest = budget * RL_STEPS // 2, budget * SFT_STEPS // 2
+        how = {"lr": f"grpo {RL_STEPS // 2}>sft"} if budget > 1 else {"near": f"grpo-{REST}>sft"}
+        runs[f"grpo {steps}"] = Run("grpo", steps, lr="grpo trial")
+        runs[f"grpo {steps}>sft"] = Run("sft", rest, f"grpo {steps}", every=40, **how)
+    return runs, trials
+
+
+def larger(width):
+    """The same task for a larger model: 256 has 3.1M parameters (tiny/make.py)."""
+    flags, runs = ("--model", f"out/tiny_paper/llama-{width}"), {}
+    for name, method, near, more in (
+            ("srft", "srft", "srft trial", ()), ("sft+rl", "sft+rl", "sft+rl trial", ()),
+            ("grpo", "grpo", "grpo trial", ()), ("srft-w_rl-1", "srft", "srft-w_rl-1", ("--w_rl", "one"))):
+        runs[f"{name} {width}"] = Run(method, PARADIGMS[method], "", (*flags, *more), "", near, 8, 3)
+    first = f"sft 160 {width}"
+    runs[first] = Run("sft", 160, "", flags, near="sft 160", seeds=3)
+    runs[f"{first}>grpo"] = Run("grpo", 31, first, near="sft 160>grpo trial", seeds=3)
+    return runs
+
+
+# Learning rates up to where each breaks. With one update a step, Eq. 12 on the log and on the ratio are one.
+STABLE_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATIO, ROLLOUTS_ALONE = ("--eq12_form", "ratio"), ("--terms", "rl_pos,rl_neg")
+VARIANTS = {"SRFT": (), "w_RL = 1": ("--w_rl", "one"), "Eq. 12 alone": ROLLOUTS_ALONE,
+            "SRFT, ratio": RATIO, "Eq. 12 alone, ratio": (*ROLLOUTS_ALONE, *RATIO)}
+
+
+def stability():
+    runs = {}
+    for updates in (1, 2):
+        for label, flags in VARIANTS.items():
+            if updates == 1 and "ratio" in label:
+                continue
+            flags = (*flags, "--updates_per_rollout", str(updates))
+            for rate in STABLE_RATES:
+                runs[f"{label}, {updates} x {rate:g}"] = Run("srft", flags=flags, lr=rate, seeds=2)
+    return runs
+
+
+SLIPS = {0: 0.0, 18: 0.03, 40: 0.08, 60: 0.15}      # percent of wrong demonstrations: slips a line
+
+
+def quality():
+    runs = {}
+    for share in SLIPS:
+        data, wrong = ("--data", f"out/tiny_paper/wrong-{share}.jsonl"), f"{share} % wrong"
+        for name in ("srft", "luffy"):
+            runs[f"{name} {wrong}"] = Run(name, flags=data, lr=name)
+        runs[f"srft {wrong}, not imitated"] = Run("srft", flags=(*data, "--no-imitate_wrong"), lr="srft")
+        runs[f"sft 160 {wrong}"] = Run("sft", 160, "", data, "sft 160")
+        runs[f"sft 160 {wrong}>grpo"] = Run("grpo", 31, f"sft 160 {wrong}", lr="sft 160>grpo trial")
+    return runs
+
+
+EQUAL_COMPUTE, TRIALS = equal_compute()
+LARGER, STABILITY, QUALITY = larger(256), stability(), quality()
+
+# A result lies in the file of the first table that has it.
+TABLES = {"table1": TABLE1, "table2": TABLE2, "table3": TABLE3, "switches": SWITCHES, "reviews": REVIEWS,
+          "second_family": SECOND_FAMILY, "equal_compute": EQUAL_COMPUTE, "larger": LARGER,
+          "stability": STABILITY, "quality": QUALITY, "trials": TRIALS, "experts": EXPERTS}
+RUNS = {name: run for table in TABLES.values() for name, run in table.items()}
 PARTS = {"table1": TABLE1, "table2": TABLE1 | TABLE2, "table3": {"srft": TABLE2["srft"], **TABLE3},
          "switches": {"srft": TABLE2["srft"], **SWITCHES},
-         "reviews": TABLE1 | TABLE2 | REVIEWS | SECOND_FAMILY}
+         "reviews": TABLE1 | TABLE2 | REVIEWS | SECOND_FAMILY, "equal_compute": EQUAL_COMPUTE,
+         "larger": LARGER, "stability": STABILITY, "quality": QUALITY}
 SHOWN = {"SFT": "sft", "RL": "grpo", "SRFT": "srft"}    # in Fig. 2 and 3
 TRAJECTORY = (f"sft-{STAGE}", f"sft-{STAGE}>grpo")      # Fig. 3 shows this one, too
+
+
+def table_of(name):
+    return next(table for table, runs in TABLES.items() if name in runs)

@@ -2,20 +2,21 @@
 
     python experiments/tiny_paper.py                 # everything, about 5 hours on 2 cores; may be stopped
     python experiments/tiny_paper.py --quick         # Tables 1-3, figures in 5 minutes: 2 steps, no meaning
-    python experiments/tiny_paper.py --only table1   # table1, table2, table3, switches or reviews; may repeat
+    python experiments/tiny_paper.py --only table1   # a part and what it needs (see --help); may repeat
     python experiments/tiny_paper.py --report        # no runs: tables, figures, claims from what is there
 
-One run (runs.py) is one process on one core. Its metrics go to experiments/results/runs/NAME-SEED/, its
-models to out/tiny_paper/ (which a next stage and Fig. 2 and 3 need). Learning rates come from one grid for
-all, tuned for each paradigm, each ablation of Table 3, each second stage and Qwen3 on `tiny:valid`, which
-nothing else looks at, by a seed that is not among those reported. claims.py makes experiments/results/ and
-the claims of experiments/README.md of it. A run is made again when its definition in runs.py, its rate, or
-its first stage has changed since; after a change of srft.py or of the task, delete results/ and
-out/tiny_paper/ (for --quick, out/tiny_paper_quick/).
+One run (runs.py) is one process on one core. Its metrics become a line of a file of experiments/results/runs/
+(records.py), its models go to out/tiny_paper/ (which a next stage and Fig. 2 and 3 need). Learning rates come
+from one grid for all, tuned for each paradigm, each ablation, each second stage and each other model on
+`tiny:valid`, which nothing else looks at, by a seed that is not among those reported. claims.py makes
+experiments/results/ and the claims of experiments/README.md of it. A run is made again when its definition in
+runs.py, its rate, or its first stage has changed since; after a change of srft.py or of the task, delete
+results/ and out/tiny_paper/ (for --quick, out/tiny_paper_quick/).
 """
 import argparse
 import fcntl
 import json
+import math
 import os
 import random
 import shutil
@@ -24,6 +25,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
@@ -31,14 +35,27 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(
                "CUDA_VISIBLE_DEVICES": ""}                                  # of all processes started
 import claims  # noqa: E402
 import preloaded  # noqa: E402
+from config import sequences_per_prompt  # noqa: E402
 from data import Example, load_examples  # noqa: E402
-from runs import BEYOND, DRAWN, EXPERTS, GRID, PARTS, RUNS, SHOWN, TRAJECTORY, TUNING_SEED  # noqa: E402
+from records import Records  # noqa: E402
+from runs import (  # noqa: E402
+    BEYOND,
+    EXPERTS,
+    GRID,
+    PARTS,
+    RATES,
+    RUNS,
+    SHOWN,
+    SLIPS,
+    TRAJECTORY,
+    TUNING_SEED,
+    table_of,
+)
 from support.intervals import positive  # noqa: E402
 from support.runlog import read_rows  # noqa: E402
 from tiny.task import SPLITS, draw_terms, write_problem, write_response  # noqa: E402
 
-KEPT = ("step", "eval", "reward/mean", "response_len/mean", "entropy/", "loss/", "w_", "grad_norm", "lr",
-        "time/step")
+KEPT = ("step", "eval", "reward/mean", "response_len/", "entropy/", "grad_norm", "time/step", "tflop")
 
 
 class Bench:
@@ -50,6 +67,7 @@ class Bench:
         self.out = Path("out/tiny_paper_quick" if args.quick else "out/tiny_paper")
         self.results = self.out / "results" if args.quick else Path("experiments/results")
         self.tuning = self.results / "tuning.json"
+        self.records = Records(self.results / "runs")
         self.seeds = [0] if args.quick else list(range(args.seeds))
 
     def steps(self, run):
@@ -64,16 +82,17 @@ class Bench:
         return json.loads(self.tuning.read_text()) if self.tuning.exists() else {}
 
     def lr(self, name):
-        """The best rate of those tried; a tie goes to the smaller one."""
-        if self.quick:
-            return 3e-4
-        scores, tuned = self.scores(), RUNS[name].lr or name
+        """The best rate of those tried, 0 before; a tie goes to the smaller one."""
+        given = RUNS[name].lr
+        if self.quick or isinstance(given, float):
+            return given or 3e-4
+        scores, tuned = self.scores(), given or name
         tried = {}                          # rate -> accuracy; max() takes the first of those with the most
-        for lr in sorted((*GRID, *BEYOND)):
+        for lr in RATES:
             trial = self.trial(tuned, lr)
             if trial in scores:
                 tried[lr] = scores[trial]
-        return max(tried, key=tried.get)
+        return max(tried, key=tried.get, default=0.0)
 
     def trial(self, name, lr):
         """What tuning.json calls the run at this rate: "sft 0.001", "sft-28>grpo 0.0001 after 0.001"."""
@@ -91,18 +110,22 @@ class Bench:
 
     def done(self, name, seed):
         """Whether the results of this run are there, as it is defined now."""
-        file = self.known(name, seed) / "config.json"
-        return file.exists() and json.loads(file.read_text()).get("recipe") == self.recipe(name)
+        return self.records.facts.get((name, seed), {}).get("recipe") == self.recipe(name)
 
     def folder(self, name, seed, lr=None):
         """Of a run's models; at this rate, if it is a trial."""
-        name = name.replace(" ", "").replace(">", "_to_").replace("+", "_plus_")    # "+" joins runs
+        for odd, plain in ((">", "_to_"), ("+", "_plus_"), (",", "_"), (" ", "")):   # "+" and "," join runs
+            name = name.replace(odd, plain)
         rate = f"-lr{lr:g}" if lr else ""
         return self.out / f"{name}-{seed}{rate}"
 
-    def known(self, name, seed):
-        """The folder of a run's results."""
-        return self.results / "runs" / self.folder(name, seed).name
+    def unfolded(self, name, seed):
+        """A run's results as a folder, for paper/figures.py."""
+        folder = self.out / "known" / self.folder(name, seed).name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self.records.rows[name, seed]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
 
     def measured(self, seed):
         """Whether Fig. 2 and 3 of this seed are there: fig3 comes last."""
@@ -136,10 +159,9 @@ class Bench:
     def command(self, name, seed, lr, evaluation, folder):
         """The command line of a run."""
         run = RUNS[name]
-        drawn = name in DRAWN and seed != TUNING_SEED           # else only its end is looked at
-        eval_every = self.steps(run)
-        if drawn and not self.quick:
-            eval_every = 4 if run.start else 8
+        eval_every = self.steps(run)                            # where it is tuned, only its end counts
+        if run.every and seed != TUNING_SEED and not self.quick:
+            eval_every = run.every
         save_every = 1000                                       # never, but for the trajectories of Fig. 3
         if seed == 0 and name in (*SHOWN.values(), *TRAJECTORY):
             save_every = 4
@@ -147,7 +169,7 @@ class Bench:
                    "--steps", self.steps(run), "--seed", seed, "--lr", lr,
                    "--eval_data", evaluation, "--eval_every", eval_every,
                    "--grader_workers", 1, "--log_samples", 1, "--save_every", save_every, "--keep", 99]
-        if name == "srft" and drawn:
+        if name == "srft" and seed != TUNING_SEED:
             command += ["--term_gradients", 1 if self.quick else 4]
         if self.quick:
             command += ["--prompts_per_step", 4, "--n_rollouts", 4, "--data", self.out / "train.jsonl"]
@@ -155,7 +177,7 @@ class Bench:
         if run.start:
             model = self.folder(run.start, seed) / "hf"
         command += ["--model", model]
-        for flag in run.flags:                                  # the second --model of a run's flags wins
+        for flag in run.flags:                                  # of a second --model or --data, the last wins
             command.append(flag.replace("tiny_paper/", f"{self.out.name}/"))
         return [*command, "--out", folder]
 
@@ -189,11 +211,11 @@ def terms_of(example):
     return [int(term) for term in example.problem.removesuffix("=?\n").replace("-", "+-").split("+")]
 
 
-def weak_demonstrations():
+def weak_demonstrations(slip=0.15):
     """The training problems with demonstrations that slip in 15 % of their lines, not 3 %: most end wrong."""
     rng, examples = random.Random(5), load_examples("tiny:train")
     for example in examples:
-        example.demo = write_response(terms_of(example), rng, "careful", slip=0.15)
+        example.demo = write_response(terms_of(example), rng, "careful", slip)
     return examples
 
 
@@ -229,7 +251,7 @@ def tune(bench, pool, wanted):
         return
     bench.results.mkdir(parents=True, exist_ok=True)
     scores, lock = bench.scores(), threading.Lock()
-    names = list(dict.fromkeys(RUNS[name].lr or name for name in wanted))
+    names = to_tune(wanted)
 
     def first_stage(name):
         """What second stages start from, by the rate just found."""
@@ -259,8 +281,35 @@ def tune(bench, pool, wanted):
 
     for second in (False, True):
         stage = [name for name in names if bool(RUNS[name].start) == second]
-        score_missing({name: GRID for name in stage})
-        score_missing({name: beyond(bench.lr(name)) for name in stage})
+        own = [name for name in stage if not RUNS[name].near]
+        score_missing({name: GRID for name in own})
+        score_missing({name: beyond(bench.lr(name)) for name in own})
+        for links in (1, 2):
+            near = {}
+            for name in stage:
+                if links_from_the_grid(name) == links:
+                    best = bench.lr(RUNS[name].near)
+                    near[name] = (best / 2, best, best * 2)
+            score_missing(near)
+
+
+def to_tune(wanted):
+    """The runs whose rate is looked for: those wanted, and those that their rates depend on."""
+    names, found = list(wanted), {}
+    for name in names:                                      # it grows on the way
+        run = RUNS[name]
+        if not run.lr:
+            found[name] = None
+        for other in (run.lr, run.near, run.start):
+            if other in RUNS and other not in names:
+                names.append(other)
+    return list(found)
+
+
+def links_from_the_grid(name):
+    """0 for a run that is tuned on the grid, 1 for one that is tuned near that, and so on."""
+    near = RUNS[name].near
+    return 1 + links_from_the_grid(near) if near else 0
 
 
 def beyond(best):
@@ -279,6 +328,9 @@ def run_all(bench, wanted):
         some = 8                        # of 2 steps
         write_examples(bench.out / "train.jsonl", load_examples("tiny:train")[:some])
     write_examples(bench.out / "weak.jsonl", weak_demonstrations())
+    for share, slip in SLIPS.items():
+        write_examples(bench.out / f"wrong-{share}.jsonl", weak_demonstrations(slip))
+    make_models(bench, wanted)
     write_examples(bench.out / "demonstrated.jsonl", held_out_demonstrations())
     for style in ("careful", "plain"):
         write_examples(bench.out / f"{style}.jsonl", expert_demonstrations(style)[:some])
@@ -293,7 +345,8 @@ def run_all(bench, wanted):
             list(pool.map(expert, EXPERTS))
         for seed in bench.seeds:
             for second in (False, True):
-                names = [name for name in wanted if bool(RUNS[name].start) == second]
+                names = [name for name, run in wanted.items()
+                         if bool(run.start) == second and seed < run.seeds]
                 list(pool.map(lambda name: one(bench, name, seed, evaluation, wanted), names))
             if shown and not bench.measured(seed):
                 measure(bench, seed, pool)
@@ -309,32 +362,60 @@ def one(bench, name, seed, evaluation, wanted):
         return
     if measures and not done:                           # what was measured on another model of this name
         (bench.results / f"fig3-{seed}.png").unlink(missing_ok=True)
-    bench.train(name, seed, bench.lr(name), evaluation, folder)
-    rows = [kept(row) for row in read_rows(folder / "metrics.jsonl")]
-    keep(bench.known(name, seed), folder, rows)
+    began = time.time()
+    try:
+        bench.train(name, seed, bench.lr(name), evaluation, folder)
+        facts = json.loads(Path(f"{folder}.json").read_text())             # its recipe, and how long it took
+    except RuntimeError as error:
+        if table_of(name) != "stability" or not (folder / "metrics.jsonl").exists():
+            raise
+        facts = {"recipe": bench.recipe(name), "seconds": round(time.time() - began)}
+        facts["died"] = str(error).strip().splitlines()[-1]                # which is what was asked
+    config = json.loads((folder / "config.json").read_text())
+    facts |= {"lr": config["lr"], "git_commit": config["git_commit"], "machine": config["machine"]}
+    rows = with_flops(read_rows(folder / "metrics.jsonl"), parameters(Path(config["model"])), config)
+    rows = [kept(row) for row in rows]
+    bench.records.add(table_of(name), name, seed, facts, rows)
     accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
     print(f"{folder.name}: {'  '.join(accuracy)}", flush=True)
 
 
 def kept(row):
-    """What of a row of metrics.jsonl is committed."""
+    """What of a row of metrics.jsonl is committed, to five digits."""
     found = {}
     for key, value in row.items():
         if key.startswith(KEPT) and value is not None:
-            found[key] = round(value, 6) if isinstance(value, float) else value
+            found[key] = float(f"{value:.5g}") if isinstance(value, float) else value
     return found
 
 
-def keep(known, folder, rows):
-    """Write a run's results, all or none: they appear under their name when they are whole."""
-    config = json.loads((folder / "config.json").read_text())
-    config.update(json.loads(Path(f"{folder}.json").read_text()))          # its recipe, and how long it took
-    partial = known.with_name(f".{known.name}")
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    shutil.rmtree(known, ignore_errors=True)
-    partial.rename(known)
+def parameters(folder):
+    """How many a model has, by the head of its file."""
+    with safe_open(folder / "model.safetensors", "np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
+def with_flops(rows, number, config):
+    """The rows with "tflop", what all steps until then have spent: 2 FLOPs a parameter for each token that
+    was generated, and 6 for each that was trained on. Alike for all and left out: attention, prompts that the
+    engine reads, evaluations."""
+    rollouts, _ = sequences_per_prompt(SimpleNamespace(**config))
+    total, found = 0.0, []
+    for row in rows:
+        generated = (row.get("response_len/mean") or 0) * rollouts * config["prompts_per_step"]
+        trained = row.get("perf/tokens_per_s", 0) * row.get("time/step", 0)
+        total += 2 * number * (generated + 3 * trained) / 1e12
+        found.append({**row, "tflop": total})
+    return found
+
+
+def make_models(bench, wanted):
+    """Pretrain the models that runs start from and that are not there: out/tiny_paper/llama-256, and such."""
+    for run in wanted.values():
+        for folder in run.flags:
+            family, _, width = Path(folder).name.partition("-")
+            if folder.startswith("out/") and width.isdigit() and not Path(folder, "config.json").exists():
+                bench.start(["tiny/make.py", folder, family, width], Path(f"{folder}.log"))
 
 
 def measure(bench, seed, pool):

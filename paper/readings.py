@@ -107,6 +107,22 @@ def entropy_weight(kind, scale, exponent):
     return scale * exponent.exp()
 
 
+def entropies(x, length, cfg):
+    """H(pi_theta) of the weights, without gradient: (B,1) for each sequence, or (B,T) token by token."""
+    if cfg.entropy_level == "token":
+        return x.entropy.detach()
+    if cfg.entropy_level == "batch":
+        return x.update_entropy[:, None]
+    return (x.entropy.detach() * x.mask).sum(1, keepdim=True) / length[:, None]
+
+
+def only(chosen, terms):
+    """Terms by name; those not `chosen` ("all", or names by commas) are 0: no update is without any."""
+    if chosen == "all":
+        return terms
+    return {name: term * (name in chosen.split(",")) for name, term in terms.items()}
+
+
 def srft_loss(inputs, cfg):
     """Eq. 13 -> (terms, weights), as srft.srft_loss; the flags of cfg choose among its readings.
 
@@ -117,6 +133,8 @@ def srft_loss(inputs, cfg):
     eq12_form        Eq. 12 on log pi, or on pi / pi_old
     eq12_advantage   Eq. 12 scaled by the group's advantage instead of the rewards +1 and -1 of Eq. 11
     loss_norm        what a response's sum over tokens is divided by
+    imitate_wrong    Eq. 8 on all demonstrations, or on those whose answer is right, still divided by all
+    terms            which of the four count; the others are 0
     entropy_coef, kl_coef    two further terms on rollouts: "entropy", a bonus, and "kl", a penalty
     """
     x = inputs.without_padding()
@@ -127,14 +145,8 @@ def srft_loss(inputs, cfg):
     def mean(values):
         return sequence_mean(values, x, cfg)
 
-    # H(pi_theta) without gradient: (B,1) for each sequence, or (B,T) token by token.
     length = x.mask.sum(1).clamp(min=1)
-    if cfg.entropy_level == "token":
-        h = x.entropy.detach()
-    elif cfg.entropy_level == "batch":
-        h = x.update_entropy[:, None]
-    else:
-        h = (x.entropy.detach() * x.mask).sum(1, keepdim=True) / length[:, None]
+    h = entropies(x, length, cfg)
     w_sft = entropy_weight(cfg.w_sft, 0.5, cfg.w_sft_sign * h)                                  # Eq. 8
     w_rl = entropy_weight(cfg.w_rl, 0.1, h)                                                     # Eq. 12
 
@@ -146,12 +158,14 @@ def srft_loss(inputs, cfg):
         factor = torch.where(correct, 1.0, -1.0).to(x.logp.dtype)                               # Eq. 11
     ratio = shaped(x.logp.exp(), cfg.demo_shaping)                                              # Eq. 10
     terms = {}
+    imitated = x.is_demo if cfg.imitate_wrong else x.is_demo & (x.reward > 0)
     if n_demo:
-        terms["sft_demo"] = average(mean(w_sft * -x.logp), x.is_demo, n_demo)                   # Eq. 8
+        terms["sft_demo"] = average(mean(w_sft * -x.logp), imitated, n_demo)                    # Eq. 8
         terms["rl_demo"] = average(-x.advantage * mean(ratio), x.is_demo, n_demo)               # Eq. 9
     if n_rollout:
         terms["rl_pos"] = average(-factor * mean(w_rl * score), correct, n_rollout)             # Eq. 12, left
         terms["rl_neg"] = average(-factor * mean(score), wrong, n_rollout)                     # Eq. 12, right
+    terms = only(cfg.terms, terms)
     if n_rollout and cfg.entropy_coef:
         terms["entropy"] = -cfg.entropy_coef * average(mean(x.entropy), ~x.is_demo, n_rollout)
     if n_rollout and cfg.kl_coef:

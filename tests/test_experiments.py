@@ -19,11 +19,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claims as C
+import questions as Q
 import runs as R
 import tiny_paper as P
-from config import TINY
+from config import TINY, Config
 from conftest import ROOT
 from data import load_examples
+from records import Records
 
 
 @pytest.mark.parametrize("mean, half, least, says", [
@@ -46,7 +48,10 @@ def test_every_run_can_be_trained():
     """What it starts from exists and has the same steps in all; learning rates are its own or another's."""
     starts = {run.start for run in R.RUNS.values()}
     for name, run in R.RUNS.items():
-        assert not run.lr or not R.RUNS[run.lr].lr, name
+        assert isinstance(run.lr, float) or not run.lr or not R.RUNS[run.lr].lr, name
+        assert not run.near or not (run.lr or R.RUNS[run.near].lr), name
+        if R.table_of(name) in ("equal_compute", "trials", "larger", "quality"):
+            continue                                            # equal compute, not equal steps
         if run.start:
             stages_in_full = run.start in ("sft", "grpo")
             assert R.RUNS[run.start].steps + run.steps == (1 + stages_in_full) * R.STEPS, name
@@ -192,7 +197,102 @@ def bench(tmp_path, monkeypatch):
     bench = P.Bench(SimpleNamespace(quick=False, jobs=1, seeds=5))
     bench.out, bench.results = tmp_path / "out", tmp_path / "results"
     bench.tuning = tmp_path / "tuning.json"
+    bench.records = Records(bench.results / "runs")
     return bench
+
+
+def test_results_are_a_line_a_run_and_a_file_a_table_and_read_back_as_they_were(tmp_path):
+    rows = [{"step": 0, "eval/long": 0.5}, {"step": 1, "grad_norm": 2.0}, {"step": 2, "eval/long": 0.75}]
+    records = Records(tmp_path / "runs")
+    records.add("table1", "sft", 1, {"seconds": 3}, rows[:1])
+    records.add("table1", "sft", 0, {"seconds": 4}, rows)
+    records.add("table1", "sft", 1, {"seconds": 5}, rows)                   # in the place of the first
+    records.add("table2", "srft", 0, {"seconds": 6}, rows)
+    assert len((tmp_path / "runs/table1.jsonl").read_text().splitlines()) == 2
+    again = Records(tmp_path / "runs")
+    assert again.rows == dict.fromkeys([("sft", 0), ("sft", 1), ("srft", 0)], rows)
+    assert again.facts["sft", 1] == {"seconds": 5} and again.tables["srft", 0] == "table2"
+
+
+def test_flops_are_of_the_tokens_generated_and_of_those_trained_on():
+    row = {"step": 1, "response_len/mean": 10.0, "perf/tokens_per_s": 200.0, "time/step": 2.0}
+    config = vars(Config(method="luffy", n_rollouts=8, demo_in_group="replaces", prompts_per_step=4))
+    found = P.with_flops([{"step": 0}, row, row], 1_000_000, config)
+    one = 2e6 * (10 * 7 * 4 + 3 * 400) / 1e12
+    assert [row["tflop"] for row in found] == pytest.approx([0.0, one, 2 * one])
+
+
+def test_a_rate_near_another_runs_is_its_half_itself_or_its_double(bench, monkeypatch):
+    trained, accuracy = [], {1e-3: 0.5, 2e-3: 0.9, 4e-3: 0.1}
+
+    def train(name, seed, lr, evaluation, folder):
+        trained.append((name, lr))
+        write_accuracy(folder, accuracy.get(lr, 0.0))
+
+    monkeypatch.setattr(bench, "train", train)
+    wanted = {name: R.RUNS[name] for name in ("srft long", "srft 256")}
+    with ThreadPoolExecutor(1) as pool:
+        P.tune(bench, pool, wanted)
+    assert trained == [*(("srft", lr) for lr in R.GRID), *(("srft trial", lr) for lr in (5e-4, 1e-3, 2e-3)),
+                       *(("srft 256", lr) for lr in (1e-3, 2e-3, 4e-3))]
+    assert bench.lr("srft") == 1e-3 and bench.lr("srft long") == bench.lr("srft 256") == 2e-3
+
+
+def made_up(rows):
+    """Results of these rows by (run, seed)."""
+    results = C.Results.__new__(C.Results)
+    results.rows, results.seeds = rows, range(5)
+    return results
+
+
+def evaluations(*points):
+    return [{"step": step, "tflop": tflop, "eval/heldout": accuracy, "eval/long": accuracy}
+            for step, tflop, accuracy in points]
+
+
+def test_accuracy_at_equal_compute_lies_between_evaluations_counts_both_stages_and_ends_with_the_run():
+    results = made_up({
+        ("srft long", 0): evaluations((0, 0.0, 0.1), (40, 2.0, 0.5), (80, 4.0, 0.6), (168, 9.0, 0.8)),
+        ("sft 48", 0): evaluations((0, 0.0, 0.1), (48, 0.5, 0.3)),
+        ("sft 48>grpo", 0): evaluations((0, 0.0, 0.3), (48, 1.0, 0.5), (96, 2.0, 0.7)),   # 0.5 to 2.5 TFLOP
+        ("sft 400", 0): evaluations((0, 0.0, 0.1), (400, 2.01, 0.4)),
+        ("grpo long", 0): evaluations((0, 0.0, 0.1), (208, 8.0, 0.9))})
+    assert Q.budget(results) == 2.0
+    assert Q.at_budget(results, "sft 48>grpo", 2.0, C.percent)[0] == pytest.approx(60.0)
+    assert Q.at_budget(results, "sft 48>grpo", 4.0, C.percent) == {}
+    found = Q.equal_compute(results, C.percent)
+    assert found[1, "SFT->RL"][0] == "sft 48>grpo" and found[1, "SFT"][1][0] == pytest.approx(40, abs=0.5)
+    assert found[2, "RL"][1][0] == pytest.approx(50.0) and (2, "SFT") not in found
+    asked = []
+    Q.ask_all(results, C.percent, lambda text, a, b: asked.append((text, a, b)))
+    assert ("with 2 x the compute of 40 steps of SRFT, SRFT beats RL", found[2, "SRFT"][1],
+            found[2, "RL"][1]) in asked
+
+
+def test_the_highest_stable_rate_is_counted_from_the_best_one_on():
+    def runs(*accuracies):
+        return [evaluations((0, 0.0, 0.1), (40, 2.0, accuracy)) for accuracy in accuracies]
+
+    rates = {5e-4: runs(0.2, 0.3), 1e-3: runs(0.8, 0.8), 2e-3: runs(0.7, 0.8), 4e-3: runs(0.9, 0.1)}
+    assert Q.highest_stable(rates) == 2e-3
+    assert Q.highest_stable(rates | {4e-3: runs(0.7, 0.7), 8e-3: runs(0.1, 0.1)}) == 4e-3
+    died = evaluations((0, 0.0, 0.1), (12, 1.0, 0.9))
+    assert Q.heldout(died) == 0.0
+
+
+def test_pictures_are_drawn_of_what_is_known(tmp_path):
+    rows = {}
+    for seed in range(2):
+        rows["srft long", seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.5 + seed / 10), (168, 8.4, 0.8))
+        rows["srft 40 % wrong", seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.4))
+        for rate in (1e-3, 2e-3):
+            broken = evaluations((0, 0.0, 0.1), (40, 2.0, rate * 100))
+            rows[f"SRFT, 2 x {rate:g}", seed] = [{**row, "grad_norm": 2.0} for row in broken]
+    results = made_up(rows)
+    for name, panels in Q.pictures(results, C.percent).items():
+        Q.draw(tmp_path / f"{name}.png", panels, C.interval)
+    assert {file.name for file in tmp_path.iterdir()} == {"equal_compute.png", "stability.png", "quality.png"}
+    assert Q.pictures(made_up({}), C.percent) == {}
 
 
 def write_accuracy(folder, accuracy):
@@ -245,7 +345,9 @@ def test_what_has_changed_since_is_made_again_and_nothing_else(bench, monkeypatc
         trained.append(folder.name)
         (folder / "hf").mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 40, "eval/long": 0.5}) + "\n")
-        (folder / "config.json").write_text(json.dumps({"lr": command[command.index("--lr") + 1]}))
+        config = vars(Config(model=TINY, lr=command[command.index("--lr") + 1]))
+        config |= {"git_commit": None, "machine": "this"}
+        (folder / "config.json").write_text(json.dumps(config))
 
     def again(**best):
         best, scores = {"sft": 1e-3, "grpo": 3e-4} | best, {}
@@ -344,8 +446,9 @@ def test_the_paper_in_miniature_runs_from_one_command_to_tables_figures_and_clai
         assert f"**{title}" in tables and all(f"| {name} |" in tables for name in runs)
     hours = re.search(r"^(\d+) runs, one core each: 0\.\d hours, without tuning.$", tables, re.M)
     assert int(hours[1]) == len(R.TABLE1 | R.TABLE2 | R.TABLE3)
-    configs = [json.loads(file.read_text()) for file in (results / "runs").glob("*/config.json")]
-    assert len(configs) == int(hours[1]) and all(config["seconds"] > 0 for config in configs)
+    records = Records(results / "runs")
+    assert len(records.facts) == int(hours[1]) and all(of["seconds"] > 0 for of in records.facts.values())
+    assert all(rows[-1]["tflop"] > 0 for rows in records.rows.values())
     assert claims.count("cannot tell") == 62 and "| holds" not in claims          # one seed proves nothing
     path = json.loads((results / "fig3-0.json").read_text())["runs"]
     assert set(path) == {"SFT", "RL", "SRFT", "SFT->RL"} and len(path["SFT->RL"]) == 3

@@ -36,6 +36,10 @@ def mean_or_0(values):
     return sum(values) / len(values) if values else 0.0
 
 
+def counts_in(cfg, term):
+    return cfg.terms == "all" or term in cfg.terms.split(",")
+
+
 def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
     """(loss, stats, d/dlogp, d/dH, d/dKL) of Eq. 13; the gradients as one list a sequence."""
     stats = dict.fromkeys(TERMS[:2], 0.0) if n_demo else {}       # no term of what the update has none of
@@ -63,10 +67,13 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
             token_weights.append(w)
             dlp = dh = dkl = 0.0
             if s.is_demo:
-                stats["loss/sft_demo"] += share * w * -lp                                          # Eq. 8
+                imitated = counts_in(cfg, "sft_demo") and (cfg.imitate_wrong or s.reward > 0)
+                compared = counts_in(cfg, "rl_demo")
+                stats["loss/sft_demo"] += imitated * share * w * -lp                               # Eq. 8
                 p, gamma = math.exp(lp), cfg.demo_shaping
-                stats["loss/rl_demo"] += -share * s.advantage * p / (p + gamma if gamma else 1)    # Eq. 9, 10
-                dlp = -share * w - share * s.advantage * (p * gamma / (p + gamma) ** 2 if gamma else p)
+                a = compared * s.advantage
+                stats["loss/rl_demo"] += -share * a * p / (p + gamma if gamma else 1)              # Eq. 9, 10
+                dlp = -imitated * share * w - share * a * (p * gamma / (p + gamma) ** 2 if gamma else p)
             else:
                 if cfg.eq12_form == "log":
                     score, slope = lp, 1.0
@@ -74,8 +81,9 @@ def oracle(batch, cfg, n_demo, n_rollout, old=False, tis=False):
                     score = slope = math.exp(lp - s.logp_old[t]) if old else 1.0
                 w = w if s.reward > 0 else 1.0
                 r = s.advantage if cfg.eq12_advantage else 1.0 if s.reward > 0 else -1.0
-                c = share * w * r * (s.tis[t] if tis else 1.0)
-                stats["loss/rl_pos" if s.reward > 0 else "loss/rl_neg"] += -c * score              # Eq. 12
+                term = "rl_pos" if s.reward > 0 else "rl_neg"
+                c = counts_in(cfg, term) * share * w * r * (s.tis[t] if tis else 1.0)
+                stats[f"loss/{term}"] += -c * score                                                # Eq. 12
                 if cfg.kl_coef:
                     stats["loss/kl"] += share * cfg.kl_coef * s.kl[t]
                 if cfg.entropy_coef:
@@ -235,10 +243,12 @@ SWITCHES = [
     dict(entropy_level="token"), dict(entropy_level="batch"),
     dict(demo_shaping=0.1),
     dict(eq12_form="ratio"), dict(eq12_advantage=True),
+    dict(imitate_wrong=False), dict(terms="rl_pos,rl_neg"), dict(terms="sft_demo"),
     dict(entropy_coef=0.01), dict(kl_coef=0.2),
     dict(entropy_level="token", loss_norm="token", w_sft_sign=1, demo_shaping=0.1),
     dict(entropy_level="batch", loss_norm="constant", eq12_form="ratio", eq12_advantage=True),
     dict(loss_norm="token", entropy_coef=0.3, kl_coef=0.2, eq12_form="ratio"),
+    dict(loss_norm="token", imitate_wrong=False, terms="sft_demo,rl_neg", w_sft="one", kl_coef=0.2),
     dict(loss_norm="constant", entropy_coef=0.3, kl_coef=0.2, w_sft="one", w_rl="one", eq12_advantage=True)]
 
 
@@ -322,8 +332,8 @@ def test_a_batch_that_lacks_a_kind_of_sequence_still_equals_the_equations(kinds,
     present = {"loss/sft_demo": (True, 1.0), "loss/rl_pos": (False, 1.0), "loss/rl_neg": (False, 0.0)}
     stats = shipped(tensors(batch), cfg, *counts(batch, cfg))[1]
     for name, kind in present.items():
-        there = any(k == kind or (name == "loss/sft_demo" and k[0]) for k in kinds)
-        assert (stats.get(name, 0.0) != 0) == there
+        there = any(k == kind or (name == "loss/sft_demo" and k[0] and cfg.imitate_wrong) for k in kinds)
+        assert (stats.get(name, 0.0) != 0) == (there and counts_in(cfg, name.removeprefix("loss/")))
 
 
 def test_the_default_loss_of_two_tokens_worked_out_by_hand():

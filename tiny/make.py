@@ -2,6 +2,7 @@
 
     python tiny/make.py                          # about 25 minutes on one core; shipped beside this file
     python tiny/make.py experiments/qwen3 qwen3  # the same of another family, for experiments/tiny_paper.py
+    python tiny/make.py out/tiny_paper/llama-256 llama 256    # twice as wide, 3.1M parameters, for the same
 
 The mixture makes a base model in the paper's sense: it knows the arithmetic and has seen careful
 reasoning, but its habit is to blurt out a guess, and its reasoning slips. Phase 1 teaches arithmetic, phase 2
@@ -27,10 +28,10 @@ MIXTURE = (                        # until this share of the steps: weights of g
     (1.00, (0.75, 0.17, 0.08)))    # phase 2
 
 
-def main(folder=Path(__file__).resolve().parent, family="llama"):
+def main(folder=Path(__file__).resolve().parent, family="llama", width="128"):
     torch.manual_seed(0)
-    rng, tokenizer = random.Random(0), make_tokenizer()
-    model = make_model(family, tokenizer)
+    rng, tokenizer, width = random.Random(0), make_tokenizer(), int(width)
+    model = make_model(family, tokenizer, width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     bar = tqdm(range(STEPS))
     for step in bar:
@@ -41,7 +42,7 @@ def main(folder=Path(__file__).resolve().parent, family="llama"):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step) * 128 / width
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -50,12 +51,13 @@ def main(folder=Path(__file__).resolve().parent, family="llama"):
     (Path(folder) / "generation_config.json").unlink(missing_ok=True)
 
 
-def make_model(family, tokenizer):
+def make_model(family, tokenizer, width):
     """A model of a family that transformers knows, with random weights."""
     # Not qwen2: transformers imposes that family's own tokenizer class on every folder with a qwen2 config.
     config = CONFIG_MAPPING[family](
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
+        num_attention_heads=width // 32, num_key_value_heads=width // 64, head_dim=32,
+        max_position_embeddings=512,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None)
     return AutoModelForCausalLM.from_config(config)
 

@@ -1,0 +1,199 @@
+"""Figures behind the five questions of experiments/README.md: equal compute, size, stability, demonstrations.
+
+claims.py has the paper's own claims, the rule (`verdict`), and the report that these rows go into.
+"""
+import numpy as np
+
+from paper.pictures import new_figure, save_figure
+from runs import BUDGETS, LARGER, RL_STEPS, RUNS, SFT_STEPS, SLIPS, STABLE_RATES, STAGES, STEPS, VARIANTS
+
+SPLITS = [f"sft {steps}>grpo" for steps in STAGES]
+STABLE = 0.8            # of its best accuracy on held-out problems over all rates: less is broken
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Accuracy at a budget of compute.
+
+def budget(results):
+    """TFLOP of SRFT's 40 steps, the mean over seeds; None while no such run is known."""
+    spent = []
+    for rows in results.each("srft long", lambda rows: rows).values():
+        spent += [row["tflop"] for row in rows if row["step"] == STEPS]
+    return float(np.mean(spent)) if spent else None
+
+
+def course(results, name, seed, percent):
+    """[(TFLOP, percent)] of a run's evaluations, and of those of the run that it starts from, before them."""
+    rows, found, before = results.rows[name, seed], [], 0.0
+    start = RUNS[name].start
+    if start:
+        found = course(results, start, seed, percent)
+        before = results.rows[start, seed][-1]["tflop"]
+    for row in rows:
+        if "eval/heldout" in row:
+            found.append((before + row["tflop"], percent(row)))
+    return found
+
+
+def at_budget(results, name, tflop, percent):
+    """{seed: percent at so much compute}, on a line between the evaluations before and after it."""
+    found = {}
+    for run, seed in results.rows:
+        start = RUNS[name].start
+        if run == name and (not start or (start, seed) in results.rows):
+            spent, values = zip(*course(results, name, seed, percent))
+            if spent[-1] >= 0.97 * tflop:                            # else it has ended before
+                found[seed] = float(np.interp(tflop, spent, values))
+    return found
+
+
+def rivals(times):
+    """Label -> the runs that it stands for at so many budgets, of which the best counts."""
+    steps = times * RL_STEPS // 2
+    return {"SFT+RL": ["sft+rl long"], "SFT->RL": SPLITS, "RL->SFT": [f"grpo {steps}>sft"],
+            "RL": ["grpo long"], "SFT": [f"sft {times * SFT_STEPS}"], "LUFFY": ["luffy long"]}
+
+
+def equal_compute(results, percent):
+    """{(times, label): (run, {seed: percent})} of SRFT and its rivals; of several runs, the best."""
+    unit, found = budget(results), {}
+    if unit is None:
+        return found
+    for times in BUDGETS:
+        for label, names in {"SRFT": ["srft long"], **rivals(times)}.items():
+            known = {}
+            for name in names:
+                values = at_budget(results, name, times * unit, percent)
+                if values:
+                    known[name] = values
+            if known:
+                best = max(known, key=lambda name: np.mean(list(known[name].values())))
+                found[times, label] = best, known[best]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rates up to where a run breaks.
+
+def stability(results, updates):
+    """{variant: {rate: [rows of each seed, whose last are those of the end]}}"""
+    found = {}
+    for label in VARIANTS:
+        for rate in STABLE_RATES:
+            rows = list(results.each(f"{label}, {updates} x {rate:g}", lambda rows: rows).values())
+            if rows:
+                found.setdefault(label, {})[rate] = rows
+    return found
+
+
+def heldout(rows):
+    """Percent at the end, 0 for a run that died before."""
+    return 100 * rows[-1].get("eval/heldout", 0.0) if rows[-1]["step"] == STEPS else 0.0
+
+
+def highest_stable(of_rate):
+    """The highest rate, from the best one on, up to which no seed is broken (see STABLE)."""
+    means = {rate: np.mean([heldout(rows) for rows in seeds]) for rate, seeds in of_rate.items()}
+    found = max(means, key=means.get)
+    for rate in sorted(of_rate):
+        if rate > found and min(heldout(rows) for rows in of_rate[rate]) < STABLE * max(means.values()):
+            break
+        found = max(found, rate)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The claims, fixed before the runs.
+
+def ask_all(results, percent, ask):
+    """ask(text, {seed: value} of a, {seed: value} of b): is a greater than b?"""
+    found = equal_compute(results, percent)
+    for (times, label), (name, values) in found.items():
+        if label != "SRFT" and (times, "SRFT") in found:
+            best = f", the best of {len(SPLITS)}: {name}" if label == "SFT->RL" else ""
+            ask(f"with {times} x the compute of {STEPS} steps of SRFT, SRFT beats {label}{best}",
+                found[times, "SRFT"][1], values)
+    for name in LARGER:
+        if RUNS[name].method == "grpo" or name.startswith("sft+rl"):
+            ask(f"with 3.1M parameters, SRFT beats {name.removesuffix(' 256').replace(' 256>', '>')}",
+                results.final("srft 256"), results.final(name))
+    ask("with 3.1M parameters, w_RL = 1 is ahead of 0.1 exp(H)", results.final("srft-w_rl-1 256"),
+        results.final("srft 256"))
+    for share in SLIPS:
+        wrong = f"{share} % wrong"
+        for name in (f"luffy {wrong}", f"sft 160 {wrong}>grpo"):
+            ask(f"{share} % of the demonstrations wrong: SRFT beats {name.replace(f' {wrong}', '')}",
+                results.final(f"srft {wrong}"), results.final(name))
+        if share:
+            ask(f"{share} % of the demonstrations wrong: not to imitate them (Eq. 8) helps SRFT",
+                results.final(f"srft {wrong}, not imitated"), results.final(f"srft {wrong}"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures: {file: panels}, a panel being (title, name of x, {label: [(x, values of the seeds)]}).
+
+def pictures(results, percent):
+    found = {"equal_compute": compute_panels(results), "stability": stability_panels(results),
+             "quality": quality_panels(results)}
+    known = {name: [panel for panel in panels if panel[-1]] for name, panels in found.items()}
+    return {name: panels for name, panels in known.items() if panels}
+
+
+def compute_panels(results):
+    panels = []
+    for split, title in (("heldout", "held-out problems"), ("long", "longer problems")):
+        lines = {}
+        of_split = equal_compute(results, lambda row: 100 * row[f"eval/{split}"])
+        for (times, label), (_, values) in of_split.items():
+            lines.setdefault(label, []).append((times, list(values.values())))
+        panels.append((f"accuracy on {title}, percent", f"compute, in {STEPS} steps of SRFT", lines))
+    return panels
+
+
+def stability_panels(results):
+    measures = {"accuracy on held-out problems, percent": heldout,
+                "entropy of rollouts, nats, at the end": lambda rows: rows[-1].get("entropy/rollout", np.nan),
+                "gradient norm, the largest": lambda rows: max(row.get("grad_norm", 0.0) for row in rows)}
+    panels = []
+    for updates in (1, 2):
+        found = stability(results, updates)
+        for title, measure in measures.items():
+            lines = {}
+            for label, of_rate in found.items():
+                lines[label] = [(rate, [measure(rows) for rows in seeds]) for rate, seeds in of_rate.items()]
+            panels.append((f"{title}; {updates} update{'s' * (updates > 1)} a step", "learning rate", lines))
+    return panels
+
+
+def quality_panels(results):
+    named = {"SRFT": "srft {} % wrong", "SRFT, wrong ones not imitated": "srft {} % wrong, not imitated",
+             "LUFFY": "luffy {} % wrong", "SFT->RL": "sft 160 {} % wrong>grpo"}
+    panels = []
+    for split, title in (("heldout", "held-out problems"), ("long", "longer problems")):
+        lines = {}
+        for label, name in named.items():
+            points = [(share, list(results.final(name.format(share), split).values())) for share in SLIPS]
+            points = [point for point in points if point[1]]
+            if points:
+                lines[label] = points
+        panels.append((f"accuracy on {title}, percent", "wrong demonstrations, percent", lines))
+    return panels
+
+
+def draw(file, panels, interval):
+    """A PNG: means over seeds, with the half widths of `interval` as bars."""
+    columns = 2 if len(panels) == 2 else 3
+    figure = new_figure(5 * columns, 4 * -(-len(panels) // columns))
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for axis, (title, x, lines) in zip(axes, panels):
+        axis.set(title=title, xlabel=x)
+        if "percent" not in x:
+            axis.set_xscale("log", base=2)
+        if "gradient" in title:
+            axis.set_yscale("log")
+        for label, points in lines.items():
+            found = [interval(values) for _, values in points]
+            axis.errorbar([x for x, _ in points], [mean for mean, *_ in found],
+                          [half or 0.0 for _, half, _ in found], label=label, marker="o", capsize=3)
+    figure.axes[0].legend(fontsize="small")
+    save_figure(figure, file)
