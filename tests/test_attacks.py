@@ -64,7 +64,7 @@ def texts_of(payload):
         yield payload.format(code=code, octal=octal(code))
 
 
-@pytest.mark.parametrize("kind", ["oat", "math-verify"])
+@pytest.mark.parametrize("kind", [pytest.param("oat", marks=pytest.mark.slow), "math-verify"])
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_text_of_a_response_or_of_a_reference_runs_as_code(grader, payload, kind):
     responses, answers = [], []

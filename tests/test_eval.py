@@ -7,7 +7,6 @@ import fcntl
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -29,18 +28,18 @@ import torch
 import torch.distributed as dist
 
 import eval as E
+import preloaded
 from config import TINY
 from conftest import ENV, ROOT, free_port, metrics, run, start
 from data import Example, Prompt, load_examples
 from paper import tables as scores
 from paper.benchmarks import BENCHMARKS, Problem
 from reward import Grader, Verdict
-from rollout import Rollout, check_environment
+from rollout import Rollout
 from support import collectives
 from test_resume import hold
 
 PAPER = ROOT.parent / "shared" / "paper" / "srft-paper.md"
-FORK = multiprocessing.get_context("fork")                      # for a process without seconds of imports
 BOTH = ["oat", "math-verify"]
 ROW = {"benchmark", "id", "sample", "prompt", "answer", "response", "tokens", "finished", "verdicts", "nll"}
 
@@ -201,7 +200,7 @@ def test_processes_that_append_at_the_same_time_lose_and_tear_nothing(tmp_path):
     path = tmp_path / "results.jsonl"
     with path.open("ab") as file:                               # all wait for the one that holds the lock
         fcntl.lockf(file, fcntl.LOCK_EX)
-        writers = [FORK.Process(target=append_many, args=(path, w)) for w in range(2)]
+        writers = [preloaded.context.Process(target=append_many, args=(path, w)) for w in range(2)]
         for writer in writers:
             writer.start()
         time.sleep(0.2)
@@ -758,22 +757,11 @@ def test_a_plain_folder_is_loaded_itself_with_the_papers_template(tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 # The command line.
 
-@pytest.fixture
-def fails(monkeypatch, capfd):
-    """Leave eval.py's main with these flags, in a process of its own; returns the one line that it says."""
-    check_environment(torch.device("cpu"))               # imports vLLM's platform, here and not in each fork
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")                   # or they warn of the fork
-
-    def call(*flags):
-        process = FORK.Process(target=E.main, args=(list(map(str, flags)),))
-        process.start()
-        process.join(60)
-        process.kill()
-        said = capfd.readouterr().err
-        assert process.exitcode in (1, 2) and re.fullmatch(r"eval\.py.*\n", said), (process.exitcode, said)
-        return said
-    return call
+def fails(*flags):
+    """Run eval.py with these flags; returns the one line by which it ends."""
+    *before, last = run(["eval.py", *flags], ok=False).splitlines()
+    assert last.startswith("eval.py") and not any(re.match("eval.py|Traceback", line) for line in before)
+    return last
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -800,12 +788,12 @@ def fails(monkeypatch, capfd):
     *(pytest.param(["--benchmarks", "no/such.jsonl", flag, value], flag) for flag, value in
       (("--top_p", "2"), ("--grader_workers", "-1"), ("--grader_deadline", "0"), ("--seed", "-1"))),
 ])
-def test_a_mistake_is_answered_by_one_line_before_anything_is_loaded_or_written(flags, says, fails, tmp_path):
+def test_a_mistake_is_answered_by_one_line_before_anything_is_loaded_or_written(flags, says, tmp_path):
     assert says in fails("--model", TINY, "--device", "cpu", "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_a_model_is_one_line_too(fails, tmp_path):
+def test_a_folder_without_a_model_is_one_line_too(tmp_path):
     assert str(tmp_path) in fails("--model", tmp_path, "--device", "cpu")
 
 

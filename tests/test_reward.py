@@ -205,6 +205,7 @@ def test_a_response_cut_at_its_token_limit_earns_nothing_unless_it_is_to_be_grad
         assert reasons(lenient.grade(responses, ["5"] * 4, finished)) == ["ok", "ok", "wrong", "unclosed"]
 
 
+@pytest.mark.slow
 def test_the_kind_is_that_of_the_grader_unless_the_call_asks_for_another(grader):
     response, answer = boxed(r"\text{C) 204}"), "C"         # the OAT-Grader denies it
     assert [rewards(grader.grade([response], [answer], kind=kind)) for kind in KINDS] == [[1.0], [0.0], [1.0]]
@@ -741,6 +742,7 @@ def test_workers_and_their_children_die_with_a_killed_parent_even_in_the_middle_
     assert all(gone(pid, 2.0) for pid in pids)
 
 
+@pytest.mark.slow
 def test_close_ends_every_process():
     grader = Grader(workers=2)
     grader.grade(["1"] * 9, ["1"] * 9)

@@ -5,7 +5,6 @@ test_distributed.py.
 """
 import itertools
 import json
-import multiprocessing
 import random
 import shutil
 import sys
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
+import preloaded
 import rollout
 from config import TINY
 from conftest import metrics, run
@@ -222,9 +222,9 @@ def make_folders(cache, barrier, queue):
 
 def test_whoever_writes_an_engines_folder_at_the_same_time_all_end_with_one_whole_folder_for_each_config(
         tmp_path):
-    fork = multiprocessing.get_context("fork")
-    barrier, queue = fork.Barrier(4), fork.SimpleQueue()
-    children = [fork.Process(target=make_folders, args=(tmp_path, barrier, queue)) for _ in range(4)]
+    context = preloaded.context
+    barrier, queue = context.Barrier(4), context.SimpleQueue()
+    children = [context.Process(target=make_folders, args=(tmp_path, barrier, queue)) for _ in range(4)]
     for child in children:
         child.start()
     made, *others = [queue.get() for _ in children]
