@@ -84,8 +84,10 @@ class Bench:
     def lr(self, name):
         """The best rate of those tried, 0 before; a tie goes to the smaller one."""
         given = RUNS[name].lr
-        if self.quick or isinstance(given, float):
-            return given or 3e-4
+        if isinstance(given, float):
+            return given
+        if self.quick:
+            return 3e-4
         scores, tuned = self.scores(), given or name
         tried = {}                          # rate -> accuracy; max() takes the first of those with the most
         for lr in RATES:
