@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 STEPS, STAGE = 40, 28              # of every paradigm; of SFT in sequences: 70 %, as 350 of the paper's 500
 REST = STEPS - STAGE
 # Learning rates to try, and one more where the best is at an edge; or another run's best, its half and its
-# double, and again from there.
+# double, and so on where the best is at an edge.
 GRID, BEYOND = (1e-4, 3e-4, 1e-3, 3e-3), (3e-5, 1e-2)
-RATES = sorted({rate * factor for rate in (*GRID, *BEYOND) for factor in (0.25, 0.5, 1, 2, 4)})
+RATES = sorted({rate * 2.0**n for rate in (*GRID, *BEYOND) for n in range(-6, 7)})
 TUNING_SEED = 100
 
 

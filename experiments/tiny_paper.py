@@ -287,12 +287,10 @@ def tune(bench, pool, wanted):
         score_missing({name: GRID for name in own})
         score_missing({name: beyond(bench.lr(name)) for name in own})
         for links in (1, 2):
-            near = {}
-            for name in stage:
-                if links_from_the_grid(name) == links:
-                    best = bench.lr(RUNS[name].near)
-                    near[name] = (best / 2, best, best * 2)
-            score_missing(near)
+            linked = [name for name in stage if links_from_the_grid(name) == links]
+            score_missing({name: around(bench.lr(RUNS[name].near)) for name in linked})
+            for _ in range(2):                          # one further, while the best is at an edge
+                score_missing({name: around(bench.lr(name)) for name in linked})
 
 
 def to_tune(wanted):
@@ -306,6 +304,11 @@ def to_tune(wanted):
             if other in RUNS and other not in names:
                 names.append(other)
     return list(found)
+
+
+def around(best):
+    """Half of a rate, itself, and its double."""
+    return best / 2, best, best * 2
 
 
 def links_from_the_grid(name):
