@@ -422,7 +422,7 @@ def ours(results):
             rows.append((text, f"{shown(found)} points, {of(n)}", verdict(mean, half)))
 
     questions.ask_all(results, percent, ask)
-    return rows
+    return rows + questions.stable_rates(results)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ TUNING_SEED = 100
 class Run:
     """One run of srft.py. start: the run whose hf/ it starts from; lr: the run whose tuned rate it takes, or
     a rate; near: the run about whose tuned rate its own is looked for; every: steps between evaluations, 0:
-    at its start and end alone; seeds: how many.
+    at its start and end alone; seeds: how many at most.
 
     Its repr() stands in each result: that counts as long as this is the run's definition.
     """
@@ -29,7 +29,7 @@ class Run:
     lr: str | float = ""
     near: str = ""
     every: int = 0
-    seeds: int = field(default=5, repr=False)
+    seeds: int = field(default=10, repr=False)
 
 
 def sequence(first, second, switch):

@@ -1,6 +1,6 @@
 """The paper's tables and figures on the tiny task: every paradigm, the same number of steps, several seeds.
 
-    python experiments/tiny_paper.py                 # everything, about 5 hours on 2 cores; may be stopped
+    python experiments/tiny_paper.py                 # everything; may be stopped
     python experiments/tiny_paper.py --quick         # Tables 1-3, figures in 5 minutes: 2 steps, no meaning
     python experiments/tiny_paper.py --only table1   # a part and what it needs (see --help); may repeat
     python experiments/tiny_paper.py --report        # no runs: tables, figures, claims from what is there

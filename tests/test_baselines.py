@@ -220,6 +220,8 @@ def test_a_method_brings_the_papers_flags_which_presets_and_flags_override():
     (["--method", "sft", "--warmup", "1"], "--warmup"),
     (["--warmup", "0.2"], "--warmup needs --lr_schedule linear"),
     (["--reference", "tiny"], "--reference needs --kl_coef"),
+    (["--terms", "sft_demo,rl"], "--terms sft_demo,rl: separate by commas some of sft_demo, rl_demo, rl_pos"),
+    (["--method", "grpo", "--terms", "rl_pos"], "--terms has no part in --method grpo"),
 ])
 def test_a_flag_that_a_method_does_not_heed_is_refused(flags, says):
     with pytest.raises(ValueError, match=says):

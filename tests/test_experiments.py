@@ -276,6 +276,11 @@ def test_the_highest_stable_rate_is_counted_from_the_best_one_on():
 
     rates = {5e-4: runs(0.2, 0.3), 1e-3: runs(0.8, 0.8), 2e-3: runs(0.7, 0.8), 4e-3: runs(0.9, 0.1)}
     assert Q.highest_stable(rates) == 2e-3
+    known = {}
+    for rate, seeds in rates.items():
+        for seed, rows in enumerate(seeds):
+            known[f"SRFT, 2 x {rate:g}", seed] = rows
+    assert Q.stable_rates(made_up(known)) == [("SRFT, 2 updates a step: the highest stable rate", "0.002", "")]
     assert Q.highest_stable(rates | {4e-3: runs(0.7, 0.7), 8e-3: runs(0.1, 0.1)}) == 4e-3
     died = evaluations((0, 0.0, 0.1), (12, 1.0, 0.9))
     assert Q.heldout(died) == 0.0
@@ -294,6 +299,24 @@ def test_pictures_are_drawn_of_what_is_known(tmp_path):
         Q.draw(tmp_path / f"{name}.png", panels, C.interval)
     assert {file.name for file in tmp_path.iterdir()} == {"equal_compute.png", "stability.png", "quality.png"}
     assert Q.pictures(made_up({}), C.percent) == {}
+
+
+def test_a_run_that_dies_is_a_result_where_that_is_asked_and_an_error_elsewhere(bench, monkeypatch):
+    def train(name, seed, lr, evaluation, folder):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "grad_norm": 9.0}) + "\n")
+        config = vars(Config(model=TINY)) | {"git_commit": None, "machine": "this"}
+        (folder / "config.json").write_text(json.dumps(config))
+        raise RuntimeError("srft.py failed; the end of its log:\nthe policy is dead")
+
+    monkeypatch.setattr(bench, "train", train)
+    name = "SRFT, 1 x 0.016"
+    P.one(bench, name, 0, "", R.STABILITY)
+    assert bench.done(name, 0) and bench.records.facts[name, 0]["died"] == "the policy is dead"
+    assert bench.records.rows[name, 0][-1]["step"] == 7
+    bench.tuning.write_text(json.dumps({"srft 0.001": 0.5}))
+    with pytest.raises(RuntimeError, match="the policy is dead"):
+        P.one(bench, "srft 0 % wrong", 0, "", R.QUALITY)
 
 
 def write_accuracy(folder, accuracy):
