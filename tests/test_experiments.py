@@ -280,7 +280,8 @@ def test_the_highest_stable_rate_is_counted_from_the_best_one_on():
     for rate, seeds in rates.items():
         for seed, rows in enumerate(seeds):
             known[f"SRFT, 2 x {rate:g}", seed] = rows
-    assert Q.stable_rates(made_up(known)) == [("SRFT, 2 updates a step: the highest stable rate", "0.002", "")]
+    assert Q.stable_rates(made_up(known)) == [
+        ("SRFT, 2 updates a step: the highest stable rate", "0.002", "")]
     assert Q.highest_stable(rates | {4e-3: runs(0.7, 0.7), 8e-3: runs(0.1, 0.1)}) == 4e-3
     died = evaluations((0, 0.0, 0.1), (12, 1.0, 0.9))
     assert Q.heldout(died) == 0.0
