@@ -96,7 +96,7 @@ def load_examples(path, skip_bad_rows=False, inventory=None, split="train"):
     """Read a parquet or JSONL file, or such files of a directory (sorted), into Examples.
 
     Of a directory with several splits one is read: "train", or "validation" (see readers.of_one_split). Also
-    takes the names "tiny:train", "tiny:heldout", "tiny:long" and "tiny:valid" of the built-in task. What is
+    takes the names tiny:train, tiny:heldout, tiny:long, tiny:valid and tiny:few of the built-in task. What is
     found is counted in `inventory`, an Inventory. Raises FileNotFoundError, or ValueError naming the file and
     row of the first bad row and what was expected there; with `skip_bad_rows` such rows are counted instead.
     At least one example must remain.

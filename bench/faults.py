@@ -32,14 +32,14 @@ import psutil  # which vLLM brings
 
 from support.checkpoint import newest_checkpoint
 from support.intervals import number_in
-from tiny.task import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
 RUN = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--local_addr=127.0.0.1",
        "--nproc_per_node=2", "srft.py", "--preset", "tiny", "--device", "cpu", "--resume", "--steps", "24",
        "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", str(SAVE_EVERY), "--eval_every", "8",
-       "--engine_sequences", "64", "--grader_workers", "1", "--hang_minutes", "0.5"]
+       "--data", "tiny:few", "--eval_data", "tiny:few", "--engine_sequences", "64", "--grader_workers", "1",
+       "--hang_minutes", "0.5"]
 PATIENCE_S, GRACE_S = 750, 15     # a rank that is stopped before it has joined is missed after 10 minutes
 
 
@@ -216,9 +216,6 @@ def main():
     shutil.rmtree(args.out, ignore_errors=True)
     disk = Path(args.out).resolve() / "disk"
     disk.mkdir(parents=True)
-    few = disk.parent / "few.jsonl"                      # each start checks all of their reference answers
-    few.write_text("".join(json.dumps(row) + "\n" for row in rows("train")[:32]), encoding="utf-8")
-    RUN.extend(["--data", str(few), "--eval_data", str(few)])
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], capture_output=True)
     try:
         with (disk.parent / "log").open("w", encoding="utf-8") as log:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import preloaded
-from tiny.task import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 # The program must not need a hub, a GPU, or more than one thread a process.
@@ -62,10 +61,8 @@ def run(args, ranks=1, per_node=None, timeout=240, ok=True):
     return outputs[0]
 
 
-# A whole run in seconds: 4 prompts x 4 rollouts, of few examples (a run first checks all reference answers).
-FEW = str(Path(LOGS.name) / "few.jsonl")
-Path(FEW).write_text("".join(json.dumps(row) + "\n" for row in rows("train")[:32]))
-SMALL = ["srft.py", "--preset", "tiny", "--device", "cpu", "--data", FEW, "--eval_data", "",
+# A whole run in seconds: 4 prompts x 4 rollouts.
+SMALL = ["srft.py", "--preset", "tiny", "--device", "cpu", "--data", "tiny:few", "--eval_data", "",
          "--prompts_per_step", "4", "--n_rollouts", "4", "--save_every", "2", "--engine_sequences", "32",
          "--grader_workers", "1", "--track", "none"]
 
