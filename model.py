@@ -3,7 +3,7 @@ and entropies.
 
     config = load_config(folder, rope_theta=40_000, window=16_384)                 # App. B
     policy = load_policy(folder, config, mesh, device)       # each rank reads its shards of the safetensors
-    for sequences in pack(all_sequences, token_budget=16_384):
+    for sequences in pack(all_sequences, token_budget=9216):
         logp, entropy, _ = policy(collate(sequences, device))       # (B,T) nats; entropy has no gradient
     engine.sync_weights(full_parameters(policy, torch.bfloat16), version)
     export_hf(folder, policy, tokenizer, torch.bfloat16)
@@ -44,7 +44,7 @@ from support.weights import WeightsReader
 
 # ----------------------------------------------------------------------------------------------------------
 # Packing. A step's 128 prompts x (8 rollouts + 1 demonstration) are 1,152 sequences of up to 1,024 + 8,192
-# tokens, many far shorter. No padding: they lie end to end in one row of N tokens, up to 16,384, which is a
+# tokens, many far shorter. No padding: they lie end to end in one row of N tokens, up to 9,216, which is a
 # micro-batch, and attention looks no further back than the start of its own sequence.
 
 @dataclass
@@ -397,8 +397,8 @@ def build_policy(config, mesh, device, recompute=None, bf16=None, offload=False)
     if recompute is None:
         recompute = len(blocks)
     if recompute:
-        # At 7B, a block's input of 16,384 x 3,584 bf16 numbers is 117 MB, those of 28 blocks 3.3 GB; all that
-        # backward needs of one block is 3.7 GB. The price is a second forward. Nothing in a block is random,
+        # At 7B, a block's input of 9,216 x 3,584 bf16 numbers is 66 MB, those of 28 blocks 1.8 GB; all that
+        # backward needs of one block is 2.1 GB. The price is a second forward. Nothing in a block is random,
         # so no generator's state need be saved. The first blocks, as backward comes to them last: when one of
         # them is run again, what the others had kept is free.
         lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

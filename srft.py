@@ -66,6 +66,7 @@ from support.collectives import agreed, all_or_none, anyone, of_all_ranks
 from support.device import memory_gb, name_the_card, read_once, utilization
 from support.disk import words_if_full
 from support.flags import whose_flags
+from support.gradients import clip_gradients
 from support.health import Health, check_engine
 from support.hub import COMMITS, fetch
 from support.inventory import Inventory
@@ -271,8 +272,7 @@ def update_policy(policy, optimizer, objective, sequences, micro_batches, extras
     if measure_terms:
         norms = objective.term_gradient_norms(add_gradients, policy, n_demo, n_rollout)
     tally = add_gradients(objective)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-    norm = norm.full_tensor().item()       # of the shards of all ranks
+    norm = clip_gradients(policy.parameters(), cfg.grad_clip).item()
     if math.isfinite(norm):                # else the update is skipped: AdamW's moments would never forget it
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -496,7 +496,7 @@ def train(cfg, run):
         sequences = with_advantages(answered.sequences, cfg)
         shares, failed = divide(cfg, run.prompts, indices, sequences, progress.failed)
 
-        # 4. Pack into micro-batches of at most 16,384 tokens, without padding, and deal them to the ranks.
+        # 4. Pack into micro-batches of at most 9,216 tokens, without padding, and deal them to the ranks.
         #    1,152 sequences of 256 + 2,000 tokens are 2.6 million: 21 micro-batches for each of 8 ranks.
         micro_batches, extras = deal(cfg, run, objective, shares)
 

@@ -1,6 +1,6 @@
 """The CUDA path on one GPU: does each piece of it work, is it right, what does it cost?
 
-    python bench/gpu.py --out DIR                     # all parts; at most 14 minutes, 8 expected on an H100
+    python bench/gpu.py --out DIR                     # all parts; at most 20 minutes, 12 on an H100
     python bench/gpu.py kernels trainer --out DIR     # these alone; the first four need no vLLM
     python bench/gpu.py table --out DIR               # gpu.md anew, from JSON files gathered in DIR
 
@@ -12,6 +12,7 @@
   engine      start, log-probs beside the trainer's, twice sleep, update, sync and the same tokens again
   warm        start once more, in another process: what the compile cache saves
   decode      tokens a second
+  one-gpu     two steps of srft.py --preset one_gpu, on random weights of its 1.5B model's shape
 
 No hub and no weights on disk: random weights in the widths of Qwen2.5-7B, 4 layers deep, and in the shape
 of Qwen2.5-0.5B, whose head is tied; end-to-end trains tiny/. With --device cpu the same parts run on small
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,10 +54,11 @@ PARTS = {
     "trainer": Part(90, ("trained",)),
     "mfu": Part(60, ("mfu",)),
     "offload": Part(90, ("offload",)),
-    "end-to-end": Part(180, ("end_to_end",)),
+    "end-to-end": Part(240, ("end_to_end",)),
     "engine": Part(210, ("wide_engine", "tied_engine"), vllm=True),
     "warm": Part(60, ("warm",), vllm=True),
-    "decode": Part(60, ("decode",), vllm=True)}
+    "decode": Part(60, ("decode",), vllm=True),
+    "one-gpu": Part(300, ("one_gpu",))}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -175,8 +177,9 @@ def supervise(folder, names, start, patience=1):
             working, ahead = ahead, None
             print(f"\n{name} ({task}): at most {left[name]:.0f} s", flush=True)
             began = time.monotonic()
-            working.stdin.write("go\n")
-            working.stdin.flush()
+            with suppress(BrokenPipeError):                            # it has ended; wait says how
+                working.stdin.write("go\n")
+                working.stdin.flush()
             if i + 1 < len(queue):
                 ahead = start(*queue[i + 1])
             error = wait(working, left[name])
@@ -196,18 +199,18 @@ def wait(process, seconds):
         code = process.wait(timeout=max(0, seconds))
     except subprocess.TimeoutExpired:
         end(process)
+        time.sleep(5)                          # a GPU takes seconds to free the memory of what was killed
         return f"stopped after {max(0, seconds):.0f} s"
     return f"ended with exit code {code}" if code else None
 
 
 def end(process):
     """End it and all that it has started, whatever they are doing."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
-    process.stdin.close()
+    with suppress(BrokenPipeError):                                    # "go" may still wait in its buffer
+        process.stdin.close()
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import common
 
@@ -37,6 +37,7 @@ from tiny.task import make_tokenizer
 class Sizes:
     wide: dict                    # what differs from the config of the paper's 7B model
     tied: dict
+    preset: dict                  # config of --preset one_gpu's model, as a Llama
     lengths: tuple                # attention: tokens of each sequence of the pack
     head: tuple                   # (N, chunk): the chunk does not divide N
     seeds: int                    # packs of random sequences
@@ -51,13 +52,17 @@ GPU = Sizes(
     wide=dict(num_hidden_layers=4),
     tied=dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
               num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-    lengths=(1, 7, 300, 8192), head=(300, 128), seeds=20, batch=dict(), mfu=(8192, 16384), prompts=(16, 4),
-    tokens=512, decode=(128, 256))
+    preset=dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                num_key_value_heads=2, vocab_size=151936),
+    lengths=(1, 7, 300, 8192), head=(300, 128), seeds=20, batch=dict(micro_batch_tokens=16384),
+    mfu=(8192, 16384), prompts=(16, 4), tokens=512, decode=(128, 256))
 CPU = Sizes(
     wide=dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, vocab_size=515),
     tied=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
               num_key_value_heads=1, vocab_size=259, tie_word_embeddings=True),
+    preset=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, vocab_size=259),
     lengths=(1, 7, 30, 64), head=(30, 8), seeds=2,
     batch=dict(max_prompt_tokens=16, max_response_tokens=48, micro_batch_tokens=128), mfu=(128, 256),
     prompts=(2, 2), tokens=16, decode=(2, 4))
@@ -626,11 +631,43 @@ def end_to_end(report, device):
                        seconds=seconds)
 
 
+def one_gpu(report, device):
+    """--preset one_gpu on random weights of its model's shape. They never end a response, so all are cut."""
+    tokens, prompts = 2 * sizes(device).tokens, sizes(device).prompts[0]
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(Path(folder), device)
+        out = Path(folder) / "run"
+        seconds = command(report, "srft.py", "--preset", "one_gpu", "--model", folder, "--data", "tiny:train",
+                          "--eval_data", "", "--template", "none", "--steps", "2", "--save_every", "2",
+                          "--prompts_per_step", str(prompts), "--max_prompt_tokens", "48",
+                          "--max_response_tokens", str(tokens), "--window", str(48 + tokens),
+                          "--grader_workers", "1", "--device", device.type, "--out", str(out))
+        last_step(report, "srft.py --preset one_gpu", out / "metrics.jsonl", 2, seconds, device)
+        row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        took = ", ".join(f"{name} {row[f'time/{name}']:.1f}" for name in ("rollout", "train", "sync", "step"))
+        share = f"{row['perf/mfu']:.1%}" if row["perf/mfu"] else "-"
+        report.add(f"its second step, {prompts} prompts x 8 x {tokens:,} tokens", f"{took} s; MFU {share}; "
+                   f"{row['perf/peak_memory_gb']:.1f} GB at most", number=row["time/step"], metrics=row)
+
+
+def random_model(folder, device):
+    """A model of the preset's shape, tied, with tiny/'s tokenizer. A Llama: for a Qwen2, transformers would
+    take that family's own tokenizer."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(**sizes(device).preset, tie_word_embeddings=True, max_position_embeddings=16384,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def command(report, *args):
     """Seconds of `python ARGS`, whose output goes to a log in DIR. RuntimeError with its last words."""
     began = time.monotonic()
     done = subprocess.run([sys.executable, *args], cwd=common.ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
+    report.folder.mkdir(parents=True, exist_ok=True)                   # this may come before the first row
     with (report.folder / f"{args[0]}.log").open("a") as log:
         log.write(done.stdout)
     if done.returncode:

@@ -37,6 +37,8 @@ from support.intervals import number_in, positive
 from support.processes import init_distributed
 
 CARD = 80e9                    # bytes, as the name "80 GB" promises
+# Flags that fit each of the machines below. On 8 cards of 80 GB the defaults are 6 % faster.
+EVERYWHERE = dict(micro_batch_tokens=16_384, recompute="all")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def simulated_traffic(config, cfg, world, per_node=plan.NODE):
 SMALL = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
                     num_key_value_heads=4, vocab_size=4096, tie_word_embeddings=False,
                     max_position_embeddings=2048, use_cache=False)
-SMALL_CFG = dict(max_prompt_tokens=32, max_response_tokens=48, micro_batch_tokens=64)
+SMALL_CFG = dict(max_prompt_tokens=32, max_response_tokens=48, micro_batch_tokens=64, recompute="all")
 
 
 def worker(out):
@@ -307,7 +309,7 @@ def anchors(mfu=None):
     body = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
     counts, rows, results = (body, 2 * 128256 * 4096 + 4096), [], []
     for name, cards, mean, prompt, longest, updates, published in PUBLISHED:
-        cfg = Config(prompts_per_step=64, n_rollouts=32, max_response_tokens=longest - prompt)
+        cfg = Config(prompts_per_step=64, n_rollouts=32, max_response_tokens=longest - prompt, **EVERYWHERE)
         m = Machine(name, cards, **H100 | ({"mfu": mfu} if mfu else {}))
         found = step_time(m, LLAMA_8B, cfg, counts, mean, prompt, 0, updates, forwards=2)
         found["train"] += found["exposed communication"]
@@ -340,7 +342,7 @@ def main():
     p.set_defaults(device="cpu")                       # a simulation, and ranks of this machine's CPU
     args = p.parse_args()
     common.start(args)
-    cfg = Config(model=args.model, engine_sequences=args.engine_sequences)
+    cfg = Config(model=args.model, engine_sequences=args.engine_sequences, **EVERYWHERE)
     config, source = plan.read_config(cfg.model, cfg.rope_theta, cfg.window, keeps_own_rope(cfg))
     check_config(cfg, 64, config.max_position_embeddings)
     results = {"model": source, "measured": compare_measured() if args.measure == "yes" else None}

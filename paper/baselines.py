@@ -29,6 +29,7 @@ from paper.readings import (
     shaped,
     srft_loss,
 )
+from support.gradients import gradient_norm
 
 
 def clipped_surrogate(inputs, clip_eps):
@@ -136,8 +137,7 @@ class Objective:
         norms = {}
         for name in terms:
             backward(partial(self.one_term, name))
-            norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters()])
-            norms[f"grad_norm/{name}"] = norm.full_tensor().item()
+            norms[f"grad_norm/{name}"] = gradient_norm(policy.parameters()).item()
             policy.zero_grad(set_to_none=True)
         return norms
 

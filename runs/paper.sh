@@ -10,12 +10,12 @@
 #
 # Needs:   8 GPUs of 80 GB, `pip install -r requirements.txt`, 300 GB of disk; the hub, and its terms for
 #          GPQA-Diamond accepted there.
-# Takes:   modelled, not measured: on 8 x H100, 19 hours where responses have 2,000 tokens on average, 69
+# Takes:   modelled, not measured: on 8 x H100, 18 hours where responses have 2,000 tokens on average, 63
 #          where all are as long as they may be; docs/benchmarks.md has the assumptions.
 # Writes:  $OUT: metrics.jsonl, samples.jsonl, curves.png, report.html, checkpoints/ (91 GB each, three at a time), hf/,
 #          the trained model, and eval/ with results.jsonl, summary.json and summary.md.
 #
-# Not yet run on a GPU.
+# Not yet run on 8 GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/srft}

@@ -6,7 +6,7 @@
 All that the paper's equations ask of a model: log pi_theta(y_t | x, y_<t) (Eq. 1-13), the entropy H_t of the
 same distribution (the weights of Eq. 8 and 12), and KL(pi_theta || pi_base) (Eq. A1).
 
-The logits of 16,384 packed tokens over Qwen2.5-Math-7B's vocabulary of 152,064 are 10 GB in fp32, and
+The logits of 9,216 packed tokens over Qwen2.5-Math-7B's vocabulary of 152,064 are 5.6 GB in fp32, and
 their softmax is as much again. So both functions go through the tokens in chunks: the forward keeps one or
 two numbers of each token, and the backward computes each chunk's logits a second time.
 

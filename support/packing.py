@@ -1,7 +1,7 @@
 """Packing: sequences of any lengths into micro-batches of at most so many tokens, without padding, and such
 that all ranks finish together.
 
-    packs = pack(sequences, token_budget=16_384, multiple_of=ranks, cost=flops_of_a_sequence)
+    packs = pack(sequences, token_budget=9216, multiple_of=ranks, cost=flops_of_a_sequence)
     mine = packs[rank::ranks]                                  # dealt like cards
 
 To copy: this file. It needs the standard library alone; a sequence is whatever has a length.

@@ -105,6 +105,21 @@ def test_a_part_over_its_limit_is_stopped_with_its_children_and_the_next_goes_on
     assert verdicts(tmp_path, "decode") == {"process of `task`": "-"}
 
 
+def test_a_process_that_dies_before_its_turn_is_a_row_and_the_next_goes_on(tmp_path):
+    def start(name, task):
+        if name == "decode":
+            return worker(f"open('{tmp_path}/ran', 'w')")
+        dead = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE, text=True,
+                                process_group=0)
+        dead.wait()
+        return dead
+
+    parts = {name: gpu.Part(60, ("task",)) for name in ("mfu", "decode")}
+    with mock.patch.object(gpu, "PARTS", parts):
+        assert not gpu.supervise(tmp_path, ["mfu", "decode"], start)
+    assert rows(tmp_path, "mfu")[0]["found"] == "ended with exit code 3" and (tmp_path / "ran").exists()
+
+
 def test_a_process_that_dies_is_a_row_and_fails_the_run(tmp_path):
     assert not supervised(tmp_path, {"mfu": "os._exit(3)", "decode": ""})
     assert rows(tmp_path, "mfu")[0]["found"] == "ended with exit code 3"
@@ -315,7 +330,8 @@ def bench(folder, *parts):
 
 @pytest.mark.slow
 def test_the_plan_says_what_the_measured_peak_is_compared_with():
-    found = plan.simulate(gpu_parts.shape(torch.device("cuda"), "wide"), Config(), world=1)
+    cfg = Config(**gpu_parts.GPU.batch, recompute="all")
+    found = plan.simulate(gpu_parts.shape(torch.device("cuda"), "wide"), cfg, world=1)
     assert found["peak"] == pytest.approx(gpu_parts.PLANNED_PEAK, rel=0.01)
 
 
@@ -334,10 +350,11 @@ def test_the_parts_without_an_engine_run_where_there_is_no_vllm(tmp_path):
 
 @pytest.mark.slow
 def test_the_parts_with_an_engine_run_and_the_same_seeds_give_the_same_tokens_after_each_sync(tmp_path):
-    table = bench(tmp_path, "engine", "warm", "end-to-end", "decode")
+    table = bench(tmp_path, "engine", "warm", "end-to-end", "decode", "one-gpu")
     for name in ("7B widths", "tied"):
         for when in ("again, before any sleep", "after sync 1", "after sync 2"):
             assert f"| {name}: the same seeds {when}" in table
     assert table.count("| 4 of 4 responses equal, log-probs within 0 ") == 6 and "; the first took " in table
     assert "| step 2, reward" in table and "| step 4, reward" in table and "| 16 responses, " in table
     assert "| 4 sequences of 64 + 16 tokens, 2 layers" in table
+    assert "| its second step, 2 prompts x 8 x 32 tokens" in table
