@@ -109,8 +109,8 @@ def test_a_process_that_dies_before_its_turn_is_a_row_and_the_next_goes_on(tmp_p
     def start(name, task):
         if name == "decode":
             return worker(f"open('{tmp_path}/ran', 'w')")
-        dead = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE, text=True,
-                                process_group=0)
+        dead = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE,
+                                text=True, process_group=0)
         dead.wait()
         return dead
 

@@ -67,6 +67,12 @@ def test_a_mistake_is_one_line_and_a_library_keeps_its_traceback(monkeypatch, tm
         json.loads("{")
 
 
+def test_a_full_gpu_comes_with_what_to_do():
+    with pytest.raises(torch.OutOfMemoryError) as full, processes.mistakes_in_one_line("srft.py"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "--recompute" in full.value.__notes__[0] and "--dry_run" in full.value.__notes__[0]
+
+
 NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue"
 
 
