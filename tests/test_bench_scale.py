@@ -94,7 +94,7 @@ def test_drawn_lengths_have_the_mean_asked_for(mean):
 
 
 def step(mean=500, **changes):
-    return steptime.step_time(machine(**changes), qwen(), Config(), SEVEN_B, mean)
+    return steptime.step_time(machine(**changes), qwen(), Config(recompute="all"), SEVEN_B, mean)
 
 
 @pytest.mark.slow

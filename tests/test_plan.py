@@ -115,7 +115,7 @@ def test_the_simulation_leaves_the_process_as_it_was(small):
 def test_tokens_per_step_count_the_demonstration_that_joins_or_replaces():
     cfg = Config()
     assert plan.tokens_per_step(cfg, 8, 9216) == (1152, 1152 * 9216, 144)    # one sequence a micro-batch
-    assert plan.tokens_per_step(cfg, 8, 2048) == (1152, 1152 * 2048, 18)      # eight
+    assert plan.tokens_per_step(cfg, 8, 2048) == (1152, 1152 * 2048, 36)      # four
     cfg.demo_in_group = "replaces"
     assert plan.tokens_per_step(cfg, 8, 9216)[0] == 1024
 
@@ -282,8 +282,7 @@ def test_default_flags_print_the_7b_plan_once_without_network_and_write_nothing(
                "--local_addr=127.0.0.1", "--nproc_per_node=2", ROOT / "srft.py", "--dry_run")
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 90
-    for line in ("parameters  7.62 B", "10,616,832", "28 of 28 blocks recomputed", "on disk     91 GB",
-                 "8 x H100"):
+    for line in ("parameters  7.62 B", "10,616,832", "6 of 28 blocks recomputed", "on disk     91 GB",
+                 "8 x H100", "training    fits 80 GB,", "none of the flags that were searched makes a step"):
         assert done.stdout.count(line) == 1
-    assert done.stdout.count("training    fits 80 GB,") == 2                 # as it is, and as proposed
     assert list(tmp_path.glob("out*")) == []
