@@ -33,6 +33,7 @@ from bench import plan, steptime
 from bench.steptime import A100, GB, H100, Machine, formula, sent, step_time
 from config import Config, check_config, keeps_own_rope
 from rollout import kv_bytes
+from support.gradients import clip_gradients
 from support.intervals import number_in, positive
 from support.processes import init_distributed
 
@@ -65,8 +66,9 @@ class Traffic(TorchDispatchMode):
             kind = next((kind for name, kind in self.KINDS if name in str(func)), str(func))
             n = CollectiveOp.get_process_group(func, args).size()
             tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)]
-            # The larger side is the full tensor: output of an all-gather, input of a reduce-scatter.
-            self.bytes[kind, n] += max(x.numel() * x.element_size() for x in tensors)
+            if n > 1:                                                          # else nothing is moved
+                # The larger side is the full tensor: output of an all-gather, input of a reduce-scatter.
+                self.bytes[kind, n] += max(x.numel() * x.element_size() for x in tensors)
         return out
 
     def __sub__(self, other):
@@ -92,8 +94,7 @@ def step(policy, optimizer, batch, cfg, traffic, micro_batches=3):
         policy(batch, cfg.temperature)[0].sum().backward()
 
     def update():
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-        norm.full_tensor()                                           # a collective: the run reads it, too
+        clip_gradients(policy.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -92,7 +92,7 @@ for owner, attribute, name in (
         (run.grader, "collect", "grade"),
         (srft, "deal", "preparation"),
         (srft, "update_policy", "forward-backward"),
-        (torch.nn.utils, "clip_grad_norm_", "update"),               # within the former, as the next two
+        (srft, "clip_gradients", "update"),                           # within the former, as the next two
         (run.optimizer, "step", "update"),
         (run.optimizer, "zero_grad", "update"),
         (run.engine, "sync_weights", "sync")):

@@ -40,7 +40,7 @@ def formula(B, R, T, w, nodes=1):
                    reduce-scatter  fp32 gradients                                             4 (B + R)
       update       all-gather      bf16, the root, which stays gathered                       2 R
                    all-reduce      with several nodes, each shard across them                 4 (B + R) / w
-                   all-reduce      to clip: one fp32 norm a tensor, a collective each         4 T
+                   all-reduce      to clip: one fp32 norm a tensor                            4 T
       sync         all-gather      bf16, tensor by tensor, within each node                   2 (B + R)
     """
     if w == 1:
