@@ -497,7 +497,7 @@ def train(cfg, run):
         shares, failed = divide(cfg, run.prompts, indices, sequences, progress.failed)
 
         # 4. Pack into micro-batches of at most 9,216 tokens, without padding, and deal them to the ranks.
-        #    1,152 sequences of 256 + 2,000 tokens are 2.6 million: 21 micro-batches for each of 8 ranks.
+        #    1,152 sequences of 256 + 2,000 tokens are 2.6 million: 36 micro-batches for each of 8 ranks.
         micro_batches, extras = deal(cfg, run, objective, shares)
 
         # 5. Forward, loss (Eq. 13) and backward of each micro-batch; then clip, and AdamW.
@@ -670,7 +670,6 @@ def setup(cfg):
     check_start(cfg, ranks, say)
     objective = load_objective(cfg)
     folder, config = load_shape(cfg, ranks, say)
-    recomputed = recomputed_blocks(cfg, config.num_hidden_layers)
     name_the_card(device, say)
     base = fetch(cfg.reference, "model", "--reference") if cfg.reference else folder
     tokenizer = M.load_tokenizer(folder)
@@ -683,6 +682,7 @@ def setup(cfg):
     check_same_run(checkpoint, settings(cfg), identity, SAME_FLAGS, SAME_CONTENT, say)
     ask_for_room(cfg, checkpoint, config, ranks, say)
     phase("load model")
+    recomputed = recomputed_blocks(cfg, config.num_hidden_layers)
     policy = M.load_policy(folder, config, ranks.mesh, device, recomputed, cfg.offload)
     M.check_packing(policy, device, config.vocab_size)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)

@@ -1,6 +1,6 @@
 """The CUDA path on one GPU: does each piece of it work, is it right, what does it cost?
 
-    python bench/gpu.py --out DIR                     # all parts; at most 20 minutes, 12 on an H100
+    python bench/gpu.py --out DIR                     # all parts; at most 20 minutes, 13 expected on an H100
     python bench/gpu.py kernels trainer --out DIR     # these alone; the first four need no vLLM
     python bench/gpu.py table --out DIR               # gpu.md anew, from JSON files gathered in DIR
 
@@ -69,6 +69,7 @@ class Report:
 
     def __init__(self, folder, part, machine=None):
         self.folder, self.part = Path(folder), part
+        self.folder.mkdir(parents=True, exist_ok=True)         # a log may come before the first row
         self.path = self.folder / f"{part}.json"
         known = json.loads(self.path.read_text()) if self.path.exists() else {"machine": None, "rows": []}
         self.rows, self.machine = known["rows"], machine or known["machine"]

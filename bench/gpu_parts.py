@@ -632,7 +632,7 @@ def end_to_end(report, device):
 
 
 def one_gpu(report, device):
-    """--preset one_gpu on random weights of its model's shape. They never end a response, so all are cut."""
+    """--preset one_gpu on random weights of its model's shape. They hardly ever end a response: it is cut."""
     tokens, prompts = 2 * sizes(device).tokens, sizes(device).prompts[0]
     with tempfile.TemporaryDirectory() as folder:
         random_model(Path(folder), device)
@@ -642,8 +642,7 @@ def one_gpu(report, device):
                           "--prompts_per_step", str(prompts), "--max_prompt_tokens", "48",
                           "--max_response_tokens", str(tokens), "--window", str(48 + tokens),
                           "--grader_workers", "1", "--device", device.type, "--out", str(out))
-        last_step(report, "srft.py --preset one_gpu", out / "metrics.jsonl", 2, seconds, device)
-        row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        row = last_step(report, "srft.py --preset one_gpu", out / "metrics.jsonl", 2, seconds, device)
         took = ", ".join(f"{name} {row[f'time/{name}']:.1f}" for name in ("rollout", "train", "sync", "step"))
         share = f"{row['perf/mfu']:.1%}" if row["perf/mfu"] else "-"
         report.add(f"its second step, {prompts} prompts x 8 x {tokens:,} tokens", f"{took} s; MFU {share}; "
@@ -667,7 +666,6 @@ def command(report, *args):
     began = time.monotonic()
     done = subprocess.run([sys.executable, *args], cwd=common.ROOT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
-    report.folder.mkdir(parents=True, exist_ok=True)                   # this may come before the first row
     with (report.folder / f"{args[0]}.log").open("a") as log:
         log.write(done.stdout)
     if done.returncode:
@@ -677,7 +675,7 @@ def command(report, *args):
 
 
 def last_step(report, what, path, step, seconds, device):
-    """The step asked for, finite numbers, an engine that agrees with the trainer."""
+    """The step asked for, finite numbers, an engine that agrees with the trainer. -> its row of metrics."""
     row = json.loads(path.read_text().splitlines()[-1])
     names = ["reward/mean", "grad_norm", "engine/logp_diff_mean", "engine/logp_diff_max"]
     # metrics.jsonl has null for what is not finite; as a float it is nan.
@@ -689,3 +687,4 @@ def last_step(report, what, path, step, seconds, device):
                metrics=row)
     report.below(f"{what}: log p of engine less trainer's, mean size", mean,
                  0.05 if device.type == "cuda" else 1e-3, worst=row["engine/logp_diff_max"])
+    return row

@@ -58,6 +58,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk, entropy_grad):
+        """hidden (N,D), weight (V,D), targets (N,) -> log p of the targets and H, (N,) each."""
         logp = hidden.new_empty(len(hidden), dtype=torch.float32)                                       # (N,)
         log_z = torch.empty_like(logp)
         entropy = torch.empty_like(logp)
@@ -83,6 +84,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
+        """Gradients of a loss with respect to the two, (N,) each -> to hidden (N,D) and weight (V,D)."""
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
@@ -147,6 +149,7 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, chunk):
+        """hidden (N,D) and weight (V,D) of both models -> KL (N,)."""
         kl = hidden.new_empty(len(hidden), dtype=torch.float32)                                         # (N,)
         blocks = hidden.new_empty(2, min(chunk, len(hidden)), len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
@@ -163,6 +166,7 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_kl):
+        """The gradient with respect to the KL, (N,) -> to the policy's hidden (N,D) and weight (V,D)."""
         hidden, weight, ref_hidden, ref_weight, kl = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)                                  # (V, D)

@@ -188,6 +188,10 @@ def report(tmp_path):
     return gpu.Report(tmp_path, "kernels")
 
 
+def test_a_report_has_its_folder_before_its_first_row(tmp_path):
+    assert gpu.Report(tmp_path / "a" / "new one", "kernels").folder.is_dir()
+
+
 def failures(report):
     return [row["what"] for row in report.rows if row["ok"] is False]
 
