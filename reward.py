@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from grading import custom
 from grading.answers import KINDS
@@ -135,6 +135,8 @@ class Grader:
         self._verdicts = []
         self._waiting = deque()         # the numbers of the items that no worker has yet
         self._tried_again = set()       # the numbers of those whose process has died once
+        self._first = {}                # what is graded -> the number of the first item that asked for it
+        self._copies = {}               # the number of a later one that asks for the same -> of that first
         self._left = 0                  # how many items have no verdict yet: waiting, or with a worker
 
         self._pool = []                 # the workers
@@ -209,9 +211,8 @@ class Grader:
         for item, response, is_finished in zip(items, responses, finished):
             reason = self._ruled_out(response, is_finished)
             if reason is None:
-                self._waiting.append(len(self._batch))
-                self._left += 1
                 self._verdicts.append(None)
+                self._queue(len(self._batch), item)
             else:
                 self._verdicts.append(Verdict(0.0, reason, 0.0))
             self._batch.append(item)
@@ -222,6 +223,8 @@ class Grader:
         while self._left:
             self._advance(wait=True)
         verdicts = self._verdicts
+        for number, first in self._copies.items():
+            verdicts[number] = replace(verdicts[first])
         self._forget()
         if not self._closed:
             self._refill()      # replacements start now, in the time until the next call
@@ -264,6 +267,20 @@ class Grader:
                 item["example"] = example
             items.append(item)
         return items
+
+    def _queue(self, number, item):
+        """Have it graded, unless an item of this batch says the same: then that one's verdict will do.
+
+        Late in training, many samples of a prompt are one text. A user's function is asked about each: it
+        may draw at random.
+        """
+        if item["kind"] in KINDS:
+            first = self._first.setdefault((item["kind"], item["response"], item["answer"]), number)
+            if first != number:
+                self._copies[number] = first
+                return
+        self._waiting.append(number)
+        self._left += 1
 
     def _ruled_out(self, response, finished):
         """The reason for a verdict without looking for an answer, or None."""
@@ -309,6 +326,8 @@ class Grader:
         self._verdicts = []
         self._waiting = deque()
         self._tried_again = set()
+        self._first = {}
+        self._copies = {}
         self._left = 0
         for worker in list(self._pool):
             if worker.busy:

@@ -54,6 +54,11 @@ def reasons(verdicts):
     return [v.reason for v in verdicts]
 
 
+def each_its_own(text, n):
+    """n texts that say the same: of equal ones, only the first would be graded."""
+    return [text + " " * i for i in range(n)]
+
+
 def gone(pid, patience_s=5.0):
     """True once the process has ended (a zombie that nobody reaps has)."""
     end = time.monotonic() + patience_s
@@ -72,7 +77,7 @@ def start_in_time(grader):
     """Waits for both workers; returns the seconds. Skips where others use the CPUs: no bound holds there."""
     start = time.monotonic()
     while not all(worker.ready for worker in grader._pool):
-        grader.grade(["1"] * 2, ["1"] * 2)
+        grader.grade(each_its_own("1", 2), ["1"] * 2)
     if (took := time.monotonic() - start) > 4:
         pytest.skip(f"others load this machine: its workers start in {took:.1f} s, not in 1.5 s")
 
@@ -559,7 +564,7 @@ def test_the_time_bound_holds_when_every_response_must_be_killed():
     with Grader(workers=2, deadline_s=1.0) as grader:           # Math-Verify's own 1 s comes too late
         start_in_time(grader)
         pool, start = list(grader._pool), time.monotonic()
-        verdicts = grader.grade([SLOW] * 8, ["5"] * 8)
+        verdicts = grader.grade(each_its_own(SLOW, 8), ["5"] * 8)
         assert time.monotonic() - start < 1.0 * 8 / 2 + 2
         assert reasons(verdicts) == ["timeout"] * 8
         assert grader._pool == pool                             # none is started again
@@ -587,12 +592,28 @@ def test_submitted_responses_are_graded_while_other_work_goes_on_and_collected_i
         assert reasons(grader.grade([boxed("1"), boxed("2")], ["1", "1"])) == ["ok", "wrong"]
 
 
+def test_equal_responses_are_graded_once_a_batch_and_what_tells_them_apart_is_heeded():
+    with Grader(workers=1) as grader:
+        handed_out, hand_out = [], grader._hand_out
+        grader._hand_out = lambda worker, number: (handed_out.append(number), hand_out(worker, number))
+        thoughts = [f"<think>{thought}</think> {boxed('1')}" for thought in "ab"]
+        grader.submit([boxed("1"), *thoughts], ["1"] * 3)
+        grader.submit([boxed("1"), boxed("1"), boxed("1")], ["1", "2", "1"], [True, True, False])
+        grader.submit([boxed("1")], ["1"], kind="oat")
+        verdicts = grader.collect()
+        assert reasons(verdicts) == ["ok", "ok", "ok", "ok", "wrong", "truncated", "ok"]
+        assert sorted(handed_out) == [0, 1, 4, 6]
+        assert verdicts[2].ms == verdicts[1].ms > 0 and verdicts[2] is not verdicts[1]
+        assert reasons(grader.grade([boxed("1")], ["1"])) == ["ok"]
+        assert len(handed_out) == 5                             # another batch knows nothing of it
+
+
 @pytest.mark.clock
 def test_a_hung_response_that_was_submitted_holds_nobody_up_and_is_killed_at_its_deadline():
     with Grader(workers=2, deadline_s=4.0) as grader:
-        grader.grade(["1"] * 2, ["1"] * 2)
+        grader.grade(each_its_own("1", 2), ["1"] * 2)
         start = time.monotonic()
-        grader.submit([SLOW] + [boxed("5")] * 5, ["5"] * 6)
+        grader.submit([SLOW, *each_its_own(boxed("5"), 5)], ["5"] * 6)
         assert time.monotonic() - start < 2                     # it does not wait for the verdict
         poll(grader)
         assert reasons(grader.collect()) == ["timeout"] + ["ok"] * 5
@@ -603,8 +624,8 @@ def test_a_worker_whose_reply_waited_for_a_busy_parent_is_not_late():
     with Grader(workers=1, deadline_s=1.5) as grader:
         grader.grade(["1"], ["1"])
         worker, = grader._pool
-        for _ in range(2):
-            grader.submit([boxed("5")], ["5"])
+        for text in each_its_own(boxed("5"), 2):
+            grader.submit([text], ["5"])
             time.sleep(3)                                   # a long decoding step: over the deadline
         assert reasons(grader.collect()) == ["ok"] * 2
         assert grader._pool == [worker]
@@ -644,7 +665,7 @@ def test_where_no_alarm_can_fire_the_kill_comes_at_the_deadline(whom, late_s):
         pool = list(grader._pool)
         signal_item_0(grader, signal.SIGSTOP, whom)             # SIGALRM stays pending, as in a C loop
         start = time.monotonic()
-        verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 20, ["5"] * 21)
+        verdicts = grader.grade([SLOW, *each_its_own(r"\boxed{5}", 20)], ["5"] * 21)
         assert 1.9 + late_s < time.monotonic() - start < 3.0 + late_s
         assert reasons(verdicts) == ["timeout"] + ["ok"] * 20
         assert (grader._pool == pool) == (whom == "child")      # it costs a child; or a worker
@@ -657,7 +678,7 @@ def test_where_no_alarm_can_fire_the_kill_comes_at_the_deadline(whom, late_s):
 def test_a_response_whose_process_is_killed_is_graded_once_more(whom, times, reason):
     with Grader(workers=2) as grader:
         signal_item_0(grader, signal.SIGKILL, whom, times)
-        verdicts = grader.grade([SLOW] + [r"\boxed{5}"] * 100, ["5"] * 101)
+        verdicts = grader.grade([SLOW, *each_its_own(r"\boxed{5}", 100)], ["5"] * 101)
         assert reasons(verdicts) == [reason] + ["ok"] * 100 and verdicts[0].reward == 0.0
 
 
@@ -668,7 +689,8 @@ def test_workers_killed_while_idle_lose_nothing():
             for worker in grader._pool:
                 os.kill(worker.proc.pid, signal.SIGKILL)
                 assert gone(worker.proc.pid)
-            assert reasons(grader.grade([r"\boxed{5}"] * 20, ["5"] * 20)) == ["ok"] * 20
+            verdicts = grader.grade(each_its_own(r"\boxed{5}", 20), ["5"] * 20)
+            assert reasons(verdicts) == ["ok"] * 20
 
 
 @pytest.mark.slow
@@ -729,8 +751,9 @@ def test_a_worker_does_not_grow_with_what_it_grades():
 
 @pytest.mark.slow
 def test_workers_and_their_children_die_with_a_killed_parent_even_in_the_middle_of_a_hang():
-    script = ("from reward import Grader\ng = Grader(workers=2)\ng.grade(['1'] * 9, ['1'] * 9)\n"
-              "print(*[w.proc.pid for w in g._pool], flush=True)\n" f"g.grade([{SLOW!r}] * 2, ['5'] * 2)")
+    script = ("from reward import Grader\ng = Grader(workers=2)\ng.grade([*'123456789'], ['1'] * 9)\n"
+              "print(*[w.proc.pid for w in g._pool], flush=True)\n"
+              f"g.grade({each_its_own(SLOW, 2)}, ['5'] * 2)")
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     time.sleep(1.0)                                             # both are busy for another 4 s
@@ -746,8 +769,8 @@ def test_workers_and_their_children_die_with_a_killed_parent_even_in_the_middle_
 @pytest.mark.slow
 def test_close_ends_every_process():
     grader = Grader(workers=2)
-    grader.grade(["1"] * 9, ["1"] * 9)
-    grader.submit([SLOW] * 2, ["5"] * 2)
+    grader.grade(each_its_own("1", 9), ["1"] * 9)
+    grader.submit(each_its_own(SLOW, 2), ["5"] * 2)
     time.sleep(0.5)
     pids = [worker.proc.pid for worker in grader._pool]
     for worker in grader._pool:
