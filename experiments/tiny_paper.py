@@ -55,7 +55,9 @@ from support.intervals import positive  # noqa: E402
 from support.runlog import read_rows  # noqa: E402
 from tiny.task import SPLITS, draw_terms, write_problem, write_response  # noqa: E402
 
+# What is committed of a run: these metrics, and of tables not in CURVES only the steps that were evaluated.
 KEPT = ("step", "eval", "reward/mean", "response_len/", "entropy/", "grad_norm", "time/step", "tflop")
+CURVES = ("table1", "table2", "stability")
 
 
 class Bench:
@@ -131,7 +133,7 @@ class Bench:
 
     def measured(self, seed):
         """Whether Fig. 2 and 3 of this seed are there: fig3 comes last."""
-        return (self.results / f"fig3-{seed}.png").exists()
+        return (self.results / f"fig3-{seed}.json").exists()
 
     def start(self, command, log):
         """Run a command on one thread; its output to `log`. Raises RuntimeError with the log's end."""
@@ -366,7 +368,7 @@ def one(bench, name, seed, evaluation, wanted):
     if done and not asked_for and (bench.measured(seed) or not measures):
         return
     if measures and not done:                           # what was measured on another model of this name
-        (bench.results / f"fig3-{seed}.png").unlink(missing_ok=True)
+        (bench.results / f"fig3-{seed}.json").unlink(missing_ok=True)
     began = time.time()
     try:
         bench.train(name, seed, bench.lr(name), evaluation, folder)
@@ -379,6 +381,8 @@ def one(bench, name, seed, evaluation, wanted):
     config = json.loads((folder / "config.json").read_text())
     facts |= {"lr": config["lr"], "git_commit": config["git_commit"], "machine": config["machine"]}
     rows = with_flops(read_rows(folder / "metrics.jsonl"), parameters(Path(config["model"])), config)
+    if table_of(name) not in CURVES:
+        rows = [row for row in rows if "eval/heldout" in row]
     rows = [kept(row) for row in rows]
     bench.records.add(table_of(name), name, seed, facts, rows)
     accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
@@ -454,6 +458,9 @@ def measure(bench, seed, pool):
     stages = "+".join(str(bench.folder(name, seed)) for name in TRAJECTORY)
     bench.figures("fig3", "--references", *references, "--runs", *tuned, f"SFT->RL={stages}",
                   "--out", bench.results / f"fig3-{seed}", *lengths)        # last: it says that all are there
+    if seed:                                                # pictures of one seed will do
+        for name in ("fig2b-demo", "fig2b-own", "fig3"):
+            (bench.results / f"{name}-{seed}.png").unlink()
 
 
 def parse():

@@ -222,6 +222,28 @@ def test_flops_are_of_the_tokens_generated_and_of_those_trained_on():
     assert [row["tflop"] for row in found] == pytest.approx([0.0, one, 2 * one])
 
 
+@pytest.mark.parametrize("name, steps", [("srft", [0, 1, 2]), ("srft 0 % wrong", [0, 2])])
+def test_only_tables_whose_curves_are_drawn_keep_steps_without_evaluation(name, steps, bench, monkeypatch):
+    def train(name, seed, lr, evaluation, folder):
+        folder.mkdir(parents=True)
+        rows = [{"step": 0, "eval/heldout": 0.1}]
+        for step in (1, 2):
+            rows.append({"step": step, "perf/tokens_per_s": 100.0, "time/step": 1.0, "time/grade": 0.5})
+        rows[2]["eval/heldout"] = 0.2
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = vars(Config(model=TINY)) | {"git_commit": None, "machine": "this"}
+        (folder / "config.json").write_text(json.dumps(config))
+        Path(f"{folder}.json").write_text(json.dumps({"recipe": bench.recipe(name), "seconds": 1}))
+
+    monkeypatch.setattr(bench, "train", train)
+    bench.tuning.write_text(json.dumps({"srft 0.001": 0.5}))
+    P.one(bench, name, 4, "", {})
+    rows = bench.records.rows[name, 4]
+    assert [row["step"] for row in rows] == steps and "time/grade" not in rows[-1]
+    parameters = P.parameters(Path(TINY))
+    assert rows[-1]["tflop"] == pytest.approx(2 * 6 * parameters * 100 / 1e12, rel=1e-4)       # of both steps
+
+
 def test_a_rate_near_another_is_looked_for_by_halves_and_doubles_until_the_best_is_inside(bench, monkeypatch):
     trained, accuracy = [], {1e-3: 0.5, 2e-3: 0.9, 4e-3: 0.1}
 
@@ -389,7 +411,7 @@ def test_what_has_changed_since_is_made_again_and_nothing_else(bench, monkeypatc
 
     monkeypatch.setattr(bench, "start", train)
     assert again() == ["sft-28-3", "sft-28_to_grpo-3"] and again() == []
-    (bench.results / "fig3-3.png").touch()
+    (bench.results / "fig3-3.json").touch()
     shutil.rmtree(bench.out)                                        # results are enough
     assert again() == [] and bench.measured(3)
     assert again(sft=3e-4) == ["sft-28-3", "sft-28_to_grpo-3"]
