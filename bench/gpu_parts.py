@@ -88,6 +88,7 @@ def shape(device, name):
 # kernels
 
 def kernels(report, device):
+    """Attention, packing, matrix products and heads, each against another way to compute the same."""
     attention(report, device)
     no_sequences(report, device)
     products(report, device)

@@ -150,6 +150,7 @@ def pictures(results, percent):
 
 
 def compute_panels(results):
+    """Accuracy over compute, a line a paradigm."""
     panels = []
     for split, title in SPLIT_TITLES.items():
         lines = {}
@@ -161,6 +162,7 @@ def compute_panels(results):
 
 
 def stability_panels(results):
+    """Accuracy, entropy and gradient norm over the rate, a line a variant; one and two updates a step."""
     measures = {"accuracy on held-out problems, percent": heldout,
                 "entropy of rollouts, nats, at the end": lambda rows: rows[-1].get("entropy/rollout", np.nan),
                 "gradient norm, the largest": lambda rows: max(row.get("grad_norm", 0.0) for row in rows)}
@@ -176,6 +178,7 @@ def stability_panels(results):
 
 
 def quality_panels(results):
+    """Accuracy over the share of wrong demonstrations, a line a paradigm."""
     named = {"SRFT": "srft {} % wrong", "SRFT, wrong ones not imitated": "srft {} % wrong, not imitated",
              "LUFFY": "luffy {} % wrong", "SFT->RL": "sft 160 {} % wrong>grpo"}
     panels = []

@@ -109,6 +109,7 @@ def metrics_of_all(curves, prefix):
 
 
 def rows_of(run):
+    """The rows of a run's metrics.jsonl. ValueError if there are none."""
     rows = read_rows(Path(run) / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{run}: no metrics.jsonl with a row; expected a run's folder")

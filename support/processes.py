@@ -76,6 +76,7 @@ def mesh_shape(world, per_node):
 
 
 def seed_everything(seed):
+    """Python, NumPy (32 bits of the seed) and torch draw the same from here on."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
