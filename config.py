@@ -141,7 +141,8 @@ class Config:
     temperature: float = opt(1.0, "rollouts",
         "of sampling, and of log pi and H; top_p and top_k stay off", within="(0, inf)")
     demo_in_group: str = opt("joins", "rollouts",
-        "the demonstration joins the G rollouts (Eq. 6: 8+1), or replaces one (7+1, public code)",
+        "the demonstration joins the G rollouts (Eq. 6: 8+1), or replaces one (7+1, public code; a prompt "
+        "without demonstration has 7, too)",
         choices=("joins", "replaces"))
     updates_per_rollout: int = opt(1, "rollouts",
         "optimizer updates a step, each on its share of the prompts; Eq. 11 assumes 1, public code "
@@ -164,7 +165,7 @@ class Config:
         "w_RL of Eq. 12: 0.1 exp(H); 1.0 (Table 3, w/o w_RL); or 0.1",
         choices=("entropy", "one", "constant"))
     w_sft_sign: int = opt(-1, "objective",
-        "sign of H in w_SFT: -1 is Eq. 8; +1 is reported of the released code",
+        "sign of H in w_SFT: -1 is Eq. 8; +1 is reported of the authors' code",
         choices=(-1, 1))
     entropy_level: str = opt("sequence", "objective",
         "H in the weights: each sequence's mean, each token's own, or the mean over the update's sequences "
@@ -400,8 +401,9 @@ def check_step(cfg, world):
     if cfg.prompts_per_step < world:
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} leaves some of {world} ranks without "
                          "work: raise it, or start fewer ranks")
-    if cfg.demo_in_group == "replaces" and cfg.n_rollouts < 2:
-        raise ValueError("--n_rollouts must leave at least one rollout a prompt beside the demonstration")
+    if cfg.demo_in_group == "replaces" and cfg.n_rollouts < 3:
+        raise ValueError("--n_rollouts must be at least 3 where a demonstration replaces one: a prompt "
+                         "without demonstration has but the others, and needs two (Eq. 2)")
     method = METHODS[cfg.method]
     if method.rollouts and method.demos != "group" and cfg.n_rollouts < 2:
         raise ValueError(f"--n_rollouts 1: alone in its group, a rollout of --method {cfg.method} has no "
@@ -416,9 +418,6 @@ def check_objective(cfg):
     """Of flags that need each other, exclude each other, or have no part in the method."""
     if 0 < cfg.tis_cap < 1:
         raise ValueError("--tis_cap must be 0 (no weights) or at least 1")
-    if cfg.entropy_coef and cfg.entropy_level == "batch":
-        raise ValueError("--entropy_coef needs --entropy_level sequence or token: the update's mean has no "
-                         "gradient")
     if cfg.terms != "all" and not set(cfg.terms.split(",")) <= set(TERMS):
         raise ValueError(f"--terms {cfg.terms}: separate by commas some of {', '.join(TERMS)}; or say all")
     if cfg.reference and not cfg.kl_coef:

@@ -2,7 +2,7 @@
 
     torchrun --local_addr=127.0.0.1 --nproc_per_node=8 eval.py --model out/srft --benchmarks math500,amc23
     python eval.py --model DIR --benchmarks mine.jsonl --max_tokens 512       # one process; on CPU, too
-    python eval.py --compare out/base/eval out/srft/eval       # two folders of results, or two models
+    python eval.py --compare out/eval/BASE out/srft/eval       # two folders of results, or two models
 
 A model is a Hugging Face folder or hub name, or the folder of a run. Benchmarks are names (fetched from the
 hub), NAME=FILE (a local copy), or files of one's own. The problems are spread over ranks, one vLLM engine
@@ -172,9 +172,9 @@ def evaluate(engine, grader, name, prompts, n, sampling, version, stopping=()):
 
     prompts: list of data.Prompt, the same on every rank; each rank answers its share. Returns "accuracy", the
     mean over problems of the share of their n responses that are correct; "tokens", the responses' mean
-    length; "entropy", the mean of <-log p>_i under the distribution that they were sampled from, whose
-    expectation is that distribution's entropy. None if a signal came meanwhile: on some rank, the list
-    `stopping` is no longer empty. The same on every rank. A collective.
+    length; "entropy", the mean of <-log p>_i under the distribution that they were sampled from: its entropy
+    a token, but for a bias, since a response's length depends on its tokens. None if a signal came meanwhile:
+    on some rank, the list `stopping` is no longer empty. The same on every rank. A collective.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tasks = [Task(name, prompt, sample) for prompt in prompts for sample in range(n)]

@@ -37,7 +37,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from grading import custom
-from grading.answers import KINDS
+from grading.answers import FAILED, KINDS
 from grading.cpus import usable_cpus
 from grading.fence import UNFENCED
 from grading.notation import says_nothing, undollar
@@ -104,11 +104,12 @@ class Grader:
                 is, and be the one answer that its box states; off: its `fault` is only told
     score_unfinished    a response cut at its token limit is graded like any other; off: "truncated", 0.0
 
-    n responses, however hostile, take at most deadline_s * ceil(n / workers) + 2 s: a late one costs no more
-    than the fork of the next. (One whose process dies is graded once more, and then is "killed". A worker
-    that something else stops costs its response, "timeout", 1 s and its start.) Linux. Not thread-safe.
-    Workers die with the process (strictly, the thread) that started them, and their children with them. What
-    the fence around a grading lacks on this system, stderr says once.
+    n responses, however hostile, take at most deadline_s * (1 + ceil(n / workers)) + 2 s: a late one costs no
+    more than the fork of the next. (Of equal ones the first is graded, and the others only where that failed.
+    One whose process dies is graded once more, and then is "killed". A worker that something else stops costs
+    its response, "timeout", 1 s and its start.) Linux. Not thread-safe. Workers die with the process
+    (strictly, the thread) that started them, and their children with them. What the fence around a grading
+    lacks on this system, stderr says once.
     """
 
     def __init__(self, kind=None, workers=None, deadline_s=10.0, memory_mb=1000, text="after_think",
@@ -220,15 +221,25 @@ class Grader:
 
     def collect(self):
         """Wait for all that was submitted since the last `collect` -> list[Verdict], in that order."""
-        while self._left:
-            self._advance(wait=True)
-        verdicts = self._verdicts
+        self._wait()
         for number, first in self._copies.items():
-            verdicts[number] = replace(verdicts[first])
+            verdict = self._verdicts[first]
+            if verdict.reason in FAILED:                # which says nothing about the response
+                self._waiting.append(number)
+                self._left += 1
+            else:
+                self._verdicts[number] = replace(verdict)
+        self._wait()
+        verdicts = self._verdicts
         self._forget()
         if not self._closed:
             self._refill()      # replacements start now, in the time until the next call
         return verdicts
+
+    def _wait(self):
+        """Until every item that is to be graded has its verdict."""
+        while self._left:
+            self._advance(wait=True)
 
     def check(self, answers, kind=None):
         """Which reference answers cannot be matched even by themselves, or are words of no answer, such as

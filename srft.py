@@ -71,7 +71,13 @@ from support.health import Health, check_engine
 from support.hub import COMMITS, fetch
 from support.inventory import Inventory
 from support.metrics import Tally, shown_on_the_bar, summarize, tally_of
-from support.processes import Ranks, init_distributed, mistakes_in_one_line, seed_everything
+from support.processes import (
+    Ranks,
+    advice_when_memory_is_full,
+    init_distributed,
+    mistakes_in_one_line,
+    seed_everything,
+)
 from support.profiler import start_profiler, write_profile
 from support.resume import check_room, check_same_run, open_run
 from support.runlog import RunLog, print_accuracy
@@ -889,7 +895,7 @@ def finish(cfg, run, stopped):
 def main():
     """The command line: a plan, or a run."""
     cfg = parse_args(description=__doc__)
-    with hang_watch():
+    with hang_watch(), advice_when_memory_is_full():
         with mistakes_in_one_line("srft.py"):
             if cfg.dry_run:
                 from bench import dry_run

@@ -74,6 +74,7 @@ def lines_of_run(config, cfg, memory, source, cards):
 
 
 def lines_of_tokens(cfg, cards):
+    """The table of tokens and micro-batches, for typical and for the longest responses."""
     lines = [f"{'Tokens a step (prompt + response)':<36}{'tokens':>12}  micro-batches of "
              f"{cfg.micro_batch_tokens:,}"]
     for name, (prompt, response) in lengths(cfg).items():

@@ -69,6 +69,7 @@ class Job:
         return found
 
     def send(self, processes, number=signal.SIGKILL):
+        """Send a signal to those that are still there."""
         for process in processes:
             try:
                 process.send_signal(number)
@@ -101,6 +102,7 @@ class Job:
 # The faults. Each does something to a job, and may return what went wrong at once.
 
 def start_twice(job, dice):
+    """The same command once more: it must be refused while the first is at work."""
     with tempfile.TemporaryFile() as log:
         second = Job(job.out, log)
         ended = second.ends(PATIENCE_S)
@@ -112,6 +114,7 @@ def start_twice(job, dice):
 
 
 def fill_disk(job, dice):
+    """Leave no room: fill the disk of its own or, without root, limit the size of files."""
     disk = job.out.parent
     if os.path.ismount(disk):
         with (disk / "ballast").open("wb", buffering=0) as file:
@@ -129,6 +132,7 @@ def fill_disk(job, dice):
 
 
 def truncate_checkpoint(job, dice):
+    """Kill all, and cut a file of the newest checkpoint short."""
     job.send(job.processes())
     job.ends(PATIENCE_S)
     checkpoints = sorted((job.out / "checkpoints").glob("step-*"), key=os.path.getmtime)
@@ -138,6 +142,7 @@ def truncate_checkpoint(job, dice):
 
 
 def stop_rank(job, dice):
+    """SIGSTOP one rank, as a hang: the others must find out, and all must end."""
     job.send(job.a_rank(dice), signal.SIGSTOP)
     if job.ends(PATIENCE_S):
         return None

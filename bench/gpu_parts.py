@@ -88,6 +88,7 @@ def shape(device, name):
 # kernels
 
 def kernels(report, device):
+    """Attention, packing, matrix products and heads, each against another way to compute the same."""
     attention(report, device)
     no_sequences(report, device)
     products(report, device)
@@ -450,13 +451,9 @@ def start_engine(config, device):
     from rollout import RolloutEngine, check_environment
     check_environment(device)
     began = common.clock(device)
-    engine = RolloutEngine(config, make_tokenizer(), engine_dtype(device), PROMPT + sizes(device).tokens,
+    engine = RolloutEngine(config, make_tokenizer(), M.compute_dtype(device), PROMPT + sizes(device).tokens,
                            max(sizes(device).decode), ENGINE_MEMORY, device.type == "cpu", seed=0)
     return engine, common.clock(device) - began
-
-
-def engine_dtype(device):
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def random_prompts(config, count):
@@ -482,7 +479,7 @@ def colocated(report, device, kind, name):
 
     def sync(version):
         began = common.clock(device)
-        engine.sync_weights(M.full_parameters(run.policy, engine_dtype(device)), version)
+        engine.sync_weights(M.full_parameters(run.policy, M.compute_dtype(device)), version)
         return common.clock(device) - began
 
     def sample():
@@ -574,7 +571,7 @@ def random_tensors(config, device):
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
     for name, p in lm.named_parameters():
-        yield name, randomize(name, torch.empty(p.shape, dtype=engine_dtype(device), device=device))
+        yield name, randomize(name, torch.empty(p.shape, dtype=M.compute_dtype(device), device=device))
 
 
 def engine_alone(device):

@@ -271,6 +271,7 @@ COLUMNS = ("generate", "tail", "train", "exposed communication", "AdamW", "sync"
 
 
 def cell(column, x):
+    """A number as the table of times shows it."""
     if "MFU" in column:
         return f"{x:.1%}"
     return f"{x:,.1f}" if x < 100 else f"{x:,.0f}"

@@ -150,6 +150,7 @@ class Worker:
         self.hello = self.reply()
 
     def reply(self):
+        """The next line that the process says. RuntimeError, with the end of its log, if it has ended."""
         line = self.process.stdout.readline()
         if not line:
             tail = "".join(Path(self.log.name).read_text().splitlines(keepends=True)[-25:])
@@ -157,6 +158,7 @@ class Worker:
         return json.loads(line)
 
     def step(self, **command):
+        """Have it do one step -> what it measured, and "tokens", of prompts and responses."""
         print(json.dumps(command), file=self.process.stdin, flush=True)
         found = self.reply()
         # That a length was forced is checked, not believed; and both sides count the same tokens.
@@ -167,6 +169,7 @@ class Worker:
         return found
 
     def children(self):
+        """Process ids."""
         path = Path(f"/proc/{self.process.pid}")
         return [int(pid) for task in path.glob("task/*/children") for pid in task.read_text().split()]
 
@@ -180,6 +183,7 @@ class Worker:
         return resident("VmHWM", self.process.pid), sum(resident("VmHWM", pid) for pid in self.children())
 
     def close(self):
+        """End the process: gently, then not."""
         self.process.stdin.close()
         try:
             self.process.wait(20)

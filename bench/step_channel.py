@@ -106,6 +106,7 @@ class Profile:
 
 
 def versions(*names):
+    """{package: version} of those that are installed."""
     found = {}
     for name in names:
         try:

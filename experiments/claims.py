@@ -482,6 +482,15 @@ def report(bench):
             bench.figures(name, *runs, "--out", bench.results / name)
     for name, panels in questions.pictures(results, percent).items():
         questions.draw(bench.results / f"{name}.png", panels, interval)
+    weights = {}
+    for name in (*TABLE3, *SWITCHES):
+        found = results.minus(name, "srft")
+        if found[2]:
+            label = name.replace("srft-w_sft-1", "w_SFT = 1").replace("srft-w_rl-1", "w_RL = 1")
+            weights[label.removeprefix("srft ")] = found
+    if weights:
+        questions.draw_differences(bench.results / "weights.png", weights,
+                                   "accuracy minus that of SRFT, points, with 95 % intervals")
     print(tables, text, sep="\n")
 
 

@@ -8,6 +8,8 @@ from paper.pictures import new_figure, save_figure
 from runs import BUDGETS, RL_STEPS, RUNS, SFT_STEPS, SLIPS, STABLE_RATES, STAGES, STEPS, VARIANTS
 
 SPLITS = [f"sft {steps}>grpo" for steps in STAGES]
+SPLIT_TITLES = {"heldout": "held-out problems", "long": "longer problems"}
+SIZES = (0.8, 3.1)      # million parameters
 STABLE = 0.8            # of its best accuracy on held-out problems over all rates: less is broken
 
 
@@ -142,14 +144,15 @@ def ask_all(results, percent, ask):
 
 def pictures(results, percent):
     found = {"equal_compute": compute_panels(results), "stability": stability_panels(results),
-             "quality": quality_panels(results)}
+             "quality": quality_panels(results), "size": size_panels(results)}
     known = {name: [panel for panel in panels if panel[-1]] for name, panels in found.items()}
     return {name: panels for name, panels in known.items() if panels}
 
 
 def compute_panels(results):
+    """Accuracy over compute, a line a paradigm."""
     panels = []
-    for split, title in (("heldout", "held-out problems"), ("long", "longer problems")):
+    for split, title in SPLIT_TITLES.items():
         lines = {}
         of_split = equal_compute(results, lambda row: 100 * row[f"eval/{split}"])
         for (times, label), (_, values) in of_split.items():
@@ -159,6 +162,7 @@ def compute_panels(results):
 
 
 def stability_panels(results):
+    """Accuracy, entropy and gradient norm over the rate, a line a variant; one and two updates a step."""
     measures = {"accuracy on held-out problems, percent": heldout,
                 "entropy of rollouts, nats, at the end": lambda rows: rows[-1].get("entropy/rollout", np.nan),
                 "gradient norm, the largest": lambda rows: max(row.get("grad_norm", 0.0) for row in rows)}
@@ -174,10 +178,11 @@ def stability_panels(results):
 
 
 def quality_panels(results):
+    """Accuracy over the share of wrong demonstrations, a line a paradigm."""
     named = {"SRFT": "srft {} % wrong", "SRFT, wrong ones not imitated": "srft {} % wrong, not imitated",
              "LUFFY": "luffy {} % wrong", "SFT->RL": "sft 160 {} % wrong>grpo"}
     panels = []
-    for split, title in (("heldout", "held-out problems"), ("long", "longer problems")):
+    for split, title in SPLIT_TITLES.items():
         lines = {}
         for label, name in named.items():
             points = [(share, list(results.final(name.format(share), split).values())) for share in SLIPS]
@@ -188,6 +193,40 @@ def quality_panels(results):
     return panels
 
 
+def size_panels(results):
+    """One budget for each; SFT->RL has 10 epochs of SFT at both sizes."""
+    larger = {"SRFT": "srft 256", "SRFT, w_RL = 1": "srft-w_rl-1 256", "SFT+RL": "sft+rl 256",
+              "SFT->RL": "sft 160 256>grpo", "RL": "grpo 256"}
+    smaller = {"SRFT": "srft long", "SFT+RL": "sft+rl long", "SFT->RL": "sft 160>grpo", "RL": "grpo long"}
+    panels, unit = [], budget(results)
+    for split, title in SPLIT_TITLES.items():
+        lines = {}
+        for label, name in larger.items():
+            points = [(SIZES[1], list(results.final(name, split).values()))]
+            if label in smaller and unit:
+                values = at_budget(results, smaller[label], unit, lambda row: 100 * row[f"eval/{split}"])
+                points.insert(0, (SIZES[0], list(values.values())))
+            elif label not in smaller:
+                points.insert(0, (SIZES[0], list(results.final("srft-w_rl-1", split).values())))
+            lines[label] = [point for point in points if point[1]]
+        known = {label: points for label, points in lines.items() if len(points) == len(SIZES)}
+        panels.append((f"accuracy on {title}, percent", "parameters, million", known))
+    return panels
+
+
+def draw_differences(file, differences, title):
+    """A PNG: {label: (mean, half width, seeds)}, a row each, beside the line of no difference."""
+    figure = new_figure(8, 1 + 0.3 * len(differences))
+    axis = figure.subplots()
+    for row, (mean, half, _) in enumerate(differences.values()):
+        axis.errorbar([mean], [row], xerr=[half or 0.0], marker="o", capsize=3, color="C0")
+    axis.set_yticks(range(len(differences)), list(differences))
+    axis.invert_yaxis()
+    axis.axvline(0.0, color="grey", linewidth=1)
+    axis.set(xlabel=title)
+    save_figure(figure, file)
+
+
 def draw(file, panels, interval):
     """A PNG: means over seeds, with the half widths of `interval` as bars."""
     columns = 2 if len(panels) == 2 else 3
@@ -195,13 +234,18 @@ def draw(file, panels, interval):
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
     for axis, (title, x, lines) in zip(axes, panels):
         axis.set(title=title, xlabel=x)
-        if "percent" not in x:
-            axis.set_xscale("log", base=2)
+        ticks = sorted({at for points in lines.values() for at, _ in points})
+        if x == "learning rate":
+            axis.set_xscale("log")
+            axis.minorticks_off()
+        axis.set_xticks(ticks, [f"{at:g}" for at in ticks])
         if "gradient" in title:
             axis.set_yscale("log")
-        for label, points in lines.items():
+        for number, (label, points) in enumerate(lines.items()):
             found = [interval(values) for _, values in points]
-            axis.errorbar([x for x, _ in points], [mean for mean, *_ in found],
-                          [half or 0.0 for _, half, _ in found], label=label, marker="o", capsize=3)
+            # Side by side, so that bars can be read.
+            places = [at * 1.03**number if ticks[0] else at + 0.5 * number for at, _ in points]
+            axis.errorbar(places, [mean for mean, *_ in found], [half or 0.0 for _, half, _ in found],
+                          label=label, marker="o", capsize=3)
     figure.axes[0].legend(fontsize="small")
     save_figure(figure, file)

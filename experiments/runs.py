@@ -130,6 +130,7 @@ VARIANTS = {"SRFT": (), "w_RL = 1": ("--w_rl", "one"), "Eq. 12 alone": ROLLOUTS_
 
 
 def stability():
+    """{name: Run}: VARIANTS at each rate, with one and with two updates a step."""
     runs = {}
     for updates in (1, 2):
         for label, flags in VARIANTS.items():
@@ -145,6 +146,7 @@ SLIPS = {0: 0.0, 18: 0.03, 40: 0.08, 60: 0.15}      # percent of wrong demonstra
 
 
 def quality():
+    """{name: Run}: paradigms on demonstrations of which a share of SLIPS is wrong."""
     runs = {}
     for share in SLIPS:
         data, wrong = ("--data", f"out/tiny_paper/wrong-{share}.jsonl"), f"{share} % wrong"
@@ -173,4 +175,5 @@ TRAJECTORY = (f"sft-{STAGE}", f"sft-{STAGE}>grpo")      # Fig. 3 shows this one,
 
 
 def table_of(name):
+    """The first table that has a run."""
     return next(table for table, runs in TABLES.items() if name in runs)

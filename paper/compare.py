@@ -1,7 +1,7 @@
 """Two evaluations of the same problems: by how much B is better than A, how sure that is, and where.
 
-    python eval.py --compare out/base/eval out/srft/eval         # two folders of results
-    python -m paper.compare out/base/eval out/srft/eval          # the same, at once: nothing loads torch
+    python eval.py --compare out/eval/BASE out/srft/eval         # two folders of results
+    python -m paper.compare out/eval/BASE out/srft/eval          # the same, at once: nothing loads torch
     python eval.py --compare Qwen/Qwen2.5-Math-7B out/srft --rope_theta 40000 --window 16384
                                                                  # two models: evaluates both first
 

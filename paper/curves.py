@@ -17,7 +17,7 @@ TERMS = {"sft_demo": "Eq. 8", "rl_demo": "Eq. 9", "rl_pos": "Eq. 12, left", "rl_
 PANELS = {
     "fig4": ["accuracy", "entropy"],
     "fig5": ["accuracy", "length", "entropy"],
-    "fig6": ["reward", "length", "entropy", "accuracy"],
+    "fig6": ["reward", "rollout_length", "rollout_entropy", "accuracy"],
     "figA2": ["accuracy", "reward", "entropy"],
     "terms": list(TERMS),
 }
@@ -26,6 +26,8 @@ METRICS = {                             # panel: how its metrics begin in metric
     "entropy": ("eval_entropy/", "entropy, nats a token"),
     "length": ("eval_len/", "response, tokens"),
     "reward": ("reward/mean", "training reward"),
+    "rollout_length": ("response_len/mean", "rollouts, tokens"),
+    "rollout_entropy": ("entropy/rollout", "entropy of rollouts, nats a token"),
 }
 for term, equation in TERMS.items():
     METRICS[term] = (f"grad_norm/{term}", f"gradient norm, {term} ({equation})")
@@ -109,6 +111,7 @@ def metrics_of_all(curves, prefix):
 
 
 def rows_of(run):
+    """The rows of a run's metrics.jsonl. ValueError if there are none."""
     rows = read_rows(Path(run) / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{run}: no metrics.jsonl with a row; expected a run's folder")

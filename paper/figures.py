@@ -49,7 +49,7 @@ from data import TEMPLATES, check_vocabulary, load_examples, tokenize
 from paper.curves import PANELS, curves, named
 from paper.pictures import draw_distributions, draw_heatmap, draw_trajectories, heatmap, share
 from rollout import RolloutEngine, check_environment
-from support.checkpoint import verify_checkpoint
+from support.checkpoint import checkpoints_in, step_of, verify_checkpoint
 from support.collectives import all_or_none, of_all_ranks
 from support.disk import read_json
 from support.flags import Parser
@@ -318,7 +318,8 @@ def distribution(before, after):
 def fig3(args, mesh, device):
     """For each checkpoint M of each run, d_R(M) to each reference R: the mean over R's responses, and in each
     over its tokens, of |p_M(token) - p_R(token)|. App. E says "the distance between the probabilities"; this
-    is the plainest one, 0 for M = R and at most 1. p_R is what `respond` recorded. All models must share one
+    is the plainest one: at most 1, and 0 for M = R but for what the engine, whose p_R `respond` recorded, and
+    the trainer differ by. All models must share one
     tokenizer."""
     names, references = [], []                          # (R's responses, log p_R of their tokens) of each R
     for name, file in named(args.references):
@@ -346,7 +347,7 @@ def trajectory(runs, references, mesh, device, args):
             before = Scorer(model_folder(start), mesh, device, args)
             path.append({"step": 0, "distances": distances(before, references)})
         checkpoints = Path(run) / "checkpoints"
-        steps = sorted(int(folder.name.removeprefix("step-")) for folder in checkpoints.glob("step-*"))
+        steps = [step_of(folder) for folder in checkpoints_in(checkpoints)]
         if not steps:
             raise ValueError(f"{run}: no checkpoints; train with --save_every N --keep 99")
         for step in steps:

@@ -10,7 +10,7 @@ COLOURS = {"up": (33, 102, 172), "down": (178, 24, 43)}          # more, and les
 
 
 def new_figure(width, height):
-    # No pyplot: no display, no global state.
+    """An empty figure, in inches. No pyplot: no display, no global state."""
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -21,4 +21,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python srft.py --preset one_gpu --resume "$@"
+python srft.py --preset one_gpu --device cuda --resume "$@"

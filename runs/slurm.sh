@@ -9,7 +9,8 @@
 #
 # Flags go on to srft.py; --eval_data FILE,... draws held-out curves. Adapt CPUs, --time and OUT.
 #
-# Needs:   this repository, its .venv and OUT on a file system that all nodes share; 80 GB a GPU.
+# Needs:   this repository, OUT, and .venv with requirements.txt (that of `make` is for CPUs) on a file system
+#          that all nodes share; 80 GB a GPU.
 # Takes:   modelled, not measured: docs/benchmarks.md. When the time is up, or a node is lost, the job
 #          requeues itself and goes on from the newest checkpoint.
 # Writes:  $OUT, as runs/paper.sh does without its evaluation, and here started-JOB, to tell new checkpoints.
@@ -26,7 +27,7 @@ status=0
 # $SLURM_NODEID is each task's own, so a shell on its node puts it in.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --node_rank="$SLURM_NODEID" --nproc_per_node=8 \
-        --master_addr="$0" --master_port=29500 --shutdown-timeout 1100 srft.py --resume "$@"' \
+        --master_addr="$0" --master_port=29500 --shutdown-timeout 1100 srft.py --device cuda --resume "$@"' \
     "$HEAD" --out "$OUT" "$@" || status=$?
 # Time up, a node lost, a hang: go on from the newest checkpoint, as long as each start has brought one.
 # (hf/ is written when training is done.)

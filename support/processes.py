@@ -76,26 +76,34 @@ def mesh_shape(world, per_node):
 
 
 def seed_everything(seed):
+    """Python, NumPy (32 bits of the seed) and torch draw the same from here on."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-OUT_OF_MEMORY = ("The GPU's memory is full. In training: raise --recompute (up to all), or lower "
-                 "--micro_batch_tokens. In generation: lower --engine_memory. `python srft.py --dry_run`, "
-                 "with the flags of the run and --dry_run_cards 1x24, say, finds flags that fit.")
+OUT_OF_MEMORY = ("The GPU's memory is full. In training: raise --recompute (up to all), lower "
+                 "--micro_batch_tokens (not below the longest prompt + response), or pass --offload. In "
+                 "generation: lower --engine_memory. `python srft.py --dry_run`, with the flags of the run "
+                 "and --dry_run_cards 1x24, say, finds flags that fit.")
 
 
 @contextmanager
-def mistakes_in_one_line(program):
-    """Inside, a mistake of the caller ends the program with one line: any OSError, and a ValueError that code
-    of this project raises. A library's ValueError keeps its traceback, and so does a full GPU, with a note of
-    what to do."""
+def advice_when_memory_is_full():
+    """Inside, the error of a full GPU is raised with a note of what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         error.add_note(OUT_OF_MEMORY)
         raise
+
+
+@contextmanager
+def mistakes_in_one_line(program):
+    """Inside, a mistake of the caller ends the program with one line: any OSError, and a ValueError that code
+    of this project raises. A library's ValueError keeps its traceback."""
+    try:
+        yield
     except (ValueError, OSError) as error:
         raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         root = Path(__file__).resolve().parents[1]

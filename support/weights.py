@@ -149,6 +149,7 @@ def fingerprints(folder):
 
 
 def fingerprint(file):
+    """"SIZE DIGEST" of a file: the first 16 hexadecimal digits of its SHA-256."""
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return f"{file.stat().st_size} {digest[:16]}"

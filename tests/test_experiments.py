@@ -313,14 +313,19 @@ def test_pictures_are_drawn_of_what_is_known(tmp_path):
     rows = {}
     for seed in range(2):
         rows["srft long", seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.5 + seed / 10), (168, 8.4, 0.8))
-        rows["srft 40 % wrong", seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.4))
+        for name in ("srft 40 % wrong", "srft 256", "srft-w_rl-1"):
+            rows[name, seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.4))
         for rate in (1e-3, 2e-3):
             broken = evaluations((0, 0.0, 0.1), (40, 2.0, rate * 100))
             rows[f"SRFT, 2 x {rate:g}", seed] = [{**row, "grad_norm": 2.0} for row in broken]
     results = made_up(rows)
     for name, panels in Q.pictures(results, C.percent).items():
         Q.draw(tmp_path / f"{name}.png", panels, C.interval)
-    assert {file.name for file in tmp_path.iterdir()} == {"equal_compute.png", "stability.png", "quality.png"}
+    Q.draw_differences(tmp_path / "weights.png", {"a": (2.0, 1.0, 5), "one seed": (0.5, None, 1)}, "points")
+    drawn = {file.stem for file in tmp_path.iterdir()}
+    assert drawn == {"equal_compute", "stability", "quality", "size", "weights"}
+    (_, _, lines), _ = Q.size_panels(results)                       # only what is known at both sizes
+    assert lines == {"SRFT": [(0.8, [pytest.approx(50.0), pytest.approx(60.0)]), (3.1, [40.0, 40.0])]}
     assert Q.pictures(made_up({}), C.percent) == {}
 
 

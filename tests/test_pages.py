@@ -18,12 +18,13 @@ from paper.benchmarks import load_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "experiments/README.md")),
+         *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
 # Code of others that stands in backticks in the form name.name.
 NOT_OURS = {"GRPOTrainer", "LLM"}
-DATA_FILES = {"html", "json", "jsonl", "md", "png", "txt"}
+DATA_FILES = {"html", "json", "jsonl", "md", "png", "safetensors", "txt"}
 FLAGS_OF_TORCHRUN = {"local_addr", "master_addr", "master_port", "max_restarts", "nnodes", "node_rank",
                      "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "standalone", "shutdown-timeout"}
 FLAGS_OF_SBATCH = {"time"}
@@ -98,7 +99,7 @@ def test_every_name_on_a_page_exists(page):
             if last not in {"py", *DATA_FILES} and first not in NOT_OURS and not resolves(span):
                 missing.append(span)
     missing += [module for module in re.findall(r"python -m ([\w.]+)", code(page))
-                if not module.startswith(("venv", "vllm.")) and not resolves(module)]
+                if not module.startswith(("venv", "vllm.", "pytest")) and not resolves(module)]
     assert not missing
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import srft
 from conftest import ENV, ROOT, SMALL, free_port, start
 from support import device, processes, watch
 
@@ -67,10 +68,18 @@ def test_a_mistake_is_one_line_and_a_library_keeps_its_traceback(monkeypatch, tm
         json.loads("{")
 
 
-def test_a_full_gpu_comes_with_what_to_do():
-    with pytest.raises(torch.OutOfMemoryError) as full, processes.mistakes_in_one_line("srft.py"):
+@pytest.mark.parametrize("where", ["setup", "train"])
+def test_a_full_gpu_comes_with_what_to_do(where, monkeypatch):
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert "--recompute" in full.value.__notes__[0] and "--dry_run" in full.value.__notes__[0]
+
+    monkeypatch.setattr(srft, "setup", lambda cfg: None)
+    monkeypatch.setattr(srft, where, full)
+    monkeypatch.setattr(sys, "argv", ["srft.py", "--preset", "tiny"])
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        srft.main()
+    notes = "\n".join(raised.value.__notes__)              # the hang watch's, too: in which phase
+    assert "raise --recompute" in notes and "--dry_run" in notes
 
 
 NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue"

@@ -606,6 +606,11 @@ def test_equal_responses_are_graded_once_a_batch_and_what_tells_them_apart_is_he
         assert verdicts[2].ms == verdicts[1].ms > 0 and verdicts[2] is not verdicts[1]
         assert reasons(grader.grade([boxed("1")], ["1"])) == ["ok"]
         assert len(handed_out) == 5                             # another batch knows nothing of it
+        grader.deadline_s = 1.0
+        for worker in list(grader._pool):
+            grader._discard(worker)                             # the next one has this deadline
+        assert reasons(grader.grade([SLOW] * 2, ["5"] * 2)) == ["timeout"] * 2
+        assert len(handed_out) == 7                             # what failed says nothing about its equals
 
 
 @pytest.mark.clock

@@ -128,7 +128,7 @@ def test_an_engine_whose_log_probs_are_nan_is_seen_and_the_worst_rank_is_not_los
     assert math.isnan(one_update(monkeypatch, sequences)["engine/logp_diff_rank"])
 
 
-@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("level", ["sequence", "token", "batch"])
 def test_an_entropy_bonus_changes_the_update(monkeypatch, level):
     with_bonus, without = (grad_norm(monkeypatch, step_of_sequences(), entropy_level=level, entropy_coef=c)
                            for c in (9.0, 0.0))
