@@ -45,7 +45,7 @@ def at_budget(results, name, tflop, accuracy=percent):
         start = RUNS[name].start
         if run == name and (not start or (start, seed) in results.rows):
             spent, values = zip(*course(results, name, seed, accuracy))
-            if spent[-1] >= 0.97 * tflop:                            # else it has ended before
+            if spent[-1] >= 0.95 * tflop:                            # else it has ended before
                 found[seed] = float(np.interp(tflop, spent, values))
     return found
 
@@ -243,7 +243,7 @@ def draw_differences(file, differences, title):
 
 
 def draw(file, panels):
-    """A PNG: means over seeds, with 95 % intervals."""
+    """A PNG: means over seeds, with 95 % intervals where there are three seeds or more."""
     columns = 2 if len(panels) == 2 else 3
     figure = new_figure(5 * columns, 4 * -(-len(panels) // columns))
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
@@ -260,7 +260,7 @@ def draw(file, panels):
             found = [interval(values) for _, values in points]
             # Side by side, so that bars can be read.
             places = [at * 1.03**number if ticks[0] else at + 0.5 * number for at, _ in points]
-            axis.errorbar(places, [mean for mean, *_ in found], [half or 0.0 for _, half, _ in found],
-                          label=label, marker="o", capsize=3)
+            halves = [half if n > 2 else 0.0 for _, half, n in found]
+            axis.errorbar(places, [mean for mean, *_ in found], halves, label=label, marker="o", capsize=3)
     figure.axes[0].legend(fontsize="small")
     save_figure(figure, file)
