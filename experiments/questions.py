@@ -1,11 +1,12 @@
-"""Figures behind the five questions of experiments/README.md: equal compute, size, stability, demonstrations.
+"""Questions that the paper leaves open: equal compute, size, stability, wrong demonstrations.
 
-claims.py has the paper's own claims, the rule (`verdict`), and the report that these rows go into.
+Claims and rules were fixed before the runs. claims.py has the paper's own claims, and makes the report.
 """
 import numpy as np
 
 from paper.pictures import new_figure, save_figure
 from runs import BUDGETS, RL_STEPS, RUNS, SFT_STEPS, SLIPS, STABLE_RATES, STAGES, STEPS, VARIANTS
+from seeds import difference, interval, of, percent, shown, verdict
 
 SPLITS = [f"sft {steps}>grpo" for steps in STAGES]
 SPLIT_TITLES = {"heldout": "held-out problems", "long": "longer problems"}
@@ -24,27 +25,27 @@ def budget(results):
     return float(np.mean(spent)) if spent else None
 
 
-def course(results, name, seed, percent):
-    """[(TFLOP, percent)] of a run's evaluations, and of those of the run that it starts from, before them."""
+def course(results, name, seed, accuracy):
+    """[(TFLOP, accuracy)] of a run's evaluations, after those of the run that it starts from."""
     rows, found, before = results.rows[name, seed], [], 0.0
     start = RUNS[name].start
     if start:
-        found = course(results, start, seed, percent)
+        found = course(results, start, seed, accuracy)
         before = results.rows[start, seed][-1]["tflop"]
     for row in rows:
         if "eval/heldout" in row:
-            found.append((before + row["tflop"], percent(row)))
+            found.append((before + row["tflop"], accuracy(row)))
     return found
 
 
-def at_budget(results, name, tflop, percent):
-    """{seed: percent at so much compute}, on a line between the evaluations before and after it."""
+def at_budget(results, name, tflop, accuracy=percent):
+    """{seed: accuracy at so much compute}, on a line between the evaluations before and after it."""
     found = {}
     for run, seed in results.rows:
         start = RUNS[name].start
         if run == name and (not start or (start, seed) in results.rows):
-            spent, values = zip(*course(results, name, seed, percent))
-            if spent[-1] >= 0.97 * tflop:                            # else it has ended before
+            spent, values = zip(*course(results, name, seed, accuracy))
+            if spent[-1] >= 0.95 * tflop:                            # else it has ended before
                 found[seed] = float(np.interp(tflop, spent, values))
     return found
 
@@ -56,8 +57,8 @@ def rivals(times):
             "RL": ["grpo long"], "SFT": [f"sft {times * SFT_STEPS}"], "LUFFY": ["luffy long"]}
 
 
-def equal_compute(results, percent):
-    """{(times, label): (run, {seed: percent})} of SRFT and its rivals; of several runs, the best."""
+def equal_compute(results, accuracy=percent):
+    """{(times, label): (run, {seed: accuracy})} of SRFT and its rivals; of several runs, the best."""
     unit, found = budget(results), {}
     if unit is None:
         return found
@@ -65,7 +66,7 @@ def equal_compute(results, percent):
         for label, names in {"SRFT": ["srft long"], **rivals(times)}.items():
             known = {}
             for name in names:
-                values = at_budget(results, name, times * unit, percent)
+                values = at_budget(results, name, times * unit, accuracy)
                 if values:
                     known[name] = values
             if known:
@@ -117,9 +118,23 @@ def stable_rates(results):
 # ----------------------------------------------------------------------------------------------------------
 # The claims, fixed before the runs.
 
-def ask_all(results, percent, ask):
+def answers(results):
+    """[(question, figure, verdict)]"""
+    rows = []
+
+    def ask(text, a, b):
+        found = difference(a, b)
+        mean, half, n = found
+        if n:
+            rows.append((text, f"{shown(found)} points, {of(n)}", verdict(mean, half)))
+
+    ask_all(results, ask)
+    return rows + stable_rates(results)
+
+
+def ask_all(results, ask):
     """ask(text, {seed: value} of a, {seed: value} of b): is a greater than b?"""
-    found = equal_compute(results, percent)
+    found = equal_compute(results)
     for (times, label), (name, values) in found.items():
         if label != "SRFT" and (times, "SRFT") in found:
             best = f", the best of {len(SPLITS)}: {name}" if label == "SFT->RL" else ""
@@ -142,7 +157,7 @@ def ask_all(results, percent, ask):
 # ----------------------------------------------------------------------------------------------------------
 # Pictures: {file: panels}, a panel being (title, name of x, {label: [(x, values of the seeds)]}).
 
-def pictures(results, percent):
+def pictures(results):
     found = {"equal_compute": compute_panels(results), "stability": stability_panels(results),
              "quality": quality_panels(results), "size": size_panels(results)}
     known = {name: [panel for panel in panels if panel[-1]] for name, panels in found.items()}
@@ -227,8 +242,8 @@ def draw_differences(file, differences, title):
     save_figure(figure, file)
 
 
-def draw(file, panels, interval):
-    """A PNG: means over seeds, with the half widths of `interval` as bars."""
+def draw(file, panels):
+    """A PNG: means over seeds, with 95 % intervals where there are three seeds or more."""
     columns = 2 if len(panels) == 2 else 3
     figure = new_figure(5 * columns, 4 * -(-len(panels) // columns))
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
@@ -245,7 +260,7 @@ def draw(file, panels, interval):
             found = [interval(values) for _, values in points]
             # Side by side, so that bars can be read.
             places = [at * 1.03**number if ticks[0] else at + 0.5 * number for at, _ in points]
-            axis.errorbar(places, [mean for mean, *_ in found], [half or 0.0 for _, half, _ in found],
-                          label=label, marker="o", capsize=3)
+            halves = [half if n > 2 else 0.0 for _, half, n in found]
+            axis.errorbar(places, [mean for mean, *_ in found], halves, label=label, marker="o", capsize=3)
     figure.axes[0].legend(fontsize="small")
     save_figure(figure, file)

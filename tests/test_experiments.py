@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import claims as C
 import questions as Q
 import runs as R
+import seeds as S
 import tiny_paper as P
 from config import TINY, Config
 from conftest import ROOT
@@ -33,14 +34,14 @@ from records import Records
     (5.0, None, 0.0, "cannot tell"), (-1.0, 1.0, -3.0, "holds"), (-5.0, 1.0, -3.0, "does not hold"),
     (-3.0, 1.0, -3.0, "cannot tell")])
 def test_a_claim_holds_only_if_the_whole_interval_lies_on_its_side(mean, half, least, says):
-    assert C.verdict(mean, half, least) == says
+    assert S.verdict(mean, half, least) == says
 
 
 def test_intervals_are_students_and_differences_paired_over_common_seeds():
-    mean, half, n = C.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, half, n = S.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (mean, n) == (3.0, 5) and half == pytest.approx(2.776 * np.sqrt(2.5) / np.sqrt(5))
-    assert C.interval([4.0]) == (4.0, None, 1) and C.interval([]) == (None, None, 0)
-    mean, half, n = C.difference({0: 10.0, 1: 20.0, 2: 30.0, 7: 99.0}, {0: 9.0, 1: 19.0, 2: 29.0})
+    assert S.interval([4.0]) == (4.0, None, 1) and S.interval([]) == (None, None, 0)
+    mean, half, n = S.difference({0: 10.0, 1: 20.0, 2: 30.0, 7: 99.0}, {0: 9.0, 1: 19.0, 2: 29.0})
     assert (mean, half, n) == (1.0, 0.0, 3)
 
 
@@ -108,7 +109,7 @@ def synthetic(folder, true):
     def swap(x):
         return x if true else 1 - x
 
-    results = C.Results.__new__(C.Results)
+    results = S.Results.__new__(S.Results)
     results.bench, results.seeds = SimpleNamespace(results=folder, steps=lambda run: run.steps), range(5)
     results.rows = {}
     for name, run in R.RUNS.items():
@@ -263,7 +264,7 @@ def test_a_rate_near_another_is_looked_for_by_halves_and_doubles_until_the_best_
 
 def made_up(rows):
     """Results of these rows by (run, seed)."""
-    results = C.Results.__new__(C.Results)
+    results = S.Results.__new__(S.Results)
     results.rows, results.seeds = rows, range(5)
     return results
 
@@ -281,13 +282,13 @@ def test_accuracy_at_equal_compute_lies_between_evaluations_counts_both_stages_a
         ("sft 400", 0): evaluations((0, 0.0, 0.1), (400, 2.01, 0.4)),
         ("grpo long", 0): evaluations((0, 0.0, 0.1), (208, 8.0, 0.9))})
     assert Q.budget(results) == 2.0
-    assert Q.at_budget(results, "sft 48>grpo", 2.0, C.percent)[0] == pytest.approx(60.0)
-    assert Q.at_budget(results, "sft 48>grpo", 4.0, C.percent) == {}
-    found = Q.equal_compute(results, C.percent)
+    assert Q.at_budget(results, "sft 48>grpo", 2.0)[0] == pytest.approx(60.0)
+    assert Q.at_budget(results, "sft 48>grpo", 4.0) == {}
+    found = Q.equal_compute(results)
     assert found[1, "SFT->RL"][0] == "sft 48>grpo" and found[1, "SFT"][1][0] == pytest.approx(40, abs=0.5)
     assert found[2, "RL"][1][0] == pytest.approx(50.0) and (2, "SFT") not in found
     asked = []
-    Q.ask_all(results, C.percent, lambda text, a, b: asked.append((text, a, b)))
+    Q.ask_all(results, lambda text, a, b: asked.append((text, a, b)))
     assert ("with 2 x the compute of 40 steps of SRFT, SRFT beats RL", found[2, "SRFT"][1],
             found[2, "RL"][1]) in asked
 
@@ -319,14 +320,14 @@ def test_pictures_are_drawn_of_what_is_known(tmp_path):
             broken = evaluations((0, 0.0, 0.1), (40, 2.0, rate * 100))
             rows[f"SRFT, 2 x {rate:g}", seed] = [{**row, "grad_norm": 2.0} for row in broken]
     results = made_up(rows)
-    for name, panels in Q.pictures(results, C.percent).items():
-        Q.draw(tmp_path / f"{name}.png", panels, C.interval)
+    for name, panels in Q.pictures(results).items():
+        Q.draw(tmp_path / f"{name}.png", panels)
     Q.draw_differences(tmp_path / "weights.png", {"a": (2.0, 1.0, 5), "one seed": (0.5, None, 1)}, "points")
     drawn = {file.stem for file in tmp_path.iterdir()}
     assert drawn == {"equal_compute", "stability", "quality", "size", "weights"}
     (_, _, lines), _ = Q.size_panels(results)                       # only what is known at both sizes
     assert lines == {"SRFT": [(0.8, [pytest.approx(50.0), pytest.approx(60.0)]), (3.1, [40.0, 40.0])]}
-    assert Q.pictures(made_up({}), C.percent) == {}
+    assert Q.pictures(made_up({})) == {}
 
 
 def test_a_run_that_dies_is_a_result_where_that_is_asked_and_an_error_elsewhere(bench, monkeypatch):
@@ -421,9 +422,9 @@ def test_what_has_changed_since_is_made_again_and_nothing_else(bench, monkeypatc
     assert again() == [] and bench.measured(3)
     assert again(sft=3e-4) == ["sft-28-3", "sft-28_to_grpo-3"]
     assert not bench.measured(3) and again(sft=3e-4) == []
-    assert set(C.Results(bench).rows) == {("sft-28", 3), ("sft-28>grpo", 3)}
+    assert set(S.Results(bench).rows) == {("sft-28", 3), ("sft-28>grpo", 3)}
     monkeypatch.setitem(R.RUNS, "sft-28>grpo", R.Run("grpo", 12, "sft-28", ("--clip_eps", "0.1")))
-    assert set(C.Results(bench).rows) == {("sft-28", 3)}            # no report of what was another run
+    assert set(S.Results(bench).rows) == {("sft-28", 3)}            # no report of what was another run
     assert again(sft=3e-4) == ["sft-28_to_grpo-3"] and again(sft=3e-4) == []
 
 
