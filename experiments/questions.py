@@ -259,8 +259,9 @@ def draw(file, panels):
         for number, (label, points) in enumerate(lines.items()):
             found = [interval(values) for _, values in points]
             # Side by side, so that bars can be read.
-            places = [at * 1.03**number if ticks[0] else at + 0.5 * number for at, _ in points]
+            places = [at * 1.01**number if ticks[0] else at + 0.5 * number for at, _ in points]
             halves = [half if n > 2 else 0.0 for _, half, n in found]
             axis.errorbar(places, [mean for mean, *_ in found], halves, label=label, marker="o", capsize=3)
-    figure.axes[0].legend(fontsize="small")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     save_figure(figure, file)
