@@ -376,7 +376,7 @@ def test_the_case_file_by_both_graders_and_by_what_the_boxes_state(case_file):
     assert figures["oat, strict"][0] < figures["oat"][0] == 21
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 @needs_data
 def test_the_case_file_is_graded_in_time(case_file):
     assert case_file[2] < 300
