@@ -45,7 +45,7 @@ def at_budget(results, name, tflop, accuracy=percent):
         start = RUNS[name].start
         if run == name and (not start or (start, seed) in results.rows):
             spent, values = zip(*course(results, name, seed, accuracy))
-            if spent[-1] >= 0.95 * tflop:                            # else it has ended before
+            if spent[-1] >= 0.97 * tflop:                            # else it has ended before
                 found[seed] = float(np.interp(tflop, spent, values))
     return found
 
