@@ -148,7 +148,7 @@ class Prompt:
     """An Example as tokens. `demo` holds the response's tokens with EOS, or None."""
     example: Example
     ids: list[int]
-    demo: list[int] | None
+    demo: array | None             # of int32: 46,000 long demonstrations, on each rank, are too many as lists
 
 
 def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_tokens, inventory=None):
@@ -159,7 +159,7 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
     >>> example = Example(id="a", problem="1+1=?\n", answer="2", demo="\\boxed{2}")
     >>> [prompt] = tokenize([example], make_tokenizer(), "none", max_prompt_tokens=6, max_response_tokens=4)
     >>> prompt.ids, prompt.demo
-    ([12, 9, 12, 7, 8, 6], [4, 13, 5, 0])
+    ([12, 9, 12, 7, 8, 6], array('i', [4, 13, 5, 0]))
 
     The EOS is the fourth token of the response: with max_response_tokens=3 this example would be dropped.
     What is over a limit is dropped and counted (public code cuts it, and the EOS with it, in silence).
@@ -176,7 +176,7 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
         ids = _prompt_ids(example, text, tokenizer, template, reserved)
         demo = None
         if example.demo is not None:
-            demo = _demo_ids(example.demo, text, tokenizer, reserved)
+            demo = array("i", _demo_ids(example.demo, text, tokenizer, reserved))
         if not 0 < len(ids) <= max_prompt_tokens:
             dropped[f"with a prompt over {max_prompt_tokens:,} tokens (or empty)"] += 1
         elif demo and not 1 < len(demo) <= max_response_tokens:        # 1: EOS alone
@@ -189,7 +189,7 @@ def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_toke
                          "raise them, or use a shorter --template")
     if tokenizer.unk_token_id not in (None, *reserved):
         for prompt in prompts:
-            if tokenizer.unk_token_id in prompt.ids + (prompt.demo or []):
+            if tokenizer.unk_token_id in prompt.ids or tokenizer.unk_token_id in (prompt.demo or ()):
                 inventory.noted[f"with text that this tokenizer reads as {tokenizer.unk_token}"] += 1
     inventory.used = len(prompts)
     inventory.demonstrations = sum(prompt.demo is not None for prompt in prompts)
@@ -242,7 +242,7 @@ def check_vocabulary(prompts, tokenizer, rows):
     if max(tokenizer.get_vocab().values()) < rows:         # Qwen's embeddings have hundreds to spare
         return
     for prompt in prompts:
-        largest = max([*prompt.ids, *(prompt.demo or []), tokenizer.eos_token_id])
+        largest = max([*prompt.ids, *(prompt.demo or ()), tokenizer.eos_token_id])
         if largest >= rows:
             token = tokenizer.convert_ids_to_tokens(largest)
             raise ValueError(f"example {prompt.example.id} needs token {largest} ({token!r}), but the "
@@ -286,7 +286,7 @@ def digest(prompts):
         example = prompt.example
         texts = [example.problem, example.answer, example.demo, len(prompt.ids)]
         content.update(json.dumps(texts).encode())
-        content.update(array("i", prompt.ids + (prompt.demo or [])).tobytes())
+        content.update(array("i", [*prompt.ids, *(prompt.demo or ())]).tobytes())
     return content.hexdigest()
 
 

@@ -48,6 +48,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")       # it would report each start over the network
+# FlashInfer's sampler takes no seeds, so nothing here could use it. Its import can end a start.
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")      # of no use to our users
 # vLLM logs a few lines before it has read its own level (that there is no Triton for CPUs, for one).

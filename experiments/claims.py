@@ -372,6 +372,8 @@ def all_tables(bench, results):
     for title, runs in parts.items():
         if any(map(results.final, runs)):
             tables.append(table(results, title, runs))
+    for panels in questions.pictures(results).values():
+        tables += [questions.table(panel) for panel in panels]
     seconds = [bench.records.facts[key]["seconds"] for key in results.rows]
     hours = f"{len(seconds)} runs, one core each: {sum(seconds) / 3600:.1f} hours, without tuning.\n"
     return "\n".join(tables) + "\n" + hours

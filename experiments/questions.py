@@ -2,25 +2,35 @@
 
 Claims and rules were fixed before the runs. claims.py has the paper's own claims, and makes the report.
 """
+import math
+
 import numpy as np
 
 from paper.pictures import new_figure, save_figure
 from runs import BUDGETS, RL_STEPS, RUNS, SFT_STEPS, SLIPS, STABLE_RATES, STAGES, STEPS, VARIANTS
-from seeds import difference, interval, of, percent, shown, verdict
+from seeds import difference, interval, of, percent, shown, table_row, verdict
 
 SPLITS = [f"sft {steps}>grpo" for steps in STAGES]
 SPLIT_TITLES = {"heldout": "held-out problems", "long": "longer problems"}
 SIZES = (0.8, 3.1)      # million parameters
+BOTH_SIZES = {          # label -> its runs of both sizes
+    "SRFT": ("srft long", "srft 256"), "SRFT, w_RL = 1": ("srft-w_rl-1 longer", "srft-w_rl-1 256"),
+    "SFT+RL": ("sft+rl long", "sft+rl 256"), "SFT->RL": ("sft 160>grpo", "sft 160 256>grpo"),
+    "RL": ("grpo long", "grpo 256")}
+NOT_IMITATED = "SRFT, wrong ones not imitated"
+ON_WRONG = {            # label -> its run, where so many percent of the demonstrations are wrong
+    "SRFT": "srft {} % wrong", NOT_IMITATED: "srft {} % wrong, not imitated", "LUFFY": "luffy {} % wrong",
+    "SFT->RL": "sft 160 {} % wrong>grpo"}
 STABLE = 0.8            # of its best accuracy on held-out problems over all rates: less is broken
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Accuracy at a budget of compute.
 
-def budget(results):
-    """TFLOP of SRFT's 40 steps, the mean over seeds; None while no such run is known."""
+def budget(results, whose="srft long"):
+    """TFLOP of SRFT's 40 steps, the mean over the seeds of run `whose`; None while no such run is known."""
     spent = []
-    for rows in results.each("srft long", lambda rows: rows).values():
+    for rows in results.each(whose, lambda rows: rows).values():
         spent += [row["tflop"] for row in rows if row["step"] == STEPS]
     return float(np.mean(spent)) if spent else None
 
@@ -50,6 +60,30 @@ def at_budget(results, name, tflop, accuracy=percent):
     return found
 
 
+def at_one_budget(results, name, accuracy=percent, whose="srft long"):
+    """{seed: accuracy with one budget}, see budget and at_budget; {} while the budget is not known."""
+    unit = budget(results, whose)
+    return {} if unit is None else at_budget(results, name, unit, accuracy)
+
+
+def on(split):
+    """The accuracy of a row that was evaluated, on one of the two sets, in percent."""
+    return lambda row: 100 * row[f"eval/{split}"]
+
+
+def of_size(results, place, accuracy=percent):
+    """{label: {seed: accuracy with one budget of this size's SRFT}}, of SIZES[place]."""
+    found = {}
+    for label, names in BOTH_SIZES.items():
+        found[label] = at_one_budget(results, names[place], accuracy, whose=BOTH_SIZES["SRFT"][place])
+    return found
+
+
+def with_wrong(results, share, accuracy=percent):
+    """{label: {seed: accuracy with one budget}}, where `share` percent of the demonstrations are wrong."""
+    return {label: at_one_budget(results, name.format(share), accuracy) for label, name in ON_WRONG.items()}
+
+
 def rivals(times):
     """Label -> the runs that it stands for at so many budgets, of which the best counts."""
     steps = times * RL_STEPS // 2
@@ -58,20 +92,21 @@ def rivals(times):
 
 
 def equal_compute(results, accuracy=percent):
-    """{(times, label): (run, {seed: accuracy})} of SRFT and its rivals; of several runs, the best."""
+    """{(times, label): (run, {seed: accuracy})} of SRFT and its rivals; of several runs, the one whose mean
+    over both sets is best."""
     unit, found = budget(results), {}
     if unit is None:
         return found
     for times in BUDGETS:
         for label, names in {"SRFT": ["srft long"], **rivals(times)}.items():
-            known = {}
+            means = {}
             for name in names:
-                values = at_budget(results, name, times * unit, accuracy)
+                values = at_budget(results, name, times * unit)
                 if values:
-                    known[name] = values
-            if known:
-                best = max(known, key=lambda name: np.mean(list(known[name].values())))
-                found[times, label] = best, known[best]
+                    means[name] = np.mean(list(values.values()))
+            if means:
+                best = max(means, key=means.get)
+                found[times, label] = best, at_budget(results, best, times * unit, accuracy)
     return found
 
 
@@ -95,13 +130,19 @@ def heldout(rows):
 
 
 def highest_stable(of_rate):
-    """The highest rate, from the best one on, up to which no seed is broken (see STABLE)."""
+    """The highest rate, from the best one on, up to which no seed is broken (see STABLE).
+
+    None, if the best itself has a broken seed, or its mean does not exceed that before training.
+    """
     means = {rate: np.mean([heldout(rows) for rows in seeds]) for rate, seeds in of_rate.items()}
-    found = max(means, key=means.get)
+    best = max(means, key=means.get)
+    base = np.mean([100 * rows[0]["eval/heldout"] for rows in of_rate[best]])
+    found = None
     for rate in sorted(of_rate):
-        if rate > found and min(heldout(rows) for rows in of_rate[rate]) < STABLE * max(means.values()):
-            break
-        found = max(found, rate)
+        if rate >= best:
+            if means[best] <= base or min(heldout(rows) for rows in of_rate[rate]) < STABLE * means[best]:
+                break
+            found = rate
     return found
 
 
@@ -110,8 +151,13 @@ def stable_rates(results):
     rows = []
     for updates in (1, 2):
         for label, of_rate in stability(results, updates).items():
+            highest = highest_stable(of_rate)
+            says = "none" if highest is None else f"{highest:g}"
+            if highest == STABLE_RATES[-1]:
+                says = f"at least {says}"
+            n = min(map(len, of_rate.values()))
             text = f"{label}, {updates} update{'s' * (updates > 1)} a step: the highest stable rate"
-            rows.append((text, f"{highest_stable(of_rate):g}", ""))
+            rows.append((text, f"{says}, of {len(of_rate)} rates, {of(n)}", ""))
     return rows
 
 
@@ -140,93 +186,115 @@ def ask_all(results, ask):
             best = f", the best of {len(SPLITS)}: {name}" if label == "SFT->RL" else ""
             ask(f"with {times} x the compute of {STEPS} steps of SRFT, SRFT beats {label}{best}",
                 found[times, "SRFT"][1], values)
-    for label, name in (("SFT+RL", "sft+rl 256"), ("SFT->RL", "sft 160 256>grpo"), ("RL", "grpo 256")):
-        ask(f"with 3.1M parameters, SRFT beats {label}", results.final("srft 256"), results.final(name))
-    ask("with 3.1M parameters, w_RL = 1 is ahead of 0.1 exp(H)", results.final("srft-w_rl-1 256"),
-        results.final("srft 256"))
+    larger = of_size(results, 1)
+    for label in ("SFT+RL", "SFT->RL", "RL"):
+        ask(f"with 3.1M parameters, SRFT beats {label}", larger["SRFT"], larger[label])
+    ask("with 3.1M parameters, w_RL = 1 is ahead of 0.1 exp(H)", larger["SRFT, w_RL = 1"], larger["SRFT"])
     for share in SLIPS:
-        wrong = f"{share} % wrong"
-        for label, name in (("LUFFY", f"luffy {wrong}"), ("SFT->RL", f"sft 160 {wrong}>grpo")):
-            ask(f"{share} % of the demonstrations wrong: SRFT beats {label}",
-                results.final(f"srft {wrong}"), results.final(name))
+        wrong = f"{share} % of the demonstrations wrong"
+        of = with_wrong(results, share)
+        for label in ("LUFFY", "SFT->RL"):
+            ask(f"{wrong}: SRFT beats {label}", of["SRFT"], of[label])
         if share:
-            ask(f"{share} % of the demonstrations wrong: not to imitate them (Eq. 8) helps SRFT",
-                results.final(f"srft {wrong}, not imitated"), results.final(f"srft {wrong}"))
+            ask(f"{wrong}: not to imitate them (Eq. 8) helps SRFT", of[NOT_IMITATED], of["SRFT"])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Pictures: {file: panels}, a panel being (title, name of x, {label: [(x, values of the seeds)]}).
 
 def pictures(results):
-    found = {"equal_compute": compute_panels(results), "stability": stability_panels(results),
-             "quality": quality_panels(results), "size": size_panels(results)}
+    found = {"equal_compute": compute_panels(results), "stability-1": stability_panels(results, 1),
+             "stability-2": stability_panels(results, 2), "quality": quality_panels(results),
+             "size": size_panels(results)}
     known = {name: [panel for panel in panels if panel[-1]] for name, panels in found.items()}
     return {name: panels for name, panels in known.items() if panels}
 
 
 def compute_panels(results):
-    """Accuracy over compute, a line a paradigm."""
-    panels = []
+    """Accuracy over compute, a line a paradigm; and SFT->RL by its first stages."""
+    panels, x = [], f"compute, in {STEPS} steps of SRFT"
     for split, title in SPLIT_TITLES.items():
         lines = {}
-        of_split = equal_compute(results, lambda row: 100 * row[f"eval/{split}"])
-        for (times, label), (_, values) in of_split.items():
+        for (times, label), (_, values) in equal_compute(results, on(split)).items():
             lines.setdefault(label, []).append((times, list(values.values())))
-        panels.append((f"accuracy on {title}, percent", f"compute, in {STEPS} steps of SRFT", lines))
-    return panels
+        panels.append((f"accuracy on {title}, percent", x, lines))
+    lines, unit = {}, budget(results)
+    for name, steps in zip(SPLITS, STAGES):
+        for times in BUDGETS if unit else ():
+            values = list(at_budget(results, name, times * unit).values())
+            if values:
+                lines.setdefault(f"SFT->RL, {steps} steps of SFT", []).append((times, values))
+    return [*panels, ("SFT->RL, the mean of both", x, lines)]
 
 
-def stability_panels(results):
-    """Accuracy, entropy and gradient norm over the rate, a line a variant; one and two updates a step."""
+def stability_panels(results, updates):
+    """Accuracy, and how a run breaks, over the rate; a line a variant, of one or two updates a step."""
+    def at_the_end(name):
+        return lambda rows: rows[-1].get(name, math.nan)
+
+    def of_all_steps(name, worst):
+        return lambda rows: worst([row[name] for row in rows if name in row], default=math.nan)
+
     measures = {"accuracy on held-out problems, percent": heldout,
-                "entropy of rollouts, nats, at the end": lambda rows: rows[-1].get("entropy/rollout", np.nan),
-                "gradient norm, the largest": lambda rows: max(row.get("grad_norm", 0.0) for row in rows)}
-    panels = []
-    for updates in (1, 2):
-        found = stability(results, updates)
-        for title, measure in measures.items():
-            lines = {}
-            for label, of_rate in found.items():
-                lines[label] = [(rate, [measure(rows) for rows in seeds]) for rate, seeds in of_rate.items()]
-            panels.append((f"{title}; {updates} update{'s' * (updates > 1)} a step", "learning rate", lines))
+                "entropy of rollouts, nats, at the end": at_the_end("entropy/rollout"),
+                "length of responses, tokens, at the end": at_the_end("response_len/mean"),
+                "gradient norm, the largest finite one": of_all_steps("grad_norm", max),
+                "the term of wrong rollouts (Eq. 12), the lowest": of_all_steps("loss/rl_neg", min)}
+    panels, found = [], stability(results, updates)
+    for title, measure in measures.items():
+        lines = {}
+        for label, of_rate in found.items():
+            for rate, seeds in of_rate.items():
+                values = [value for value in map(measure, seeds) if not math.isnan(value)]
+                if values:
+                    lines.setdefault(label, []).append((rate, values))
+        panels.append((title, f"learning rate, {updates} update{'s' * (updates > 1)} a step", lines))
     return panels
 
 
 def quality_panels(results):
     """Accuracy over the share of wrong demonstrations, a line a paradigm."""
-    named = {"SRFT": "srft {} % wrong", "SRFT, wrong ones not imitated": "srft {} % wrong, not imitated",
-             "LUFFY": "luffy {} % wrong", "SFT->RL": "sft 160 {} % wrong>grpo"}
     panels = []
     for split, title in SPLIT_TITLES.items():
         lines = {}
-        for label, name in named.items():
-            points = [(share, list(results.final(name.format(share), split).values())) for share in SLIPS]
-            points = [point for point in points if point[1]]
-            if points:
-                lines[label] = points
+        for share in SLIPS:
+            for label, values in with_wrong(results, share, on(split)).items():
+                if values:
+                    lines.setdefault(label, []).append((share, list(values.values())))
         panels.append((f"accuracy on {title}, percent", "wrong demonstrations, percent", lines))
     return panels
 
 
 def size_panels(results):
-    """One budget for each; SFT->RL has 10 epochs of SFT at both sizes."""
-    larger = {"SRFT": "srft 256", "SRFT, w_RL = 1": "srft-w_rl-1 256", "SFT+RL": "sft+rl 256",
-              "SFT->RL": "sft 160 256>grpo", "RL": "grpo 256"}
-    smaller = {"SRFT": "srft long", "SFT+RL": "sft+rl long", "SFT->RL": "sft 160>grpo", "RL": "grpo long"}
-    panels, unit = [], budget(results)
+    """One budget for each; only what is known of both sizes."""
+    panels = []
     for split, title in SPLIT_TITLES.items():
         lines = {}
-        for label, name in larger.items():
-            points = [(SIZES[1], list(results.final(name, split).values()))]
-            if label in smaller and unit:
-                values = at_budget(results, smaller[label], unit, lambda row: 100 * row[f"eval/{split}"])
-                points.insert(0, (SIZES[0], list(values.values())))
-            elif label not in smaller:
-                points.insert(0, (SIZES[0], list(results.final("srft-w_rl-1", split).values())))
-            lines[label] = [point for point in points if point[1]]
-        known = {label: points for label, points in lines.items() if len(points) == len(SIZES)}
-        panels.append((f"accuracy on {title}, percent", "parameters, million", known))
+        smaller, larger = of_size(results, 0, on(split)), of_size(results, 1, on(split))
+        for label in BOTH_SIZES:
+            if smaller[label] and larger[label]:
+                lines[label] = [(size, list(values.values()))
+                                for size, values in zip(SIZES, (smaller[label], larger[label]))]
+        panels.append((f"accuracy on {title}, percent", "parameters, million", lines))
     return panels
+
+
+def table(panel):
+    """A panel as Markdown: mean and 95 % interval over the seeds, of which fewer than the most are named."""
+    title, x, lines = panel
+    places = sorted({place for points in lines.values() for place, _ in points})
+    most = max(len(values) for points in lines.values() for _, values in points)
+    rows = [f"**{title}** ({of(most)})", "", table_row([x, *(f"{place:g}" for place in places)]),
+            "|---" * (1 + len(places)) + "|"]
+    for label, points in lines.items():
+        known = dict(points)
+        cells = [label]
+        for place in places:
+            found = interval(known.get(place, []))
+            fewer = f" ({of(found[2])})" if 0 < found[2] < most else ""
+            cells.append(shown(found) + fewer)
+        rows.append(table_row(cells))
+    return "\n".join(rows) + "\n"
 
 
 def draw_differences(file, differences, title):
@@ -243,25 +311,36 @@ def draw_differences(file, differences, title):
 
 
 def draw(file, panels):
-    """A PNG: means over seeds, with 95 % intervals where there are three seeds or more."""
-    columns = 2 if len(panels) == 2 else 3
+    """A PNG: means over seeds, with 95 % intervals; where there are fewer than three seeds, with each."""
+    columns = min(3, len(panels))
     figure = new_figure(5 * columns, 4 * -(-len(panels) // columns))
-    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    axes = list(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat)
+    for axis in axes[len(panels):]:
+        axis.set_axis_off()
+    colours = {}
     for axis, (title, x, lines) in zip(axes, panels):
         axis.set(title=title, xlabel=x)
-        ticks = sorted({at for points in lines.values() for at, _ in points})
-        if x == "learning rate":
+        ticks = sorted({place for points in lines.values() for place, _ in points})
+        if "rate" in x:
             axis.set_xscale("log")
             axis.minorticks_off()
-        axis.set_xticks(ticks, [f"{at:g}" for at in ticks])
+        axis.set_xticks(ticks, [f"{place:g}" for place in ticks])
         if "gradient" in title:
             axis.set_yscale("log")
         for number, (label, points) in enumerate(lines.items()):
+            colour = colours.setdefault(label, f"C{len(colours)}")          # the same in all panels
             found = [interval(values) for _, values in points]
             # Side by side, so that bars can be read.
-            places = [at * 1.01**number if ticks[0] else at + 0.5 * number for at, _ in points]
+            places = [place * 1.01**number if ticks[0] else place + 0.5 * number for place, _ in points]
             halves = [half if n > 2 else 0.0 for _, half, n in found]
-            axis.errorbar(places, [mean for mean, *_ in found], halves, label=label, marker="o", capsize=3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+            axis.errorbar(places, [mean for mean, *_ in found], halves, label=label, marker="o", capsize=3,
+                          color=colour)
+            for place, (_, values) in zip(places, points):
+                if len(values) < 3:
+                    axis.plot([place] * len(values), values, "_", color=colour)
+    known = {}                                                              # label -> its line
+    for axis in axes:
+        for line, label in zip(*axis.get_legend_handles_labels()):
+            known.setdefault(label, line)
+    figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize="small")
     save_figure(figure, file)

@@ -109,21 +109,29 @@ def equal_compute():
     return runs, trials
 
 
+# What follows is read at one budget, too: runs go on for a little longer, and are evaluated on the way.
+LONGER, REST_OF_RL = 8, 32       # steps; of RL after 160 steps of SFT, where about 20 are left of a budget
+
+
 def larger(width):
     """The same task for a larger model: 256 has 3.1M parameters (tiny/make.py)."""
     flags, runs = ("--model", f"out/tiny_paper/llama-{width}"), {}
     for name, method, near, more in (
             ("srft", "srft", "srft trial", ()), ("sft+rl", "sft+rl", "sft+rl trial", ()),
             ("grpo", "grpo", "grpo trial", ()), ("srft-w_rl-1", "srft", "srft-w_rl-1", ("--w_rl", "one"))):
-        runs[f"{name} {width}"] = Run(method, PARADIGMS[method], "", (*flags, *more), "", near, 8, 3)
+        runs[f"{name} {width}"] = Run(method, PARADIGMS[method] + LONGER, flags=(*flags, *more), near=near,
+                                      every=8, seeds=3)
     first = f"sft 160 {width}"
-    runs[first] = Run("sft", 160, "", flags, near="sft 160", seeds=3)
-    runs[f"{first}>grpo"] = Run("grpo", 31, first, near="sft 160>grpo trial", seeds=3)
+    runs[first] = Run("sft", 160, "", flags, near="sft 160", every=80, seeds=3)
+    runs[f"{first}>grpo"] = Run("grpo", REST_OF_RL, first, near="sft 160>grpo trial", every=8, seeds=3)
+    runs["srft-w_rl-1 longer"] = Run("srft", PARADIGMS["srft"] + LONGER, flags=("--w_rl", "one"),
+                                     lr="srft-w_rl-1", every=8)            # of the shipped size
     return runs
 
 
-# Learning rates up to where each breaks. With one update a step, Eq. 12 on the log and on the ratio are one.
-STABLE_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+# Learning rates from half of SRFT's best to 16 times that. With one update a step, Eq. 12 on the log and on
+# the ratio are one.
+STABLE_RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
 RATIO, ROLLOUTS_ALONE = ("--eq12_form", "ratio"), ("--terms", "rl_pos,rl_neg")
 VARIANTS = {"SRFT": (), "w_RL = 1": ("--w_rl", "one"), "Eq. 12 alone": ROLLOUTS_ALONE,
             "SRFT, ratio": RATIO, "Eq. 12 alone, ratio": (*ROLLOUTS_ALONE, *RATIO)}
@@ -150,11 +158,13 @@ def quality():
     runs = {}
     for share in SLIPS:
         data, wrong = ("--data", f"out/tiny_paper/wrong-{share}.jsonl"), f"{share} % wrong"
-        for name in ("srft", "luffy"):
-            runs[f"{name} {wrong}"] = Run(name, flags=data, lr=name)
-        runs[f"srft {wrong}, not imitated"] = Run("srft", flags=(*data, "--no-imitate_wrong"), lr="srft")
-        runs[f"sft 160 {wrong}"] = Run("sft", 160, "", data, "sft 160")
-        runs[f"sft 160 {wrong}>grpo"] = Run("grpo", 31, f"sft 160 {wrong}", lr="sft 160>grpo trial")
+        for name, method, more in (("srft {}", "srft", ()), ("luffy {}", "luffy", ()),
+                                   ("srft {}, not imitated", "srft", ("--no-imitate_wrong",))):
+            steps = PARADIGMS[method] + LONGER
+            runs[name.format(wrong)] = Run(method, steps, "", (*data, *more), method, every=8)
+        first = f"sft 160 {wrong}"
+        runs[first] = Run("sft", 160, "", data, "sft 160", every=80)
+        runs[f"{first}>grpo"] = Run("grpo", REST_OF_RL, first, lr="sft 160>grpo trial", every=8)
     return runs
 
 

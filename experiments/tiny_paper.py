@@ -56,8 +56,11 @@ from support.runlog import read_rows  # noqa: E402
 from tiny.task import SPLITS, draw_terms, write_problem, write_response  # noqa: E402
 
 # What is committed of a run: these metrics, and of tables not in CURVES only the steps that were evaluated.
-KEPT = ("step", "eval", "reward/mean", "response_len/", "entropy/", "grad_norm", "time/step", "tflop")
+KEPT = ("step", "eval", "reward/mean", "response_len/", "entropy/", "grad_norm", "time/step", "tflop",
+        "loss/rl_neg", "steps_skipped")
 CURVES = ("table1", "table2", "stability")
+# The errors of a run that training has broken (support/health.py).
+DEATHS = ("the policy is dead", "the gradient was not finite", "engine and trainer disagree")
 
 
 class Bench:
@@ -291,7 +294,9 @@ def tune(bench, pool, wanted):
         for links in (1, 2):
             linked = [name for name in stage if links_from_the_grid(name) == links]
             score_missing({name: around(bench.lr(RUNS[name].near)) for name in linked})
-            for _ in range(2):                          # one further, while the best is at an edge
+            before = None
+            while len(scores) != before:                # one further, while the best is at an edge
+                before = len(scores)
                 score_missing({name: around(bench.lr(name)) for name in linked})
 
 
@@ -374,10 +379,11 @@ def one(bench, name, seed, evaluation, wanted):
         bench.train(name, seed, bench.lr(name), evaluation, folder)
         facts = json.loads(Path(f"{folder}.json").read_text())             # its recipe, and how long it took
     except RuntimeError as error:
-        if table_of(name) != "stability" or not (folder / "metrics.jsonl").exists():
+        died = cause_of_death(str(error))
+        if table_of(name) != "stability" or not died:
             raise
-        facts = {"recipe": bench.recipe(name), "seconds": round(time.time() - began)}
-        facts["died"] = str(error).strip().splitlines()[-1]                # which is what was asked
+        # Of its rate, which is what was asked.
+        facts = {"recipe": bench.recipe(name), "seconds": round(time.time() - began), "died": died}
     config = json.loads((folder / "config.json").read_text())
     facts |= {"lr": config["lr"], "git_commit": config["git_commit"], "machine": config["machine"]}
     rows = with_flops(read_rows(folder / "metrics.jsonl"), parameters(Path(config["model"])), config)
@@ -387,6 +393,14 @@ def one(bench, name, seed, evaluation, wanted):
     bench.records.add(table_of(name), name, seed, facts, rows)
     accuracy = [f"{key} {value:.3f}" for key, value in rows[-1].items() if key.startswith("eval/")]
     print(f"{folder.name}: {'  '.join(accuracy)}", flush=True)
+
+
+def cause_of_death(log):
+    """The error that training has broken, in a line; "" if the run ended otherwise, or was stopped."""
+    for line in log.splitlines():
+        if any(f"RuntimeError: {death}" in line for death in DEATHS):
+            return line.partition("RuntimeError: ")[2].strip()
+    return ""
 
 
 def kept(row):

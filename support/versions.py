@@ -72,9 +72,11 @@ def said_by(*command):
 
 def environment(device):
     """What a figure must be read with: versions, machine, commit. device: torch's, where it was measured."""
-    machine = platform.machine() + " CPU"
+    import torch
     if device.type == "cuda":
-        import torch
         machine = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()                # AVX2 rounds unlike AVX512
+        machine = f"{platform.machine()} CPU, {capability}"
     return {"machine": machine, "git_commit": commit(), "python": platform.python_version(),
             "versions": versions()}

@@ -287,8 +287,17 @@ def test_accuracy_at_equal_compute_lies_between_evaluations_counts_both_stages_a
     found = Q.equal_compute(results)
     assert found[1, "SFT->RL"][0] == "sft 48>grpo" and found[1, "SFT"][1][0] == pytest.approx(40, abs=0.5)
     assert found[2, "RL"][1][0] == pytest.approx(50.0) and (2, "SFT") not in found
+    # What was trained for longer is read at one budget, too; a larger model at that of its own SRFT.
+    results.rows["luffy 60 % wrong", 0] = evaluations((0, 0.0, 0.1), (48, 1.5, 0.3), (56, 2.5, 0.5))
+    assert Q.with_wrong(results, 60)["LUFFY"][0] == pytest.approx(40.0)
+    results.rows["srft 256", 0] = evaluations((0, 0.0, 0.1), (40, 8.0, 0.7), (48, 9.0, 0.8))
+    results.rows["grpo 256", 0] = evaluations((0, 0.0, 0.1), (56, 7.0, 0.4), (64, 9.0, 0.6))
+    assert Q.of_size(results, 1)["SRFT"][0] == pytest.approx(70.0)
+    assert Q.of_size(results, 1)["RL"][0] == pytest.approx(50.0)
     asked = []
     Q.ask_all(results, lambda text, a, b: asked.append((text, a, b)))
+    of_larger = {0: pytest.approx(70.0)}, {0: pytest.approx(50.0)}
+    assert ("with 3.1M parameters, SRFT beats RL", *of_larger) in asked
     assert ("with 2 x the compute of 40 steps of SRFT, SRFT beats RL", found[2, "SRFT"][1],
             found[2, "RL"][1]) in asked
 
@@ -297,17 +306,27 @@ def test_the_highest_stable_rate_is_counted_from_the_best_one_on():
     def runs(*accuracies):
         return [evaluations((0, 0.0, 0.1), (40, 2.0, accuracy)) for accuracy in accuracies]
 
-    rates = {5e-4: runs(0.2, 0.3), 1e-3: runs(0.8, 0.8), 2e-3: runs(0.7, 0.8), 4e-3: runs(0.9, 0.1)}
-    assert Q.highest_stable(rates) == 2e-3
-    known = {}
-    for rate, seeds in rates.items():
-        for seed, rows in enumerate(seeds):
-            known[f"SRFT, 2 x {rate:g}", seed] = rows
-    assert Q.stable_rates(made_up(known)) == [
-        ("SRFT, 2 updates a step: the highest stable rate", "0.002", "")]
-    assert Q.highest_stable(rates | {4e-3: runs(0.7, 0.7), 8e-3: runs(0.1, 0.1)}) == 4e-3
+    rates = {3e-4: runs(0.2, 0.3), 6e-4: runs(0.8, 0.8), 1.2e-3: runs(0.7, 0.8), 2.4e-3: runs(0.9, 0.1)}
+    assert Q.highest_stable(rates) == 1.2e-3
+
+    def said(rates):
+        known = {}
+        for rate, seeds in rates.items():
+            for seed, rows in enumerate(seeds):
+                known[f"SRFT, 2 x {rate:g}", seed] = rows
+        [(text, says, _)] = Q.stable_rates(made_up(known))
+        assert text == "SRFT, 2 updates a step: the highest stable rate"
+        return says
+
+    assert said(rates) == "0.0012, of 4 rates, 2 seeds"
+    good = rates | {2.4e-3: runs(0.7, 0.7), 4.8e-3: runs(0.7, 0.7)}
+    assert said(good) == "at least 0.0048, of 5 rates, 2 seeds"
+    assert Q.highest_stable(rates | {2.4e-3: runs(0.7, 0.7), 4.8e-3: runs(0.1, 0.1)}) == 2.4e-3
     died = evaluations((0, 0.0, 0.1), (12, 1.0, 0.9))
     assert Q.heldout(died) == 0.0
+    chance = {3e-4: runs(0.0, 0.0), 6e-4: runs(0.0, 0.1)}
+    for nowhere in ({3e-4: [died, died]}, chance, {3e-4: runs(0.9, 0.0)}):
+        assert Q.highest_stable(nowhere) is None and said(nowhere).startswith("none")
 
 
 def test_pictures_are_drawn_of_what_is_known(tmp_path):
@@ -316,15 +335,25 @@ def test_pictures_are_drawn_of_what_is_known(tmp_path):
         rows["srft long", seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.5 + seed / 10), (168, 8.4, 0.8))
         for name in ("srft 40 % wrong", "srft 256", "srft-w_rl-1"):
             rows[name, seed] = evaluations((0, 0.0, 0.1), (40, 2.0, 0.4))
-        for rate in (1e-3, 2e-3):
+        for rate in (6e-4, 1.2e-3):
             broken = evaluations((0, 0.0, 0.1), (40, 2.0, rate * 100))
             rows[f"SRFT, 2 x {rate:g}", seed] = [{**row, "grad_norm": 2.0} for row in broken]
+    rows["SRFT, 2 x 0.0012", 0].insert(1, {"step": 39, "grad_norm": 9.0, "loss/rl_neg": -30.0})
     results = made_up(rows)
     for name, panels in Q.pictures(results).items():
         Q.draw(tmp_path / f"{name}.png", panels)
     Q.draw_differences(tmp_path / "weights.png", {"a": (2.0, 1.0, 5), "one seed": (0.5, None, 1)}, "points")
     drawn = {file.stem for file in tmp_path.iterdir()}
-    assert drawn == {"equal_compute", "stability", "quality", "size", "weights"}
+    assert drawn == {"equal_compute", "stability-2", "quality", "size", "weights"}
+    panels = {title: lines for title, _, lines in Q.stability_panels(results, 2)}
+    largest = panels["gradient norm, the largest finite one"]
+    assert largest == {"SRFT": [(6e-4, [2.0, 2.0]), (1.2e-3, [9.0, 2.0])]}
+    lowest = "the term of wrong rollouts (Eq. 12), the lowest"
+    assert panels[lowest] == {"SRFT": [(1.2e-3, [-30.0])]}                  # of the seed that has it
+    shown = Q.table((lowest, "learning rate", {"SRFT": [(6e-4, [1.0, 1.0]), (1.2e-3, [-30.0])]}))
+    assert shown.splitlines() == [
+        f"**{lowest}** (2 seeds)", "", "| learning rate | 0.0006 | 0.0012 |", "|---|---|---|",
+        "| SRFT | 1.0 \u00b1 0.0 | -30.0 (1 seed) |"]
     (_, _, lines), _ = Q.size_panels(results)                       # only what is known at both sizes
     assert lines == {"SRFT": [(0.8, [pytest.approx(50.0), pytest.approx(60.0)]), (3.1, [40.0, 40.0])]}
     assert Q.pictures(made_up({})) == {}
@@ -332,16 +361,22 @@ def test_pictures_are_drawn_of_what_is_known(tmp_path):
 
 def test_a_run_that_dies_is_a_result_where_that_is_asked_and_an_error_elsewhere(bench, monkeypatch):
     def train(name, seed, lr, evaluation, folder):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "grad_norm": 9.0}) + "\n")
         config = vars(Config(model=TINY)) | {"git_commit": None, "machine": "this"}
         (folder / "config.json").write_text(json.dumps(config))
-        raise RuntimeError("srft.py failed; the end of its log:\nthe policy is dead")
+        raise RuntimeError(says)
 
     monkeypatch.setattr(bench, "train", train)
-    name = "SRFT, 1 x 0.016"
+    name = "SRFT, 1 x 0.0048"
+    for says in ("srft-0: stopped before its end; the same command starts it again",
+                 "srft.py failed; the end of its log:\nWARNING: engine and trainer disagree\nMemoryError"):
+        with pytest.raises(RuntimeError, match=re.escape(says)):            # which says nothing of the rate
+            P.one(bench, name, 0, "", R.STABILITY)
+        assert not bench.done(name, 0)
+    says = "srft.py failed; its end:\n[rank0]: RuntimeError: the policy is dead: of nan.\n[W1128] NCCL"
     P.one(bench, name, 0, "", R.STABILITY)
-    assert bench.done(name, 0) and bench.records.facts[name, 0]["died"] == "the policy is dead"
+    assert bench.done(name, 0) and bench.records.facts[name, 0]["died"] == "the policy is dead: of nan."
     assert bench.records.rows[name, 0][-1]["step"] == 7
     bench.tuning.write_text(json.dumps({"srft 0.001": 0.5}))
     with pytest.raises(RuntimeError, match="the policy is dead"):
