@@ -13,7 +13,7 @@ from bench.plan import GIB, NODE
 from config import check_config, keeps_own_rope, recomputed_blocks, sequences_per_prompt
 from rollout import kv_bytes
 
-HOST = 6 * GIB           # assumed, of host memory, a rank: Python, torch, CUDA, vLLM, the grader
+HOST = 6 * GIB           # assumed, of host memory, a rank: Python, torch, CUDA, vLLM, the grader, the data
 
 
 def show(cfg):

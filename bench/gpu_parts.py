@@ -319,6 +319,11 @@ def peak_of_update(report, run, cfg, batches):
         near = f"{PLANNED_PEAK / 1e9:.1f} GB, the plan's, +- 10 %"
         ok = abs(peak / PLANNED_PEAK * 1e9 - 1) < 0.1
     report.add("its measured peak", f"{peak:.2f} GB", near, ok, number=peak)
+    torch.cuda.empty_cache()
+    if run.device.type == "cuda":                      # what the moments pin: see srft.update_policy
+        pinned = (torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 1e9
+        report.add("after it, free in blocks that are in use", f"{pinned:.2f} GB", "under 1 GB", pinned < 1,
+                   number=pinned)
 
 
 def waits_of_update(report, run, cfg, batches):
