@@ -102,7 +102,7 @@ def equal_compute():
         if budget > 1:
             steps = budget * SFT_STEPS
             runs[f"sft {steps}"] = Run("sft", steps, lr=f"sft {SFT_STEPS}", every=80)
-        steps, rest = budget * RL_STEPS // 2, budget * SFT_STEPS // 2
+        steps, rest = budget * RL_STEPS // 2, budget * SFT_STEPS // 2 + 16       # 16: to reach the budget
         how = {"lr": f"grpo {RL_STEPS // 2}>sft"} if budget > 1 else {"near": f"grpo-{REST}>sft"}
         runs[f"grpo {steps}"] = Run("grpo", steps, lr="grpo trial")
         runs[f"grpo {steps}>sft"] = Run("sft", rest, f"grpo {steps}", every=40, **how)
