@@ -62,6 +62,8 @@ def one_update(ranks, budget, count, overrides):
     got = {}
 
     class Keep:                                        # stands where the optimizer does: keeps the gradients
+        state = {}
+
         def step(self):
             for name, p in policy.named_parameters():
                 got[name] = p.grad.full_tensor().clone()
