@@ -148,7 +148,7 @@ class Prompt:
     """An Example as tokens. `demo` holds the response's tokens with EOS, or None."""
     example: Example
     ids: list[int]
-    demo: array | None             # of int32: 46,000 long demonstrations, on each rank, are too many as lists
+    demo: array | None             # int32: as lists, 46,000 of 2,000 tokens would take 3.5 GB a rank
 
 
 def tokenize(examples, tokenizer, template, max_prompt_tokens, max_response_tokens, inventory=None):

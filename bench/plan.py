@@ -36,7 +36,7 @@ GRAPHS = 1 * GIB         # assumed: the engine's CUDA graphs, which stay while i
                          # out of its share, 0.25.1 beside it: the plan counts both
 WORKSPACE = 2 * GIB      # assumed, out of vLLM's share: activations of the engine's largest batch
 RESERVE = 0.1            # share of the card that training leaves to the allocator's fragmentation, and to the
-                         # idle pools of FSDP2's own streams: about 2 GiB at 7B, by its source
+                         # idle pools of FSDP2's own streams: about 2 GiB at 7B (estimated)
 NODE = 8                 # cards a node, as far as a plan goes; a run asks torchrun
 TYPICAL = (256, 2000)    # prompt and response tokens of the "typical" row
 

@@ -328,7 +328,8 @@ def report(bench):
     results = Results(bench)
     if not results.rows:
         raise SystemExit("no results yet: run without --report")
-    tables = all_tables(bench, results)
+    pictures = questions.pictures(results)
+    tables = all_tables(bench, results, pictures)
     (bench.results / "tables.md").write_text(tables)
     lines = ["| claim | found | |", "|---|---|---|"]
     for cells in claims(results):
@@ -346,7 +347,7 @@ def report(bench):
         if all(curves.values()):
             runs = [f"{label}={folders}" for label, folders in curves.items()]
             bench.figures(name, *runs, "--out", bench.results / name)
-    for name, panels in questions.pictures(results).items():
+    for name, panels in pictures.items():
         questions.draw(bench.results / f"{name}.png", panels)
     weights = {}
     for name in (*TABLE3, *SWITCHES):
@@ -360,8 +361,9 @@ def report(bench):
     print(tables, text, sep="\n")
 
 
-def all_tables(bench, results):
-    """Markdown: a table for each part of the runs that is known, and the hours that they took."""
+def all_tables(bench, results, pictures):
+    """Markdown: a table for each part of the runs that is known, and for each panel of questions.pictures; and
+    the hours that they took."""
     parts = {"Table 1: SFT, RL and sequences": TABLE1,
              "Table 2: SRFT, its baselines, and the runs of Fig. 5 and A2": ["sft", "grpo", FORWARD, *TABLE2],
              "Table 3: without the entropy weights": ["srft", *TABLE3],
@@ -372,8 +374,8 @@ def all_tables(bench, results):
     for title, runs in parts.items():
         if any(map(results.final, runs)):
             tables.append(table(results, title, runs))
-    for panels in questions.pictures(results).values():
-        tables += [questions.table(panel) for panel in panels]
+    for name, panels in pictures.items():
+        tables += [questions.table(name, panel) for panel in panels]
     seconds = [bench.records.facts[key]["seconds"] for key in results.rows]
     hours = f"{len(seconds)} runs, one core each: {sum(seconds) / 3600:.1f} hours, without tuning.\n"
     return "\n".join(tables) + "\n" + hours

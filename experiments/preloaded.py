@@ -39,7 +39,7 @@ def _end_with_parent():
 def _main(argv, env, output):
     """What a forked child does: become the process that `python argv` would be."""
     gc.freeze()             # else each collection looks at all that was imported, and copies its pages
-    gc.unfreeze = lambda: None                      # vLLM calls it when it ends: a third of a short run
+    gc.unfreeze = lambda: None      # by vLLM at its end: its collections then took a third of a short run
     threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)

@@ -137,12 +137,13 @@ def highest_stable(of_rate):
     means = {rate: np.mean([heldout(rows) for rows in seeds]) for rate, seeds in of_rate.items()}
     best = max(means, key=means.get)
     base = np.mean([100 * rows[0]["eval/heldout"] for rows in of_rate[best]])
+    if means[best] <= base:
+        return None
     found = None
-    for rate in sorted(of_rate):
-        if rate >= best:
-            if means[best] <= base or min(heldout(rows) for rows in of_rate[rate]) < STABLE * means[best]:
-                break
-            found = rate
+    for rate in sorted(rate for rate in of_rate if rate >= best):
+        if min(heldout(rows) for rows in of_rate[rate]) < STABLE * means[best]:
+            break
+        found = rate
     return found
 
 
@@ -212,19 +213,21 @@ def pictures(results):
 
 def compute_panels(results):
     """Accuracy over compute, a line a paradigm; and SFT->RL by its first stages."""
-    panels, x = [], f"compute, in {STEPS} steps of SRFT"
+    panels, x, unit = [], f"compute, in {STEPS} steps of SRFT", budget(results)
+    if unit is None:
+        return panels
     for split, title in SPLIT_TITLES.items():
         lines = {}
         for (times, label), (_, values) in equal_compute(results, on(split)).items():
             lines.setdefault(label, []).append((times, list(values.values())))
         panels.append((f"accuracy on {title}, percent", x, lines))
-    lines, unit = {}, budget(results)
+    lines = {}
     for name, steps in zip(SPLITS, STAGES):
-        for times in BUDGETS if unit else ():
+        for times in BUDGETS:
             values = list(at_budget(results, name, times * unit).values())
             if values:
                 lines.setdefault(f"SFT->RL, {steps} steps of SFT", []).append((times, values))
-    return [*panels, ("SFT->RL, the mean of both", x, lines)]
+    return [*panels, ("SFT->RL by its first stage, mean of both, percent", x, lines)]
 
 
 def stability_panels(results, updates):
@@ -279,12 +282,13 @@ def size_panels(results):
     return panels
 
 
-def table(panel):
-    """A panel as Markdown: mean and 95 % interval over the seeds, of which fewer than the most are named."""
+def table(picture, panel):
+    """A panel of a picture as Markdown: mean and 95 % interval over seeds, their number where it is not the
+    most."""
     title, x, lines = panel
     places = sorted({place for points in lines.values() for place, _ in points})
     most = max(len(values) for points in lines.values() for _, values in points)
-    rows = [f"**{title}** ({of(most)})", "", table_row([x, *(f"{place:g}" for place in places)]),
+    rows = [f"**{picture}: {title}** ({of(most)})", "", table_row([x, *(f"{place:g}" for place in places)]),
             "|---" * (1 + len(places)) + "|"]
     for label, points in lines.items():
         known = dict(points)

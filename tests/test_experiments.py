@@ -246,7 +246,7 @@ def test_only_tables_whose_curves_are_drawn_keep_steps_without_evaluation(name, 
 
 
 def test_a_rate_near_another_is_looked_for_by_halves_and_doubles_until_the_best_is_inside(bench, monkeypatch):
-    trained, accuracy = [], {1e-3: 0.5, 2e-3: 0.9, 4e-3: 0.1}
+    trained, accuracy = [], {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.7, 8e-3: 0.8, 1.6e-2: 0.9}
 
     def train(name, seed, lr, evaluation, folder):
         trained.append((name, lr))
@@ -257,9 +257,9 @@ def test_a_rate_near_another_is_looked_for_by_halves_and_doubles_until_the_best_
     with ThreadPoolExecutor(1) as pool:
         P.tune(bench, pool, wanted)
     assert trained == [*(("srft", lr) for lr in R.GRID),
-                       *(("srft trial", lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
-                       *(("srft 256", lr) for lr in (1e-3, 2e-3, 4e-3))]
-    assert bench.lr("srft") == 1e-3 and bench.lr("srft long") == bench.lr("srft 256") == 2e-3
+                       *(("srft trial", lr) for lr in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+                       *(("srft 256", lr) for lr in (8e-3, 1.6e-2, 3.2e-2))]
+    assert bench.lr("srft") == 1e-3 and bench.lr("srft long") == bench.lr("srft 256") == 1.6e-2
 
 
 def made_up(rows):
@@ -287,6 +287,11 @@ def test_accuracy_at_equal_compute_lies_between_evaluations_counts_both_stages_a
     found = Q.equal_compute(results)
     assert found[1, "SFT->RL"][0] == "sft 48>grpo" and found[1, "SFT"][1][0] == pytest.approx(40, abs=0.5)
     assert found[2, "RL"][1][0] == pytest.approx(50.0) and (2, "SFT") not in found
+    # Of several it is the best in the mean over both sets, also where one set alone is looked at.
+    uneven = evaluations((0, 0.0, 0.3), (160, 1.0, 0.5), (208, 1.5, 0.5))
+    results.rows["sft 160", 0] = evaluations((0, 0.0, 0.1), (160, 0.5, 0.3))
+    results.rows["sft 160>grpo", 0] = [{**row, "eval/heldout": 0.0, "eval/long": 0.9} for row in uneven]
+    assert Q.equal_compute(results, Q.on("long"))[1, "SFT->RL"] == ("sft 48>grpo", {0: pytest.approx(60.0)})
     # What was trained for longer is read at one budget, too; a larger model at that of its own SRFT.
     results.rows["luffy 60 % wrong", 0] = evaluations((0, 0.0, 0.1), (48, 1.5, 0.3), (56, 2.5, 0.5))
     assert Q.with_wrong(results, 60)["LUFFY"][0] == pytest.approx(40.0)
@@ -350,9 +355,10 @@ def test_pictures_are_drawn_of_what_is_known(tmp_path):
     assert largest == {"SRFT": [(6e-4, [2.0, 2.0]), (1.2e-3, [9.0, 2.0])]}
     lowest = "the term of wrong rollouts (Eq. 12), the lowest"
     assert panels[lowest] == {"SRFT": [(1.2e-3, [-30.0])]}                  # of the seed that has it
-    shown = Q.table((lowest, "learning rate", {"SRFT": [(6e-4, [1.0, 1.0]), (1.2e-3, [-30.0])]}))
+    panel = lowest, "learning rate", {"SRFT": [(6e-4, [1.0, 1.0]), (1.2e-3, [-30.0])]}
+    shown = Q.table("stability-2", panel)
     assert shown.splitlines() == [
-        f"**{lowest}** (2 seeds)", "", "| learning rate | 0.0006 | 0.0012 |", "|---|---|---|",
+        f"**stability-2: {lowest}** (2 seeds)", "", "| learning rate | 0.0006 | 0.0012 |", "|---|---|---|",
         "| SRFT | 1.0 \u00b1 0.0 | -30.0 (1 seed) |"]
     (_, _, lines), _ = Q.size_panels(results)                       # only what is known at both sizes
     assert lines == {"SRFT": [(0.8, [pytest.approx(50.0), pytest.approx(60.0)]), (3.1, [40.0, 40.0])]}

@@ -46,6 +46,18 @@ def one_update(monkeypatch, sequences, split=1, policy=None, **switches):
     return whole_update(policy, optimizer, micro_batches, sequences, cfg, torch.device("cpu"))
 
 
+def test_memory_of_freed_activations_is_given_back_before_the_moments_are_made_and_never_again(monkeypatch):
+    calls, policy = [], Bigram()
+    optimizer = torch.optim.AdamW(policy.parameters())
+    monkeypatch.setattr(srft.dist, "all_reduce", lambda *_: None)
+    monkeypatch.setattr(srft, "clip_gradients", torch.nn.utils.clip_grad_norm_)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(len(optimizer.state)))
+    for _ in range(2):
+        sequences = step_of_sequences()
+        whole_update(policy, optimizer, [sequences], sequences, Config(tis_cap=0.0), torch.device("cpu"))
+    assert calls == [0] and optimizer.state
+
+
 def test_with_several_updates_a_loss_term_is_the_mean_over_those_that_have_its_sequences(monkeypatch):
     sequences = step_of_sequences()                                     # one demonstration, five rollouts
     for term_of in (["loss/sft_demo", "loss/rl_pos"], ["loss/rl_pos"]):
