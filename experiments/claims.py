@@ -362,7 +362,7 @@ def report(bench):
 
 
 def all_tables(bench, results, pictures):
-    """Markdown: a table for each part of the runs that is known, and for each panel of questions.pictures; and
+    """Markdown: a table for each part of the runs that is known and each panel of questions.pictures, and
     the hours that they took."""
     parts = {"Table 1: SFT, RL and sequences": TABLE1,
              "Table 2: SRFT, its baselines, and the runs of Fig. 5 and A2": ["sft", "grpo", FORWARD, *TABLE2],
